@@ -1,0 +1,23 @@
+"""The seams: what an outsider implements to add a tier, a codec, a policy or a transport.
+
+Nothing else lives here. Each seam has a conformance kit in `kvstore.testing`.
+"""
+
+from kvstore.abc.codec import Codec
+from kvstore.abc.policy import CheckpointPolicy, Evictable, EvictionPolicy
+from kvstore.abc.tier import Slot, Tier
+from kvstore.abc.transport import Availability, Connection, Listener, Transport, TransportOptions
+
+__all__ = [
+    "Availability",
+    "CheckpointPolicy",
+    "Codec",
+    "Connection",
+    "Evictable",
+    "EvictionPolicy",
+    "Listener",
+    "Slot",
+    "Tier",
+    "Transport",
+    "TransportOptions",
+]

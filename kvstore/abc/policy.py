@@ -1,0 +1,71 @@
+"""What to keep, and where to take checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+@dataclass(frozen=True)
+class Evictable:
+    """What the pool evicts in one piece: the attention records of one prefix node, or its states.
+
+    Attributes:
+        key: prefix key of the node.
+        is_state: the node's states, rather than its attention block.
+        size_bytes: bytes that its eviction alone frees.
+        depth_tokens: length of the prefix.
+    """
+
+    key: bytes
+    is_state: bool
+    size_bytes: int
+    depth_tokens: int
+
+
+class EvictionPolicy(ABC):
+    """Ranks evictables. The pool calls it under its lock, so it needs none; it does no I/O.
+
+    The pool guarantees: an item is inserted once, accessed only while present, and removed once.
+    """
+
+    @abstractmethod
+    def insert(self, item: Evictable) -> None:
+        """A newly committed item, absent until now."""
+
+    @abstractmethod
+    def access(self, item: Evictable) -> None:
+        """The item was part of a hit."""
+
+    @abstractmethod
+    def remove(self, item: Evictable) -> None:
+        """The item is gone, evicted or otherwise."""
+
+    @abstractmethod
+    def ranked(self) -> Iterator[Evictable]:
+        """Every item, the first to evict first. The pool takes what it needs and may evict, or nothing.
+
+        Items that the pool cannot evict now (leased ones) are passed over; evicting a node's attention
+        takes the items below it along. The pool does not change the policy while it iterates.
+        """
+
+
+class CheckpointPolicy(ABC):
+    """Chooses the lengths at which a prompt's states are worth storing."""
+
+    @abstractmethod
+    def suggest(
+        self, prompt_tokens: int, resume_tokens: int, branch_points: Sequence[int], block_tokens: int
+    ) -> tuple[int, ...]:
+        """Lengths in (`resume_tokens`, `prompt_tokens`], ascending, without repeats.
+
+        Args:
+            prompt_tokens: tokens of the prompt.
+            resume_tokens: where computing will begin.
+            branch_points: lengths at which earlier prompts are known to have left this one's path.
+            block_tokens: the spec's block.
+        """

@@ -1,0 +1,108 @@
+"""A place where records lie: DRAM, SSD, GPU memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A descriptor of reserved space. It dies with its generation: every free makes it stale.
+
+    Attributes:
+        index: the tier's own number for the space.
+        generation: grows each time the space is freed.
+        size_bytes: the space's size, a multiple of `RECORD_ALIGN_BYTES`.
+    """
+
+    index: int
+    generation: int
+    size_bytes: int
+
+
+class Tier(ABC):
+    """Fixed-capacity space for records, in slots.
+
+    Any thread may call any method. Implementations count every byte they hold for a slot, free or
+    not yet free, against `capacity_bytes`.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """`dram`, `ssd`, `gpu` ...: what matches and metrics call this tier."""
+
+    @property
+    @abstractmethod
+    def capacity_bytes(self) -> int:
+        """The most bytes that slots may take together."""
+
+    @property
+    @abstractmethod
+    def used_bytes(self) -> int:
+        """Bytes of live slots, quarantined ones included."""
+
+    @property
+    @abstractmethod
+    def quarantined_bytes(self) -> int:
+        """Bytes of slots that were freed while pinned: no longer valid, not yet reusable."""
+
+    @property
+    def supports_views(self) -> bool:
+        """Whether `view` gives the slot's own memory."""
+        return False
+
+    @abstractmethod
+    def allocate(self, size_bytes: int) -> Slot | None:
+        """Space for one record, its content undefined, or None when there is none: the caller evicts.
+
+        Raises:
+            RecordTooLargeError: the record could never fit.
+        """
+
+    @abstractmethod
+    def free(self, slot: Slot) -> None:
+        """Give a slot back. A pinned one is quarantined and returns with its last `unpin`.
+
+        Raises:
+            StaleSlotError: the slot has been freed before.
+        """
+
+    @abstractmethod
+    def pin(self, slot: Slot) -> None:
+        """Bytes are about to move in or out: the space must not be reused until `unpin`.
+
+        Raises:
+            StaleSlotError: the slot has been freed.
+        """
+
+    @abstractmethod
+    def unpin(self, slot: Slot) -> None:
+        """End one `pin`. Valid also for a slot that was freed meanwhile."""
+
+    @abstractmethod
+    def write(self, slot: Slot, data: memoryview, offset: int = 0) -> None:
+        """Copy `data` into the slot.
+
+        Raises:
+            StaleSlotError: the slot has been freed.
+            ValueError: the range lies outside the slot.
+        """
+
+    @abstractmethod
+    def read(self, slot: Slot, into: memoryview, offset: int = 0) -> None:
+        """Copy from the slot into `into`; raises as `write` does."""
+
+    def view(self, slot: Slot) -> memoryview:
+        """The slot's own memory, writable. The caller pins it for as long as bytes move.
+
+        Raises:
+            StaleSlotError: the slot has been freed.
+            NotImplementedError: `supports_views` is False.
+        """
+        raise NotImplementedError(f"tier {self.name!r} has no views; use read and write")
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything. Idempotent."""

@@ -1,0 +1,161 @@
+"""How bytes move between two nodes.
+
+A transport moves bytes and knows nothing of records; the protocol above it (docs/protocol.md) is the
+same for all. Two shapes exist. Every connection is an ordered byte stream in both directions. A
+one-sided connection (RDMA, shared memory) also lets one side *expose* memory and the other *get* from
+it; nothing is ever written into a peer's memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvstore.clock import Deadline
+
+
+@dataclass(frozen=True)
+class TransportOptions:
+    """What a user may ask of a connection. A transport that cannot do it raises `UnavailableError`.
+
+    Attributes:
+        pacing_bytes_per_s: the most bytes per second that this side sends; None is unpaced.
+        congestion_control: name of the algorithm (`cubic`, `bbr`); None is the system's choice.
+    """
+
+    pacing_bytes_per_s: float | None = None
+    congestion_control: str | None = None
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a transport works on this machine, and if not, why and what would help."""
+
+    is_available: bool
+    detail: str
+
+
+class Connection(ABC):
+    """An ordered, reliable byte stream to one peer, optionally with one-sided reads.
+
+    One thread may send while another receives; two threads must not do the same at once. Any thread
+    may `close`, which wakes both with `PeerGoneError`.
+    """
+
+    @property
+    @abstractmethod
+    def peer_address(self) -> str:
+        """The peer, for people: `tcp://10.0.0.2:41002`."""
+
+    @property
+    def supports_get(self) -> bool:
+        """Whether `expose` and `get` work on this connection."""
+        return False
+
+    @abstractmethod
+    def send(self, buffers: Sequence[bytes | memoryview], deadline: Deadline) -> None:
+        """Send all bytes of all buffers, in order. They may be reused once this returns.
+
+        Raises:
+            PeerGoneError: the peer is gone, or this side closed the connection.
+            DeadlineError: not all bytes left in time; the connection is closed, since part may have.
+        """
+
+    @abstractmethod
+    def receive(self, into: Sequence[memoryview], deadline: Deadline) -> None:
+        """Fill every view completely, in order.
+
+        Raises:
+            PeerGoneError: the stream ended first.
+            DeadlineError: it took too long; the connection is closed if some bytes had arrived.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the connection. Idempotent, from any thread; waiting calls end with `PeerGoneError`."""
+
+    def expose(self, view: memoryview) -> bytes:
+        """Let the peer of this connection read `view` until `withdraw`; the caller keeps it alive.
+
+        Returns:
+            A descriptor to send to the peer (at most 256 bytes).
+
+        Raises:
+            UnavailableError: `supports_get` is False.
+        """
+        raise _no_get(self)
+
+    def withdraw(self, descriptor: bytes) -> None:
+        """End an exposure. When this returns no `get` of it is running or will start."""
+        raise _no_get(self)
+
+    def get(self, descriptor: bytes, offset: int, into: memoryview, deadline: Deadline) -> None:
+        """Read `into.nbytes` bytes at `offset` of memory that the peer has exposed.
+
+        Raises:
+            PeerGoneError: the exposure was withdrawn or the peer is gone.
+            TransportError: the range lies outside the exposure.
+        """
+        raise _no_get(self)
+
+
+def _no_get(connection: Connection) -> Exception:
+    from kvstore.errors import UnavailableError
+
+    return UnavailableError(f"{type(connection).__name__} is a stream; ask supports_get before exposing memory")
+
+
+class Listener(ABC):
+    """Accepts connections on one address. Any thread may call."""
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where peers connect, with the real port: `tcp://127.0.0.1:40321`."""
+
+    @abstractmethod
+    def accept(self, deadline: Deadline) -> Connection:
+        """The next connection.
+
+        Raises:
+            DeadlineError: none came in time; the listener goes on.
+            PeerGoneError: the listener was closed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening and free the address. Idempotent; a waiting `accept` ends with `PeerGoneError`."""
+
+
+class Transport(ABC):
+    """Makes connections for one address scheme. Found by the entry-point group `kvstore.transports`."""
+
+    @property
+    @abstractmethod
+    def scheme(self) -> str:
+        """The part before `://` in addresses."""
+
+    @abstractmethod
+    def availability(self) -> Availability:
+        """Whether this machine can use it; cheap, without side effects."""
+
+    @abstractmethod
+    def listen(self, address: str, options: TransportOptions) -> Listener:
+        """Listen on an address of this scheme.
+
+        Raises:
+            AddressError: the address is malformed or in use.
+        """
+
+    @abstractmethod
+    def connect(self, address: str, options: TransportOptions, deadline: Deadline) -> Connection:
+        """Connect to a listener.
+
+        Raises:
+            AddressError: the address is malformed.
+            PeerGoneError: nobody listens there, or it did not answer in time.
+        """

@@ -1,0 +1,132 @@
+"""Every error kvstore raises, as one small tree under `KVStoreError`.
+
+A message names the thing, the limit and the remedy. A cache that lost something is a miss, not an
+error; a peer that is gone is a failed transfer with a reason.
+"""
+
+from __future__ import annotations
+
+
+class KVStoreError(Exception):
+    """Base of every error of this library.
+
+    `retryable` says whether the same call may succeed later without any change by the caller.
+    """
+
+    retryable: bool = False
+
+
+class SpecError(KVStoreError, ValueError):
+    """A model spec cannot be built, or two specs that must agree do not."""
+
+
+class UnsupportedModelError(SpecError):
+    """A model, or one of its cache layers, cannot be cached; the message gives the reason."""
+
+
+class TokenError(KVStoreError, ValueError):
+    """Token ids are empty, negative, too large or too many; or another input of a prefix key is not allowed."""
+
+
+class RecordError(KVStoreError, ValueError):
+    """Bytes are not a record that this reader can use: truncated, foreign, oversized, inconsistent."""
+
+
+class FormatVersionError(RecordError):
+    """A record was written in a format version, codec chain or coverage that this reader refuses."""
+
+
+class ChecksumError(RecordError):
+    """Stored and computed checksums differ."""
+
+
+class CodecError(KVStoreError, ValueError):
+    """A codec is unknown, or cannot encode or decode what it was given."""
+
+
+class PoolError(KVStoreError):
+    """The pool refused a request."""
+
+
+class PoolFullError(PoolError):
+    """There is no room, and nothing more may be evicted. Nothing was changed."""
+
+    retryable = True
+
+
+class RecordTooLargeError(PoolError, ValueError):
+    """One record of the spec does not fit into the tier at all, or exceeds the format's limit."""
+
+
+class QuarantineFullError(PoolError):
+    """Too much space waits for writers that were dropped while bytes were moving."""
+
+    retryable = True
+
+
+class StaleSlotError(PoolError):
+    """A descriptor names a slot generation that has been freed."""
+
+
+class WriteError(KVStoreError, ValueError):
+    """A writer was used wrongly: a range twice, outside, of the wrong shape or dtype, or incomplete."""
+
+
+class LeaseError(KVStoreError):
+    """A lease cannot be had or used."""
+
+
+class LeaseGoneError(LeaseError):
+    """The records of an old match have been evicted since; match again."""
+
+    retryable = True
+
+
+class StoreClosedError(KVStoreError):
+    """The store was closed, or belongs to the process that forked this one."""
+
+
+class UnavailableError(KVStoreError):
+    """Something asked for is not installed or not supported on this machine."""
+
+
+class DeadlineError(KVStoreError, TimeoutError):
+    """A wait reached its deadline."""
+
+    retryable = True
+
+
+class TransportError(KVStoreError, OSError):
+    """A transport could not listen, connect or move bytes."""
+
+
+class AddressError(TransportError, ValueError):
+    """An address cannot be parsed, is already in use, or names no transport."""
+
+
+class PeerGoneError(TransportError):
+    """The peer closed the connection, died, or cannot be reached."""
+
+    retryable = True
+
+
+class TransferError(KVStoreError):
+    """A transfer ended without a commit."""
+
+
+class ProtocolError(TransferError):
+    """The peer sent something that the protocol does not allow; the connection was closed."""
+
+
+class PeerMismatchError(TransferError):
+    """The peers differ in protocol version or model fingerprint; the message names both values."""
+
+
+class TransferFullError(TransferError):
+    """The receiver has no room for the whole transfer. Nothing was changed there."""
+
+    retryable = True
+
+
+class TransferAbortedError(TransferError):
+    """One side gave the transfer up; the message carries its reason."""

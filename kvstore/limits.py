@@ -1,0 +1,78 @@
+"""Every maximum of the library, what it means and what it costs.
+
+Relations between limits are asserted at import.
+"""
+
+from __future__ import annotations
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Keys
+TOKEN_ID_MAX = (1 << 32) - 1
+"""Token ids are hashed as unsigned 32-bit integers."""
+PROMPT_TOKENS_MAX = 1 << 24
+"""Tokens of one prompt: 16 million ids are 64 MiB of key input and 8 MiB of keys at 64-token blocks."""
+SALT_BYTES_MAX = 1024
+"""Salts and adapter names enter the root of each key chain."""
+EXTRA_BYTES_MAX = 64 * KIB
+"""Extra bytes (image digests and the like) of one block."""
+
+# Spec
+BLOCK_TOKENS_MIN = 1
+BLOCK_TOKENS_MAX = 256
+"""Tokens per block. Production specs use 16 to 256; smaller ones keep tests small."""
+LAYERS_MAX = 4096
+GROUPS_MAX = 64
+TENSORS_PER_GROUP_MAX = 16
+SHARD_UNITS_MAX = 4096
+"""Shard units of one tensor: (KV or state heads) x segments."""
+
+# Records
+SPAN_BYTES_MAX = 8 * MIB
+"""Layers are put into one record up to this many bytes."""
+RECORD_BYTES_MAX = 64 * MIB
+"""A single layer larger than a span is a record class of its own, up to this size."""
+RECORD_ALIGN_BYTES = 4096
+"""Header and slot sizes are multiples of this, so that DRAM, direct I/O and the wire share one form."""
+RECORD_HEADER_BYTES_MAX = 256 * KIB
+"""Schema and batch metadata of a record. A reader refuses more before it parses anything."""
+
+# Pool
+GHOSTS_MAX = 1 << 16
+"""Prefix nodes kept after their records are gone, about 400 bytes each."""
+CANDIDATES_MAX = 64
+"""Candidates that one match reports, deepest first."""
+CHECKPOINTS_PER_WRITE_MAX = 64
+QUARANTINE_FRACTION_MAX = 0.25
+"""Share of a tier's capacity that may wait for dropped writers before new writes are refused."""
+HANDOVER_PAYLOAD_BYTES_MAX = 16 * MIB
+"""Logits and the like that travel with the first sampled token."""
+PENDING_HANDOVERS_MAX = 4096
+
+# Transfer
+FRAME_HEADER_BYTES = 64
+FRAME_PAYLOAD_BYTES_MAX = 16 * MIB
+"""One control message, or the piece table plus the pieces of one DATA frame unless one piece is larger."""
+FRAME_PIECES_MAX = 4096
+OFFER_RECORDS_MAX = 1 << 18
+TRANSFERS_PER_NODE_MAX = 256
+TRANSFERS_PER_PEER_MAX = 64
+CONNECTIONS_PER_NODE_MAX = 1024
+CREDIT_BYTES_DEFAULT = 64 * MIB
+"""Bytes of one transfer that may be in flight before the receiver grants more."""
+PROGRESS_DEADLINE_S = 5.0
+"""A transfer in which nothing moves for this long has failed."""
+CONNECT_DEADLINE_S = 5.0
+TRANSFER_RATE_MIN_BYTES_PER_S = 1 * MIB
+"""The default total deadline of a transfer assumes at least this rate."""
+OUTCOME_GRACE_S = 60.0
+"""How long both sides remember how a transfer ended, so that COMMIT is idempotent."""
+OUTCOMES_MAX = 4096
+
+assert SPAN_BYTES_MAX <= RECORD_BYTES_MAX
+assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
+assert FRAME_HEADER_BYTES % 16 == 0
+assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
+assert TRANSFERS_PER_PEER_MAX <= TRANSFERS_PER_NODE_MAX
