@@ -1,0 +1,23 @@
+"""Model specs: what a model's cache consists of, and when two caches are the same."""
+
+from kvstore.spec.dtypes import DType
+from kvstore.spec.grid import UNKNOWN_GRID, ChunkGrid
+from kvstore.spec.group import CacheGroup, LayerSpan, ReuseRule
+from kvstore.spec.model import ModelSpec
+from kvstore.spec.shard import WHOLE, Segment, Shard, UnitRange
+from kvstore.spec.tensor import TensorSpec
+
+__all__ = [
+    "UNKNOWN_GRID",
+    "WHOLE",
+    "CacheGroup",
+    "ChunkGrid",
+    "DType",
+    "LayerSpan",
+    "ModelSpec",
+    "ReuseRule",
+    "Segment",
+    "Shard",
+    "TensorSpec",
+    "UnitRange",
+]
