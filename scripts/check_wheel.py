@@ -1,0 +1,56 @@
+"""Import test of an installed wheel: run by the Python of a bare environment, outside the source tree.
+
+Usage: python check_wheel.py VERSION
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import subprocess
+import sys
+from pathlib import Path
+
+IMPORT_S_MAX = 1.0
+
+
+def check(version: str) -> None:
+    """Raises AssertionError, naming what is wrong with the installed package."""
+    imported_s = min(_import_s() for _ in range(3))
+    assert imported_s < IMPORT_S_MAX, f"import kvstore took {imported_s:.2f} s, more than {IMPORT_S_MAX} s"
+
+    import kvstore
+    from kvstore import _native
+
+    heavy = sorted({"torch", "transformers"} & sys.modules.keys())
+    assert not heavy, f"import kvstore pulled in {heavy}"
+    assert kvstore.__version__ == version, f"imported {kvstore.__version__} instead of {version}"
+    assert _native.__version__ == version, f"the native module is {_native.__version__} instead of {version}"
+    assert _native.crc32c(b"123456789") == 0xE3069283, "the native checksum is wrong"
+    package = importlib.resources.files("kvstore")
+    for name in ("py.typed", "_native.pyi", "testing/__init__.py"):
+        assert package.joinpath(name).is_file(), f"kvstore/{name} is not in the wheel"
+    assert not package.joinpath("csrc").is_dir(), "the wheel carries the C++ sources"
+
+    for group in ("kvstore.transports", "kvstore.codecs"):
+        points = importlib.metadata.entry_points(group=group)
+        assert points, f"no entry points in {group}"
+        for point in points:
+            point.load()
+    shown = subprocess.run(
+        [str(Path(sys.executable).with_name("kvstore")), "--version"], capture_output=True, text=True, timeout=30
+    )
+    assert shown.returncode == 0, f"kvstore --version failed: {shown.stderr}"
+    assert version in shown.stdout, f"kvstore --version printed {shown.stdout!r}"
+    print(f"wheel of kvstore {version}: import {imported_s * 1000:.0f} ms, {_native.cpu_features()}")
+
+
+def _import_s() -> float:
+    """Seconds of `import kvstore` in a fresh interpreter, without the interpreter's own start."""
+    code = "import time; begin = time.perf_counter(); import kvstore; print(time.perf_counter() - begin)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return float(shown.stdout)
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])

@@ -1,0 +1,43 @@
+"""The stub of the native module says what the module says of itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import kvstore
+from kvstore import _native
+
+PACKAGE = Path(kvstore.__file__).parent
+STUB = ast.parse((PACKAGE / "_native.pyi").read_text())
+
+
+def test_package_is_marked_as_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_names_match() -> None:
+    functions = {node.name for node in STUB.body if isinstance(node, ast.FunctionDef)}
+    variables = {ast.unparse(node.target) for node in STUB.body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in vars(_native) if not name.startswith("_")}
+    assert functions == public
+    assert all(hasattr(_native, name) for name in variables)
+
+
+def test_signatures_match() -> None:
+    for node in STUB.body:
+        if isinstance(node, ast.FunctionDef):
+            signature = getattr(_native, node.name).__nb_signature__[0][0]
+            parsed = ast.parse(f"{signature}: ...").body[0]
+            assert isinstance(parsed, ast.FunctionDef)
+            assert ast.unparse(parsed.args) == ast.unparse(node.args), node.name
+            assert parsed.returns is not None
+            assert node.returns is not None
+            assert ast.unparse(parsed.returns) == ast.unparse(node.returns), node.name
+
+
+def test_each_function_is_documented() -> None:
+    for node in STUB.body:
+        if isinstance(node, ast.FunctionDef):
+            assert ast.get_docstring(node), node.name
+            assert getattr(_native, node.name).__doc__, node.name
