@@ -76,7 +76,11 @@ class Connection(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End the connection. Idempotent, from any thread; waiting calls end with `PeerGoneError`."""
+        """End the connection. Idempotent, from any thread; waiting calls end with `PeerGoneError`.
+
+        What was sent before can still be received, unless this side leaves received bytes unread: a stream
+        over a network may then drop both. Every exposure of this side ends as by `withdraw`.
+        """
 
     def expose(self, view: memoryview) -> bytes:
         """Let the peer of this connection read `view` until `withdraw`; the caller keeps it alive.
@@ -90,7 +94,7 @@ class Connection(ABC):
         raise _no_get(self)
 
     def withdraw(self, descriptor: bytes) -> None:
-        """End an exposure. When this returns no `get` of it is running or will start."""
+        """End an exposure. When this returns no `get` of it is running or will start. Idempotent."""
         raise _no_get(self)
 
     def get(self, descriptor: bytes, offset: int, into: memoryview, deadline: Deadline) -> None:
@@ -99,6 +103,7 @@ class Connection(ABC):
         Raises:
             PeerGoneError: the exposure was withdrawn or the peer is gone.
             TransportError: the range lies outside the exposure.
+            DeadlineError: not all bytes came in time; `into` may hold part of them.
         """
         raise _no_get(self)
 
@@ -149,6 +154,7 @@ class Transport(ABC):
 
         Raises:
             AddressError: the address is malformed or in use.
+            UnavailableError: this machine or transport cannot do what the options ask for.
         """
 
     @abstractmethod
@@ -158,4 +164,5 @@ class Transport(ABC):
         Raises:
             AddressError: the address is malformed.
             PeerGoneError: nobody listens there, or it did not answer in time.
+            UnavailableError: as in `listen`.
         """
