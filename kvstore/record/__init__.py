@@ -1,0 +1,21 @@
+"""Records: the unit of placement, an Arrow record batch in one slot (docs/format.md)."""
+
+from kvstore.record.columns import SegmentUnits, TensorColumn
+from kvstore.record.header import RecordHeader
+from kvstore.record.layout import Piece, RecordLayout, record_layout
+from kvstore.record.record import Record
+from kvstore.record.stream import StreamedPiece, StreamedRecord, read_record_stream, write_record_stream
+
+__all__ = [
+    "Piece",
+    "Record",
+    "RecordHeader",
+    "RecordLayout",
+    "SegmentUnits",
+    "StreamedPiece",
+    "StreamedRecord",
+    "TensorColumn",
+    "read_record_stream",
+    "record_layout",
+    "write_record_stream",
+]

@@ -1,0 +1,88 @@
+"""Address, shape and strides of whatever array a caller has: torch, NumPy, or anything with DLPack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvstore.errors import WriteError
+
+if TYPE_CHECKING:
+    from kvstore.spec import DType
+
+
+@dataclass(frozen=True)
+class ArrayView:
+    """Host memory of an array. `owner` keeps it alive.
+
+    Attributes:
+        address: of the first element.
+        shape: elements per axis.
+        strides: bytes per axis.
+        dtype: logical element type.
+        is_writable: whether it may be copied into.
+        owner: the array.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: DType
+    is_writable: bool
+    owner: Any
+
+    def is_contiguous_from(self, axis: int) -> bool:
+        """Whether the axes from this one on lie in order and without gaps, as a copy of rows needs them."""
+        expected = self.dtype.itemsize
+        for size, stride in zip(reversed(self.shape[axis:]), reversed(self.strides[axis:]), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+def view_array(array: Any, dtype: DType, what: str) -> ArrayView:
+    """Look at an array without copying it.
+
+    Args:
+        array: a torch tensor on the CPU, a NumPy array, or an object with `__dlpack__`.
+        dtype: the type that it must have. NumPy has no bfloat16 or float8; there unsigned integers of the
+            same width are taken.
+        what: names the array in errors.
+
+    Raises:
+        WriteError: another type, or memory that the host cannot address.
+    """
+    if hasattr(array, "data_ptr"):
+        return _view_torch(array, dtype, what)
+    if not isinstance(array, np.ndarray):
+        try:
+            # Only what shares its memory: a copy made here would swallow what is written into it.
+            array = np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(memoryview(array))
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise WriteError(f"{what} is no array in host memory that can be viewed: {error}") from error
+    # ml_dtypes and the libraries that use it give NumPy a bfloat16 and float8 of their own.
+    is_other_name = not dtype.is_native and array.dtype.name == dtype.label
+    if array.dtype != dtype.storage and not is_other_name:
+        raise WriteError(
+            f"{what} has type {array.dtype.name if array.dtype.isnative else array.dtype.str}, "
+            f"the spec says {dtype.label}"
+            + ("" if dtype.is_native else f" (in NumPy: {dtype.storage.name})")
+            + "; convert it, or correct the spec"
+        )
+    return ArrayView(array.ctypes.data, array.shape, array.strides, dtype, array.flags.writeable, array)
+
+
+def _view_torch(tensor: Any, dtype: DType, what: str) -> ArrayView:
+    if tensor.device.type != "cpu":
+        raise WriteError(f"{what} is on device {tensor.device}; copy it to the host first, as the adapters do")
+    found = str(tensor.dtype).removeprefix("torch.")
+    if found != dtype.label:
+        raise WriteError(f"{what} has type {found}, the spec says {dtype.label}; convert it, or correct the spec")
+    if str(tensor.layout) != "torch.strided" or tensor.is_neg():
+        raise WriteError(f"{what} is sparse or lazily negated; pass a plain tensor, such as .to_dense().resolve_neg()")
+    size = tensor.element_size()
+    strides = tuple(step * size for step in tensor.stride())
+    return ArrayView(tensor.data_ptr(), tuple(tensor.shape), strides, dtype, True, tensor)
