@@ -1,0 +1,99 @@
+"""What a match answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvstore.pool.path import NodePath
+    from kvstore.spec import ChunkGrid, Shard
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A resume point that is there.
+
+    Attributes:
+        tokens: its length r: every group can be restored at exactly r.
+        path: its prefix nodes, root first; the last one ends at r.
+        bytes_by_group: bytes that restoring moves, by group name.
+        tier: the slowest tier that any of it lies in.
+    """
+
+    tokens: int
+    path: NodePath
+    bytes_by_group: Mapping[str, int]
+    tier: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.bytes_by_group.values())
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why nothing deeper serves.
+
+    Attributes:
+        cap_tokens: the deepest length that could be used: an engine must compute at least one token.
+        attention_tokens: how far the attention blocks reach without a gap.
+        reasons: sentences for people, the deepest obstacle first.
+    """
+
+    cap_tokens: int
+    attention_tokens: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The answer to "how much of this prompt is there?". True if anything is.
+
+    Attributes:
+        tokens: length of the deepest resume point, 0 for a miss.
+        candidates: that one and others, deepest first.
+        missing: why nothing deeper serves.
+        pending_tokens: a deeper resume point that a running writer will commit; 0 if none. Never a hit.
+        suggested: lengths at which this prompt should take checkpoints.
+        shard: whose share was asked for.
+        grid: the chunk boundaries that were asked for; None if any would do.
+    """
+
+    tokens: int
+    candidates: tuple[Candidate, ...]
+    missing: Missing
+    pending_tokens: int
+    suggested: tuple[int, ...]
+    shard: Shard
+    grid: ChunkGrid | None = None
+    expected_load_s: float | None = field(default=None, compare=False)
+    """Time to copy the deepest candidate out, from what copying has cost in this store; None before any."""
+
+    def __bool__(self) -> bool:
+        return self.tokens > 0
+
+    @property
+    def best(self) -> Candidate | None:
+        return self.candidates[0] if self.candidates else None
+
+    @property
+    def tier(self) -> str | None:
+        return self.candidates[0].tier if self.candidates else None
+
+    def at(self, tokens: int) -> Match:
+        """The same answer, resuming at another candidate.
+
+        Raises:
+            ValueError: there is no candidate of that length.
+        """
+        for number, candidate in enumerate(self.candidates):
+            if candidate.tokens == tokens:
+                return Match(
+                    tokens, self.candidates[number:], self.missing, self.pending_tokens, self.suggested,
+                    self.shard, self.grid, None,
+                )  # fmt: skip
+        lengths = ", ".join(str(candidate.tokens) for candidate in self.candidates) or "none"
+        raise ValueError(f"no resume point of {tokens} tokens was found; found: {lengths}")

@@ -1,0 +1,90 @@
+"""The prefix nodes that one prompt passes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvstore.spec import UnitRange
+
+
+@dataclass(frozen=True)
+class NodePath:
+    """Names of a prompt's prefix nodes, in order: whole blocks, then possibly a tail.
+
+    Attributes:
+        root: the key from which the chain starts; covers fingerprint, salt and adapter.
+        block_tokens: tokens per whole block.
+        keys: prefix key of each whole block.
+        tail_key: key of the tail node, None when the prompt ends at a block boundary.
+        tail_ids: the tail's token ids.
+    """
+
+    root: bytes
+    block_tokens: int
+    keys: tuple[bytes, ...]
+    tail_key: bytes | None = None
+    tail_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys) + (self.tail_key is not None)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prefix at the last node."""
+        return len(self.keys) * self.block_tokens + len(self.tail_ids)
+
+    def is_tail(self, node: int) -> bool:
+        return node >= len(self.keys)
+
+    def key(self, node: int) -> bytes:
+        if node < len(self.keys):
+            return self.keys[node]
+        if node == len(self.keys) and self.tail_key is not None:
+            return self.tail_key
+        raise IndexError(f"the path has {len(self)} nodes, not {node + 1}")
+
+    def parent(self, node: int) -> bytes:
+        """Key of the node before; the root for the first."""
+        return self.keys[node - 1] if node else self.root
+
+    def end_tokens(self, node: int) -> int:
+        return self.tokens if self.is_tail(node) else (node + 1) * self.block_tokens
+
+    def node_at(self, tokens: int) -> int | None:
+        """The node that ends exactly at a length."""
+        if tokens == self.tokens and len(self):
+            return len(self) - 1
+        if tokens > 0 and tokens % self.block_tokens == 0 and tokens <= len(self.keys) * self.block_tokens:
+            return tokens // self.block_tokens - 1
+        return None
+
+    def prefix(self, nodes: int) -> NodePath:
+        """The path of the first `nodes` nodes."""
+        if nodes >= len(self):
+            return self
+        return NodePath(self.root, self.block_tokens, self.keys[:nodes])
+
+
+@dataclass(frozen=True, order=True)
+class RecordName:
+    """One record of a path: which node, and which group, layer span and shard units."""
+
+    node: int
+    group: int
+    span: int
+    units: UnitRange
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What a decode process needs beyond the cache, because the states exist at n and not at n - 1.
+
+    Attributes:
+        first_token: the token sampled from the prompt's last position.
+        payload: whatever else should travel, such as that position's logits.
+    """
+
+    first_token: int
+    payload: bytes = b""

@@ -1,0 +1,38 @@
+"""Counters and budget of a pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass
+class PoolStatistics:
+    """What a pool has done, and what its bytes are used for.
+
+    `committed`, `reserved` and `quarantined` bytes are slots, headers included; together with `index_bytes`,
+    an estimate, they are all that the budget counts.
+    """
+
+    matches: int = 0
+    hits: int = 0
+    commits: int = 0
+    aborts: int = 0
+    evicted_records: int = 0
+    evicted_bytes: int = 0
+    damaged_records: int = 0
+    capacity_bytes: int = 0
+    committed_bytes: int = 0
+    reserved_bytes: int = 0
+    quarantined_bytes: int = 0
+    index_bytes: int = 0
+    nodes: int = 0
+    ghosts: int = 0
+    bytes_by_salt: Mapping[bytes, int] = field(default_factory=dict)
+
+    def snapshot(self, **budget: Any) -> PoolStatistics:
+        """A copy with the budget filled in."""
+        return replace(self, **budget)
