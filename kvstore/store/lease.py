@@ -1,0 +1,289 @@
+"""Reading a resume point: pinned, layer by layer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvstore._native import copy_rows
+from kvstore.errors import ChecksumError, LeaseError, RecordError
+from kvstore.record import Record
+from kvstore.record.copy import check_array, join_plans, state_plan, token_plan
+from kvstore.record.rows import local_rows, runs_of
+from kvstore.spec import ReuseRule
+from kvstore.store.fill import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from kvstore.pool import HandOver, HeldRecord, Hold, NodePath
+    from kvstore.record import RecordLayout
+    from kvstore.spec import ModelSpec, Shard, TensorSpec, UnitRange
+
+
+class Lease:
+    """A resume point that stays readable until released. Any thread; a context manager.
+
+    Attributes:
+        spec: the model.
+        shard: whose share is read.
+        path: the resume point's prefix nodes.
+        records: its records, by group, span and node.
+    """
+
+    def __init__(self, spec: ModelSpec, hold: Hold, shard: Shard, copied: Callable[[int, float], None]) -> None:
+        self.spec = spec
+        self.shard = shard
+        self.path: NodePath = hold.path
+        self.records: tuple[HeldRecord, ...] = hold.records
+        self._hold = hold
+        self._copied = copied
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __iter__(self) -> Iterator[LayerView]:
+        """The layers in the order in which a model needs them."""
+        return (self.layer(number) for number in self.spec.layers)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the resume point."""
+        return self.path.tokens
+
+    @property
+    def handover(self) -> HandOver | None:
+        """The hand-over that waits here, if this is one; see `Store.accept`."""
+        return self._hold.handover
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the leased records, headers included."""
+        return sum(record.layout.record_bytes for record in self.records)
+
+    def layer(self, number: int) -> LayerView:
+        """One layer's part.
+
+        Raises:
+            LeaseError: the lease was released. SpecError: the model has no cache in this layer.
+        """
+        self.check()
+        return LayerView(self, number)
+
+    def record(self, held: HeldRecord) -> Record:
+        """A held record to look into; its views are valid while the lease is."""
+        self.check()
+        return Record(held.layout, held.memory)
+
+    def verify(self) -> list[HeldRecord]:
+        """Recompute every checksum; the records that are damaged."""
+        self.check()
+        damaged = []
+        for held in self.records:
+            try:
+                header = Record(held.layout, held.memory).verify()
+            except (ChecksumError, RecordError):
+                damaged.append(held)
+                continue
+            if header != held.header:
+                damaged.append(held)
+        return damaged
+
+    def check(self) -> None:
+        """Raise `LeaseError` if the lease was released."""
+        if self._hold.is_released:
+            raise LeaseError("the lease was released; its views are no longer valid. Read the match again")
+
+    def release(self) -> None:
+        """Let the records go. Idempotent. Views handed out before must not be used afterwards."""
+        self._hold.release()
+
+    def __del__(self) -> None:
+        hold = getattr(self, "_hold", None)
+        if hold is not None:
+            hold.release()
+
+    def _spans(self, group: int, span: int) -> list[_Column]:
+        return self._columns.get((group, span), [])
+
+    @cached_property
+    def _columns(self) -> dict[tuple[int, int], list[_Column]]:
+        """Records of equal (group, span, units) together, by (group, span)."""
+        grouped: dict[tuple[int, int, UnitRange], list[HeldRecord]] = {}
+        for held in self.records:
+            grouped.setdefault((held.name.group, held.name.span, held.name.units), []).append(held)
+        columns: dict[tuple[int, int], list[_Column]] = {}
+        for (group, span, _), records in grouped.items():
+            columns.setdefault((group, span), []).append(_Column(records))
+        return columns
+
+    def _account(self, size_bytes: int, seconds: float) -> None:
+        self._copied(size_bytes, seconds)
+
+
+class _Column:
+    """Records of one class along the path, their addresses ready for a copy plan."""
+
+    def __init__(self, records: list[HeldRecord]) -> None:
+        self.layout: RecordLayout = records[0].layout
+        self.records = records
+        self.nodes = np.array([record.name.node for record in records], np.int64)
+        self.valid = np.array([record.header.valid_tokens for record in records], np.int64)
+        self.addresses = np.array([address_of(record.memory) for record in records], np.uint64)
+
+
+class LayerView:
+    """One layer of a lease."""
+
+    def __init__(self, lease: Lease, number: int) -> None:
+        self._lease = lease
+        self.number = number
+        spec = lease.spec
+        self._tensors: dict[str, tuple[int, int, TensorSpec]] = {
+            tensor.name: (group, index, tensor)
+            for group, cache_group in enumerate(spec.groups)
+            if number in cache_group.layers
+            for index, tensor in enumerate(cache_group.tensors)
+        }
+        if not self._tensors:
+            spec.group_index(number, "")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of this layer."""
+        return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape that a destination for `name` must have: `[rows, tokens, *inner]` or `[rows, *inner]`."""
+        group, index, tensor = self._tensor(name)
+        rows = local_rows(self._lease.spec.groups[group], index, self._lease.shard)
+        return tensor.shape(rows, self._tokens(group))
+
+    def _tensor(self, name: str) -> tuple[int, int, TensorSpec]:
+        found = self._tensors.get(name)
+        if found is None:
+            self._lease.spec.group_index(self.number, name)
+            raise AssertionError("unreachable")
+        return found
+
+    def _tokens(self, group: int) -> int:
+        cache_group = self._lease.spec.groups[group]
+        if cache_group.rule is ReuseRule.ATTENTION:
+            return self._lease.tokens
+        return cache_group.valid_tokens(self._lease.spec.block_tokens, self._lease.tokens)
+
+    def copy_to(self, **tensors: Any) -> None:
+        """Copy tensors of this layer into the caller's arrays, which it may then change freely.
+
+        Args:
+            tensors: writable host arrays by the spec's tensor names, of the shape that `shape` gives.
+
+        Raises:
+            LeaseError: the lease was released, or a shape is wrong or an array read-only.
+            WriteError: an array has the wrong type.
+        """
+        import time
+
+        self._lease.check()
+        plans = []
+        for name, array in tensors.items():
+            group, index, _ = self._tensor(name)
+            what = f"the destination for {name!r} of layer {self.number}"
+            cache_group = self._lease.spec.groups[group]
+            view = check_array(array, cache_group, index, self._lease.shard, self._tokens(group), what, LeaseError)
+            if not view.is_writable:
+                raise LeaseError(f"{what} is read-only")
+            plans.append(self._plan(group, index, view))
+        plan = join_plans(plans)
+        begin = time.perf_counter()
+        copy_rows(plan)
+        self._lease._account(int((plan[:, 2] * plan[:, 3]).sum()), time.perf_counter() - begin)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """A copy of one tensor, `[rows, tokens, *inner]` or `[rows, *inner]`, in the storage type.
+
+        bfloat16 and float8 come as unsigned integers of their width.
+        """
+        array: npt.NDArray[Any] = np.empty(self.shape(name), self._tensor(name)[2].dtype.storage)
+        self.copy_to(**{name: array})
+        return array
+
+    def blocks(self, name: str) -> list[npt.NDArray[Any]]:
+        """Read-only views of an attention tensor where it lies, one per block: `[rows, tokens, *inner]`.
+
+        States and windows have no views: engines update them in place, so `read` copies.
+
+        Raises:
+            LeaseError: the tensor belongs to a state, or its rows are spread over several records.
+        """
+        group, index, tensor = self._tensor(name)
+        self._lease.check()
+        columns = self._columns(group)
+        rows = local_rows(self._lease.spec.groups[group], index, self._lease.shard)
+        runs = runs_of(columns[0].layout, self.number, index, self._lease.shard) if len(columns) == 1 else ()
+        in_order = [run.row for run in runs] == sorted(run.row for run in runs)
+        if tensor.has_tokens is False or self._lease.spec.groups[group].rule is not ReuseRule.ATTENTION:
+            raise LeaseError(f"{name!r} of layer {self.number} is a state; read() copies it")
+        if sum(run.rows for run in runs) != rows or not in_order:
+            raise LeaseError(f"{name!r} of layer {self.number} is spread over several records; read() joins it")
+        views: list[npt.NDArray[Any]] = []
+        for held in columns[0].records:
+            whole = Record(held.layout, held.memory).tensor(self.number, name)
+            first = (runs[0].offset - held.layout.pieces[held.layout.tensor_pieces(self.number, index)[0]].offset) // (
+                tensor.row_bytes * held.layout.capacity_tokens
+            )
+            view = whole[first : first + rows, : held.header.valid_tokens].view(_LeasedArray)
+            view.lease = self._lease
+            view.flags.writeable = False
+            views.append(view)
+        return views
+
+    def _columns(self, group: int) -> list[_Column]:
+        for span in self._lease.spec.spans[group]:
+            if self.number in span.layers:
+                return self._lease._spans(group, span.index)
+        raise AssertionError("the layer belongs to the group, so it lies in a span")
+
+    def _plan(self, group: int, index: int, view: Any) -> npt.NDArray[np.uint64]:
+        lease = self._lease
+        block = lease.spec.block_tokens
+        plans = []
+        for column in self._columns(group):
+            layout = column.layout
+            if not layout.capacity_tokens:
+                address = int(column.addresses[0])
+                plans.append(state_plan(layout, self.number, index, lease.shard, view, address, into_records=False))
+                continue
+            is_attention = lease.spec.groups[group].rule is ReuseRule.ATTENTION
+            view_tokens = column.nodes * block if is_attention else np.zeros_like(column.nodes)
+            plans.append(
+                token_plan(
+                    layout,
+                    self.number,
+                    index,
+                    lease.shard,
+                    view,
+                    column.addresses,
+                    np.zeros_like(column.nodes),
+                    view_tokens,
+                    column.valid,
+                    into_records=False,
+                )
+            )
+        return join_plans(plans)
+
+
+class _LeasedArray(np.ndarray[Any, Any]):
+    """A view that keeps its lease alive."""
+
+    lease: Lease

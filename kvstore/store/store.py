@@ -1,0 +1,395 @@
+"""The store: one pool in this process, and what engines do with it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kvstore.errors import LeaseError, LeaseGoneError, StoreClosedError, WriteError
+from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
+from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordName
+from kvstore.spec import WHOLE, ReuseRule
+from kvstore.store.lease import Lease
+from kvstore.store.waiters import Waiters
+from kvstore.store.writer import Writer
+from kvstore.tiers import DramTier
+from kvstore.units import parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+
+    from kvstore.abc import CheckpointPolicy, EvictionPolicy, TransportOptions
+    from kvstore.handle import Handle
+    from kvstore.keys import ExtraInput
+    from kvstore.spec import ChunkGrid, ModelSpec, Shard
+    from kvstore.transfer import Endpoint, Sender, TransferReport
+
+DRAM_DEFAULT = "1GiB"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A prompt that was handed over to this process.
+
+    Attributes:
+        handover: the first sampled token and what came with it.
+        match: the resume point, which ends at the prompt's very end; `Store.read` it and decode on.
+    """
+
+    handover: HandOver
+    match: Match
+
+
+def open_store(
+    spec: ModelSpec,
+    *,
+    dram: int | str = DRAM_DEFAULT,
+    eviction: EvictionPolicy | None = None,
+    checkpoints: CheckpointPolicy | None = None,
+) -> Store:
+    """Open a store in this process; also `kvstore.open`.
+
+    Args:
+        spec: the model whose cache is kept.
+        dram: bytes of host memory that it may take, headers and index included: `"8GiB"`.
+        eviction: ranks what may go; least recently used by default.
+        checkpoints: suggests where to take states; a halving ladder by default.
+
+    Raises:
+        RecordTooLargeError: not even one record fits.
+        ValueError: `dram` is not a size.
+    """
+    tier = DramTier(parse_bytes(dram))
+    return Store(Pool(spec, tier, eviction=eviction, checkpoints=checkpoints))
+
+
+class Store:
+    """Finds, reads, writes and sends the cache of prefixes. Any thread may call; a context manager.
+
+    After a fork the child's store is closed: use spawn, or open another store there.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.spec: ModelSpec = pool.spec
+        self._waiters = Waiters()
+        self._endpoints: list[Endpoint] = []
+        self._sender: Sender | None = None
+        self._lock = threading.Lock()
+        self._copied_bytes = 0
+        self._copied_s = 0.0
+        pool.subscribe(self._waiters.retry)
+        _OPEN_STORES.add(self)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prompt(
+        self, token_ids: Any, *, salt: bytes = b"", adapter: str = "", extras: Iterable[ExtraInput] = ()
+    ) -> Prompt:
+        """Compute a prompt's keys once, for use in several calls.
+
+        Raises:
+            TokenError: no ids, negative, huge or too many ids, or a salt or extra input past its limit.
+        """
+        return Prompt.of(self.spec, token_ids, salt=salt, adapter=adapter, extras=extras)
+
+    def _as_prompt(self, prompt: Any, salt: bytes, adapter: str, extras: Iterable[ExtraInput]) -> Prompt:
+        if isinstance(prompt, Prompt):
+            if salt or adapter or tuple(extras):
+                raise WriteError("a Prompt has its salt, adapter and extras already; pass them to Store.prompt only")
+            return prompt
+        return self.prompt(prompt, salt=salt, adapter=adapter, extras=extras)
+
+    # Reading
+
+    def match(
+        self,
+        prompt: Any,
+        *,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+    ) -> Match:
+        """How much of a prompt is there: a resume point, or a falsy match that says why not.
+
+        Args:
+            prompt: token ids, or a `Prompt`. At most one token less than it has can match.
+            salt, adapter, extras: what it is cached under.
+            shard: the tensor-parallel position whose share is asked for.
+            grid: insist on these chunk boundaries (strict numerics); None takes any.
+
+        Raises:
+            TokenError: as `prompt`. StoreClosedError: the store is closed.
+        """
+        found = self.pool.match(self._as_prompt(prompt, salt, adapter, extras), shard=shard, grid=grid)
+        best = found.best
+        if best is None or self._copied_s == 0.0:
+            return found
+        return replace(found, expected_load_s=best.size_bytes * self._copied_s / self._copied_bytes)
+
+    def read(self, match: Match, *, verify: bool = False) -> Lease:
+        """Pin the records of a match and read them.
+
+        Args:
+            verify: recompute every checksum first. Damaged records leave the index, and the next best
+                candidate of the match is read instead: look at the lease's `tokens`.
+
+        Raises:
+            LeaseGoneError: it was evicted since (or, verifying, nothing undamaged is left); match again.
+            LeaseError: the match is a miss.
+        """
+        if not match.candidates:
+            raise LeaseError("there is nothing to read: the match is a miss; test `if match:` first")
+        for candidate in match.candidates if verify else match.candidates[:1]:
+            try:
+                hold = self.pool.hold(candidate.path, shard=match.shard, grid=match.grid)
+            except LeaseGoneError:
+                if verify:
+                    continue
+                raise
+            lease = Lease(self.spec, hold, match.shard, self._copied)
+            damaged = lease.verify() if verify else []
+            if not damaged:
+                return lease
+            lease.release()
+            for held in damaged:
+                rule = self.spec.groups[held.name.group].rule
+                self.pool.condemn(candidate.path.key(held.name.node), is_state=rule is ReuseRule.STATE)
+        raise LeaseGoneError("every resume point of this match was damaged or evicted; match again")
+
+    def _copied(self, size_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self._copied_bytes += size_bytes
+            self._copied_s += seconds
+
+    # Writing
+
+    def write(
+        self,
+        prompt: Any,
+        *,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        resume_at: Sequence[int] | None = None,
+        resume: Lease | None = None,
+        grid: ChunkGrid | None = None,
+        shard: Shard = WHOLE,
+    ) -> Writer:
+        """Reserve space for what the store lacks of a prompt, and write it while it is computed.
+
+        Args:
+            prompt: token ids, or a `Prompt`.
+            salt, adapter, extras: what it is cached under.
+            resume_at: lengths at which states will be stored: block boundaries, or the prompt's end, which
+                alone stores the tokens past the last whole block too. By default the prompt's end.
+            resume: the lease that the engine continues from; nothing before its end need be put again.
+            grid: the chunk boundaries that the engine computes with; needed for strict matches later.
+            shard: the tensor-parallel position whose share is written.
+
+        Raises:
+            PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
+            WriteError: a length in `resume_at` is impossible. TokenError: as `prompt`.
+        """
+        target = self._as_prompt(prompt, salt, adapter, extras)
+        start = resume.tokens if resume is not None else 0
+        lengths = self._checkpoints(target, resume_at, start, grid)
+        whole = len(target.path.keys)
+        path = target.path if len(target) in lengths else target.path.prefix(whole)
+        if not len(path):
+            raise WriteError(
+                f"a prompt of {len(target)} tokens fills no block of {self.spec.block_tokens}; "
+                "name its end in resume_at to store it as a tail"
+            )
+        first = start // self.spec.block_tokens
+        inherited = [record for record in (resume.records if resume else ()) if record.name.node < first]
+        transaction = self.pool.begin(
+            path,
+            self._names(path, lengths, first, shard),
+            salt=target.salt,
+            grid=grid,
+            resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
+            inherited=[record for record in inherited if record.layout.group.rule is ReuseRule.ATTENTION],
+        )
+        writer = Writer(self, target, transaction, lengths, shard)
+        if resume is not None:
+            try:
+                writer.resume_from(resume)
+            except BaseException:
+                writer.abort("the tail that it resumes from could not be copied")
+                raise
+        return writer
+
+    def _checkpoints(
+        self, prompt: Prompt, resume_at: Sequence[int] | None, start: int, grid: ChunkGrid | None
+    ) -> tuple[int, ...]:
+        lengths = tuple(sorted(set(resume_at))) if resume_at is not None else (len(prompt),)
+        if len(lengths) > CHECKPOINTS_PER_WRITE_MAX:
+            raise WriteError(f"{len(lengths)} checkpoints are more than the limit of {CHECKPOINTS_PER_WRITE_MAX}")
+        block = self.spec.block_tokens
+        for length in lengths:
+            if not start < length <= len(prompt):
+                raise WriteError(
+                    f"resume_at={length} is not past the {start} tokens that are resumed from, "
+                    f"and at most the prompt's {len(prompt)}"
+                )
+            if length % block and length != len(prompt):
+                raise WriteError(
+                    f"resume_at={length} is neither a multiple of block_tokens={block} nor the prompt's end, {len(prompt)}"
+                )
+            if grid is not None and not grid.has(length) and self.spec.state_groups:
+                raise WriteError(f"resume_at={length} is not a chunk boundary; the next is {grid.closing(length)}")
+        return lengths
+
+    def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> list[RecordName]:
+        """What this writer provides: attention from the block it resumes in, states at its checkpoints."""
+        names: list[RecordName] = []
+        states = {node for length in lengths if (node := path.node_at(length)) is not None}
+        for index, group in enumerate(self.spec.groups):
+            units = group.units_written_by(shard)
+            if units is None:
+                continue
+            nodes = range(first, len(path)) if group.rule is ReuseRule.ATTENTION else sorted(states)
+            names.extend(
+                RecordName(node, index, span.index, units) for node in nodes for span in self.spec.spans[index]
+            )
+        return names
+
+    # Waiting
+
+    def accept(
+        self, prompt: Any, *, salt: bytes = b"", adapter: str = "", extras: Iterable[ExtraInput] = ()
+    ) -> Handle[Arrival]:
+        """Take over a prompt that another process prefills: resolves once its hand-over is committed here.
+
+        Each hand-over is taken once. Block with `.result(deadline_s)`, poll, or `await`.
+        """
+        target = self._as_prompt(prompt, salt, adapter, extras)
+
+        def attempt() -> Arrival | None:
+            match = self.pool.match(target, cap_tokens=len(target))
+            if match.tokens != len(target):
+                return None
+            handover = self.pool.take_handover(target.path)
+            return None if handover is None else Arrival(handover, match)
+
+        return self._waiters.add(f"the hand-over of a prompt of {len(target)} tokens", attempt)
+
+    def when_ready(
+        self, prompt: Any, tokens: int, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None
+    ) -> Handle[Match]:
+        """Resolves once a resume point of at least `tokens` tokens is there; see `Match.pending_tokens`."""
+        target = self._as_prompt(prompt, b"", "", ())
+
+        def attempt() -> Match | None:
+            match = self.match(target, shard=shard, grid=grid)
+            return match if match.tokens >= tokens else None
+
+        return self._waiters.add(f"a resume point of {tokens} tokens", attempt)
+
+    # Other nodes
+
+    def listen(self, address: str, **options: Any) -> Endpoint:
+        """Receive transfers from other nodes: `listen("tcp://0.0.0.0:7400")`. Closed with the store.
+
+        Raises:
+            AddressError: the address is malformed, in use, or names no transport.
+        """
+        from kvstore.transfer import Endpoint
+
+        endpoint = Endpoint(self.pool, address, **options)
+        with self._lock:
+            self._endpoints.append(endpoint)
+        return endpoint
+
+    def send(
+        self,
+        match: Match,
+        address: str,
+        *,
+        handover: HandOver | None = None,
+        transport: TransportOptions | None = None,
+        **options: Any,
+    ) -> Handle[TransferReport]:
+        """Send a resume point to another node; only what is missing there crosses.
+
+        The handle resolves when the other node has committed it. `cancel()` aborts on both sides.
+
+        Raises:
+            LeaseGoneError: it was evicted since it was matched. AddressError: no such address.
+        """
+        from kvstore.transfer import send_lease
+
+        sender = self._own_sender()
+        return send_lease(self.read(match), address, handover=handover, transport=transport, sender=sender, **options)
+
+    def _send_writer(
+        self, writer: Writer, address: str, *, transport: TransportOptions | None = None, **options: Any
+    ) -> Handle[TransferReport]:
+        from kvstore.transfer import send_writer
+
+        return send_writer(writer, address, transport=transport, sender=self._own_sender(), **options)
+
+    def _own_sender(self) -> Sender:
+        from kvstore.transfer import Sender
+
+        with self._lock:
+            self.check_open()
+            if self._sender is None:
+                self._sender = Sender()
+            return self._sender
+
+    # The store itself
+
+    def statistics(self) -> PoolStatistics:
+        """Counters, and what the budget is used for."""
+        return self.pool.statistics()
+
+    def close(self) -> None:
+        """Cancel transfers, close endpoints, end waits, release memory. Idempotent.
+
+        Open leases and writers become unusable.
+        """
+        with self._lock:
+            endpoints, self._endpoints = self._endpoints, []
+            sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close()
+        for endpoint in endpoints:
+            endpoint.close()
+        self._waiters.close()
+        self.pool.close()
+        _OPEN_STORES.discard(self)
+
+    @property
+    def is_closed(self) -> bool:
+        return self.pool.is_closed
+
+    def check_open(self) -> None:
+        """Raise `StoreClosedError` if the store was closed, or belongs to the parent of a fork."""
+        if self.is_closed:
+            raise StoreClosedError("the store is closed; open it again")
+
+
+_OPEN_STORES: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # Threads and locks do not survive a fork; a store that only looks alive would hang or lie.
+    for store in list(_OPEN_STORES):
+        store.pool.is_closed = True
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,282 @@
+"""Writing a prompt's cache while it is computed."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from kvstore.errors import WriteError
+from kvstore.record.copy import check_array
+from kvstore.spec import ReuseRule
+from kvstore.store.fill import SpanRecords, checksum_pieces, gather_state, gather_tokens, spans_of
+from kvstore.store.intervals import IntervalSet
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from kvstore.handle import Handle
+    from kvstore.pool import HandOver, Prompt, Transaction
+    from kvstore.spec import ModelSpec, Shard
+    from kvstore.store.lease import Lease
+    from kvstore.store.store import Store
+    from kvstore.transfer import TransferReport
+
+
+class WriteListener(Protocol):
+    """Who follows a writer: a stream to another node. Called by the thread that puts; must not block."""
+
+    def pieces_whole(self, record: int, pieces: npt.NDArray[np.int64]) -> None:
+        """Pieces of a record of the transaction are filled and checksummed."""
+
+    def record_sealed(self, record: int, cost_us: int) -> None:
+        """A record is complete."""
+
+    def committed(self, upto_tokens: int, handover: HandOver | None) -> None:
+        """Everything up to a length is visible here."""
+
+    def aborted(self, reason: str) -> None:
+        """The writer gave up."""
+
+
+class Writer:
+    """A prompt's cache on its way into the store: any order, any thread, visible only once committed.
+
+    Leaving the `with` block without `commit` gives everything back.
+
+    Attributes:
+        prompt: what is written.
+        resume_at: lengths at which this writer stores states.
+        transaction: the reserved records.
+    """
+
+    def __init__(
+        self, store: Store, prompt: Prompt, transaction: Transaction, resume_at: tuple[int, ...], shard: Shard
+    ) -> None:
+        self.prompt = prompt
+        self.resume_at = resume_at
+        self.transaction = transaction
+        self._store = store
+        self._spec: ModelSpec = store.spec
+        self._shard = shard
+        self._lock = threading.RLock()
+        self._spans: dict[tuple[int, int], SpanRecords] = spans_of(transaction)
+        self._span_of_layer = {
+            (group, layer): span.index
+            for group, spans in enumerate(self._spec.spans)
+            for span in spans
+            for layer in span.layers
+        }
+        self._claimed: dict[tuple[int, int, int], IntervalSet] = {}
+        self._filled: dict[tuple[int, int, int], IntervalSet] = {}
+        self._claimed_states: set[tuple[int, int, int, int]] = set()
+        self._whole_pieces = np.zeros(len(transaction.records), np.int64)
+        self._costs_s = np.zeros(len(transaction.records))
+        self._listeners: list[WriteListener] = []
+        self._whole: list[tuple[int, npt.NDArray[np.int64]]] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.transaction.is_open:
+            self.abort("the with block was left without a commit" if error is None else f"{type(error).__name__}")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes reserved by this writer, headers included."""
+        return sum(record.slot.size_bytes for record in self.transaction.records)
+
+    def put(self, layer: int, *, tokens: slice, cost_s: float = 0.0, **tensors: Any) -> None:
+        """Store attention tensors of one layer for a range of tokens. One native call per tensor.
+
+        Blocks that the store has already are skipped. The arrays may be reused when this returns.
+
+        Args:
+            layer: model layer number.
+            tokens: the range, counted from the start of the prompt; no step.
+            cost_s: seconds of prefill that these tokens of this layer took, if known.
+            tensors: arrays by the spec's tensor names, each `[rows, tokens, *inner]`, on the host.
+
+        Raises:
+            WriteError: a range twice, outside or overlapping; a wrong shape or type; the writer has ended.
+            SpecError: the layer has no such tensor.
+        """
+        start, stop = self._range(tokens)
+        with self.transaction.moving():
+            for name, array in tensors.items():
+                group, index = self._tensor(layer, name, ReuseRule.ATTENTION)
+                what = f"{name!r} of layer {layer}, tokens {start} to {stop},"
+                view = check_array(array, self._spec.groups[group], index, self._shard, stop - start, what, WriteError)
+                self._claim(layer, group, index, start, stop, what)
+                span = self._spans.get((group, self._span_of_layer[group, layer]))
+                if span is None:
+                    continue
+                gather_tokens(span, layer, index, self._shard, view, start, stop, self._spec.block_tokens)
+                self._tokens_arrived(span, layer, group, index, start, stop, cost_s / len(tensors))
+
+    def put_state(self, layer: int, *, at: int, cost_s: float = 0.0, **tensors: Any) -> None:
+        """Store state tensors of one layer after exactly `at` tokens.
+
+        Args:
+            layer: model layer number.
+            at: the length, one of `resume_at`.
+            cost_s: seconds of prefill that having this state saves, if known.
+            tensors: arrays by the spec's tensor names: `[rows, *inner]`; of a window `[rows, valid, *inner]`,
+                the last `min(at, window)` tokens, oldest first.
+
+        Raises:
+            WriteError: not a checkpoint of this writer, or as `put`. SpecError: as `put`.
+        """
+        node = self.transaction.path.node_at(at)
+        if at not in self.resume_at or node is None:
+            lengths = ", ".join(str(length) for length in self.resume_at) or "none"
+            raise WriteError(f"this writer takes no states at {at} tokens; its resume_at is: {lengths}")
+        with self.transaction.moving():
+            for name, array in tensors.items():
+                group, index = self._tensor(layer, name, ReuseRule.STATE)
+                valid = self._spec.groups[group].valid_tokens(self._spec.block_tokens, at)
+                what = f"{name!r} of layer {layer} at {at} tokens"
+                view = check_array(array, self._spec.groups[group], index, self._shard, valid, what, WriteError)
+                with self._lock:
+                    if (layer, group, index, at) in self._claimed_states:
+                        raise WriteError(f"{what} was put before; each state is put once")
+                    self._claimed_states.add((layer, group, index, at))
+                span = self._spans.get((group, self._span_of_layer[group, layer]))
+                if span is None or span.index[node] < 0:
+                    continue
+                gather_state(span, layer, index, self._shard, view, node)
+                nodes = np.array([node])
+                with self._lock:
+                    self._pieces_arrived(span, layer, index, nodes, np.array([cost_s / len(tensors)]))
+
+    def _range(self, tokens: slice) -> tuple[int, int]:
+        start, stop = tokens.start or 0, len(self.prompt) if tokens.stop is None else tokens.stop
+        if tokens.step not in (None, 1) or not 0 <= start < stop <= len(self.prompt):
+            raise WriteError(f"tokens {start} to {stop} are not a range within the prompt's {len(self.prompt)} tokens")
+        return start, stop
+
+    def _tensor(self, layer: int, name: str, rule: ReuseRule) -> tuple[int, int]:
+        index = self._spec.group_index(layer, name)
+        group = self._spec.groups[index]
+        if group.rule is not rule:
+            method = "put" if group.rule is ReuseRule.ATTENTION else "put_state"
+            raise WriteError(
+                f"{name!r} of layer {layer} belongs to {group.rule.value} group {group.name!r}: use {method}"
+            )
+        return index, next(i for i, tensor in enumerate(group.tensors) if tensor.name == name)
+
+    def _claim(self, layer: int, group: int, tensor: int, start: int, stop: int, what: str) -> None:
+        with self._lock:
+            claimed = self._claimed.setdefault((layer, group, tensor), IntervalSet())
+            overlap = claimed.overlap(start, stop)
+            if overlap is not None:
+                raise WriteError(f"{what} overlap tokens {overlap[0]} to {overlap[1]}, which were put before")
+            claimed.add(start, stop)
+
+    def _tokens_arrived(
+        self, span: SpanRecords, layer: int, group: int, tensor: int, start: int, stop: int, cost_s: float
+    ) -> None:
+        """Tokens of one tensor have been copied: checksum and report the pieces that are whole now."""
+        block = self._spec.block_tokens
+        with self._lock:
+            filled = self._filled.setdefault((layer, group, tensor), IntervalSet())
+            left, right = filled.add(start, stop)
+            end = self.transaction.path.tokens
+            nodes = np.arange(start // block, -(-min(stop, end) // block))
+            nodes = nodes[nodes < len(span.index)]
+            nodes = nodes[span.index[nodes] >= 0]
+            first, last = nodes * block, np.minimum((nodes + 1) * block, end)
+            shares = (np.minimum(last, stop) - np.maximum(first, start)) / (stop - start) * cost_s
+            self._costs_s[span.index[nodes]] += shares
+            whole = nodes[(first >= left) & (last <= right)]
+            self._pieces_arrived(span, layer, tensor, whole, np.zeros(len(whole)))
+
+    def _pieces_arrived(
+        self,
+        span: SpanRecords,
+        layer: int,
+        tensor: int,
+        nodes: npt.NDArray[np.int64],
+        costs_s: npt.NDArray[np.float64],
+    ) -> None:
+        pieces = span.layout.tensor_pieces(layer, tensor)
+        if not nodes.size or not pieces:
+            return
+        checksum_pieces(span, self.transaction, nodes, pieces)
+        ids = np.arange(pieces.start, pieces.stop)
+        for node, cost_s in zip(nodes.tolist(), costs_s.tolist(), strict=True):
+            record = int(span.index[node])
+            self._costs_s[record] += cost_s
+            self._whole_pieces[record] += len(pieces)
+            self._whole.append((record, ids))
+            for listener in self._listeners:
+                listener.pieces_whole(record, ids)
+            if self._whole_pieces[record] == len(span.layout.pieces):
+                self._seal(record)
+
+    def _seal(self, record: int) -> None:
+        cost_us = round(self._costs_s[record] * 1e6)
+        self.transaction.seal(record, cost_us)
+        for listener in self._listeners:
+            listener.record_sealed(record, cost_us)
+
+    def subscribe(self, listener: WriteListener) -> None:
+        """Report to `listener` what is whole by now, and from here on everything that becomes so."""
+        with self._lock:
+            for record, pieces in self._whole:
+                listener.pieces_whole(record, pieces)
+            for record in range(len(self.transaction.records)):
+                if self.transaction.is_sealed(record):
+                    listener.record_sealed(record, round(self._costs_s[record] * 1e6))
+            self._listeners.append(listener)
+
+    def resume_from(self, lease: Lease) -> None:
+        """For `Store.write`: the first block begins with the tail that the lease ends in; it counts as filled."""
+        block = self._spec.block_tokens
+        start = lease.tokens // block * block
+        if start == lease.tokens:
+            return
+        with self.transaction.moving():
+            for group in self._spec.attention_groups:
+                for layer in self._spec.groups[group].layers:
+                    for index, tensor in enumerate(self._spec.groups[group].tensors):
+                        span = self._spans.get((group, self._span_of_layer[group, layer]))
+                        if span is None or span.index[start // block] < 0:
+                            continue
+                        array = lease.layer(layer).read(tensor.name)[:, start:]
+                        what = f"{tensor.name!r} of layer {layer} in the tail"
+                        view = check_array(
+                            array, self._spec.groups[group], index, self._shard, lease.tokens - start, what, WriteError
+                        )
+                        self._claim(layer, group, index, start, lease.tokens, what)
+                        gather_tokens(span, layer, index, self._shard, view, start, lease.tokens, block)
+                        self._tokens_arrived(span, layer, group, index, start, lease.tokens, 0.0)
+
+    def send(self, address: str, **options: Any) -> Handle[TransferReport]:
+        """Stream the prompt's resume point to another node while it is written; see `Store.send`."""
+        return self._store._send_writer(self, address, **options)
+
+    def commit(self, upto_tokens: int | None = None, *, handover: HandOver | None = None) -> None:
+        """Make what was written visible, all or nothing. With a length, only what ends there or before.
+
+        Raises:
+            WriteError: something within the range was not put, or the writer has ended.
+        """
+        self.transaction.commit(upto_tokens, handover)
+        upto = self.transaction.path.tokens if upto_tokens is None else upto_tokens
+        for listener in tuple(self._listeners):
+            listener.committed(upto, handover)
+
+    def abort(self, reason: str = "aborted by the caller") -> None:
+        """Give everything that was not committed back. Idempotent."""
+        if not self.transaction.is_open:
+            return
+        self.transaction.abort(reason)
+        for listener in tuple(self._listeners):
+            listener.aborted(reason)
