@@ -1,0 +1,1 @@
+"""Benchmarks, sorted by question; `make bench` runs them."""

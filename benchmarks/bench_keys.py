@@ -1,0 +1,32 @@
+"""Keys per second: a whole prompt at once, and one block more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from kvstore.keys import KeyChain, prefix_keys, root_key
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+ROOT = root_key(bytes(32), salt=b"benchmark")
+PROMPT_TOKENS = 131_072
+TOKEN_IDS = np.random.default_rng(1).integers(0, 150_000, PROMPT_TOKENS).astype(np.uint32)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 64, 256])
+def test_keys_of_a_prompt(benchmark: BenchmarkFixture, block_tokens: int) -> None:
+    keys = benchmark(prefix_keys, ROOT, TOKEN_IDS, block_tokens)
+    assert len(keys) == PROMPT_TOKENS // block_tokens
+    benchmark.extra_info["keys_per_s"] = round(len(keys) / benchmark.stats.stats.median)
+
+
+def test_one_block_more(benchmark: BenchmarkFixture) -> None:
+    chain = KeyChain(ROOT, 64)
+    chain.extend(TOKEN_IDS)
+    block = TOKEN_IDS[:64]
+    benchmark.pedantic(chain.extend, args=(block,), rounds=2000)
+    benchmark.extra_info["keys_per_s"] = round(1 / benchmark.stats.stats.median)
