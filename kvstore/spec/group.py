@@ -112,7 +112,7 @@ class CacheGroup:
         )
 
     def units_written_by(self, shard: Shard) -> UnitRange | None:
-        """Group units that a worker stores; None when a neighbour that holds the same units does.
+        """Group units that a worker stores; None when neighbours that hold the same rows do.
 
         Raises:
             SpecError: the group's units cannot be written by this many workers.
@@ -120,17 +120,19 @@ class CacheGroup:
         count = self.unit_count
         if count % shard.count == 0:
             share = count // shard.count
-            return UnitRange(shard.index * share, (shard.index + 1) * share)
-        if shard.count % count == 0:
+            units = UnitRange(shard.index * share, (shard.index + 1) * share)
+        elif shard.count % count == 0:
             copies = shard.count // count
             if shard.index % copies:
                 return None
-            unit = shard.index // copies
-            return UnitRange(unit, unit + 1)
-        raise SpecError(
-            f"group {self.name!r} has {count} shard units, which {shard.count} workers cannot write; "
-            "use a worker count that divides the units, or a multiple of them"
-        )
+            units = UnitRange(shard.index // copies, shard.index // copies + 1)
+        else:
+            raise SpecError(
+                f"group {self.name!r} has {count} shard units, which {shard.count} workers cannot write; "
+                "use a worker count that divides the units, or a multiple of them"
+            )
+        segments = (segment for tensor in self.tensors for segment in tensor.segments)
+        return units if any(len(self.segment_units(segment, units)) for segment in segments) else None
 
     def layer_bytes(self, block_tokens: int) -> int:
         """Bytes of one layer's tensors in one record that holds every unit."""

@@ -29,6 +29,8 @@ class Segment:
     replicated: bool = False
 
     def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise SpecError(f"segment name {self.name!r} is not an identifier")
         if not 1 <= self.units <= SHARD_UNITS_MAX:
             raise SpecError(f"segment {self.name!r} has {self.units} shard units; allowed are 1 to {SHARD_UNITS_MAX}")
         if self.unit_rows < 1:
