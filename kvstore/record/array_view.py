@@ -62,7 +62,10 @@ def view_array(array: Any, dtype: DType, what: str) -> ArrayView:
             # Only what shares its memory: a copy made here would swallow what is written into it.
             array = np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(memoryview(array))
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise WriteError(f"{what} is no array in host memory that can be viewed: {error}") from error
+            found = type(array).__name__
+            raise WriteError(
+                f"{what} is of type {found}, no array in host memory that can be viewed: {error}"
+            ) from error
     # ml_dtypes and the libraries that use it give NumPy a bfloat16 and float8 of their own.
     is_other_name = not dtype.is_native and array.dtype.name == dtype.label
     if array.dtype != dtype.storage and not is_other_name:

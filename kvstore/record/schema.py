@@ -11,6 +11,8 @@ from kvstore.errors import FormatVersionError, RecordError, SpecError
 from kvstore.limits import BLOCK_TOKENS_MAX, LAYERS_MAX, SHARD_UNITS_MAX
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kvstore.spec import CacheGroup, LayerSpan, ModelSpec, TensorSpec, UnitRange
 
 FORMAT_VERSION = "1"
@@ -123,14 +125,7 @@ def parse_schema(schema: pa.Schema) -> SchemaFields:
     metadata = {
         key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()
     }
-    version = metadata.get("kvstore.version")
-    if version is None:
-        raise RecordError("the Arrow schema has no kvstore.version; this is not a kvstore record")
-    if version != FORMAT_VERSION:
-        raise FormatVersionError(
-            f"record format version {version!r} is not {FORMAT_VERSION!r}, the one that this reader knows; "
-            "use a kvstore release that writes or reads it"
-        )
+    check_version(schema.metadata or {})
     try:
         start, stop, count = (parse_number(part) for part in metadata["kvstore.units"].split(":"))
         fields = SchemaFields(
@@ -173,6 +168,22 @@ def _check_fields(fields: SchemaFields) -> None:
     if fields.rule == "attention" and fields.capacity_tokens != fields.block_tokens:
         raise RecordError(
             f"an attention record has room for {fields.capacity_tokens} tokens in blocks of {fields.block_tokens}"
+        )
+
+
+def check_version(metadata: Mapping[bytes, bytes]) -> None:
+    """Check the format version alone: all else, checksums too, depends on it.
+
+    Raises:
+        FormatVersionError: another version than this reader knows. RecordError: there is none.
+    """
+    version = metadata.get(b"kvstore.version", b"").decode(errors="replace")
+    if not version:
+        raise RecordError("the Arrow schema has no kvstore.version; this is not a kvstore record")
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"record format version {version!r} is not {FORMAT_VERSION!r}, the one that this reader knows; "
+            "use a kvstore release that writes or reads it"
         )
 
 

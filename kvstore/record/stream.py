@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,9 @@ from kvstore._native import crc32c, crc32c_many
 from kvstore.errors import ChecksumError, RecordError
 from kvstore.limits import RECORD_ALIGN_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES_MAX
 from kvstore.record.columns import TensorColumn, column_offsets, parse_columns
-from kvstore.record.header import CHECKSUM_FIELD, CHECKSUM_PREFIX, CHECKSUM_ZERO, RecordHeader, checksum_field
-from kvstore.record.message import END_OF_STREAM, MessageKind, message_frame
-from kvstore.record.schema import SchemaFields, parse_schema
+from kvstore.record.header import CHECKSUM_PREFIX, CHECKSUM_ZERO, RecordHeader, checksum_field
+from kvstore.record.message import END_OF_STREAM, MessageFrame, MessageKind, message_frame
+from kvstore.record.schema import SchemaFields, check_version, parse_schema
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from kvstore.record.record import Record
 
 STREAM_BYTES_MAX = RECORD_BYTES_MAX + 2 * RECORD_HEADER_BYTES_MAX + len(END_OF_STREAM)
+
+_CHECKSUM_FIELD = re.compile(re.escape(CHECKSUM_PREFIX) + rb"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,10 @@ def read_record_stream(data: bytes | bytearray | memoryview) -> StreamedRecord:
     if view.nbytes > STREAM_BYTES_MAX:
         raise RecordError(f"{view.nbytes} bytes are more than any record; the limit is {STREAM_BYTES_MAX}")
     schema_frame = message_frame(view, 0, MessageKind.SCHEMA)
+    check_version(schema_frame.custom_metadata)
+    start = schema_frame.metadata_bytes
     if schema_frame.body_bytes:
         raise RecordError("the record's schema message has a body")
-    start = schema_frame.metadata_bytes
-    schema = _read_schema(view[:start])
-    fields = parse_schema(schema)
-    columns = parse_columns(schema, fields)
     frame = message_frame(view, start, MessageKind.RECORD_BATCH)
     if frame.metadata_bytes % RECORD_ALIGN_BYTES:
         raise RecordError(f"the record's header is {frame.metadata_bytes} bytes, no multiple of {RECORD_ALIGN_BYTES}")
@@ -126,20 +127,37 @@ def read_record_stream(data: bytes | bytearray | memoryview) -> StreamedRecord:
             f"{rest.nbytes} bytes follow the record, where Arrow's {len(END_OF_STREAM)} bytes end-of-stream marker "
             "belongs: it is truncated, or something else follows"
         )
+    # Before Arrow parses any of it: damage stops here.
+    checksums = _checked_metadata(view[:start], record, frame)
+    schema = _read_schema(view[:start])
+    fields = parse_schema(schema)
+    columns = parse_columns(schema, fields)
     batch, custom = _read_batch(view)
-    metadata = {key.decode(errors="replace"): value for key, value in (custom or {}).items()}
-    header = RecordHeader.from_fields(metadata)
+    header = RecordHeader.from_fields({key.decode(errors="replace"): value for key, value in (custom or {}).items()})
     offsets = [frame.metadata_bytes + offset for offset in column_offsets(columns, len(fields.layers))]
-    _check_body(batch, fields, columns, offsets, record)
-    checksums = np.frombuffer(
-        record, np.uint32, sum(1 for column in columns for _ in column.units()) * batch.num_rows, offsets[-2]
-    )
-    _check_metadata(view[:start], record[: frame.metadata_bytes], metadata[CHECKSUM_FIELD], checksums)
+    _check_body(batch, fields, columns, offsets, record, checksums)
     _check_valid_tokens(fields, header)
     pieces = _pieces(fields, columns, offsets, checksums)
     _check_pieces(record, pieces, checksums)
     _check_padding(record, pieces, frame.metadata_bytes, (offsets[-2], checksums.nbytes))
     return StreamedRecord(fields, header, columns, pieces, batch, start, frame.metadata_bytes)
+
+
+def _checked_metadata(schema: memoryview, record: memoryview, frame: MessageFrame) -> npt.NDArray[np.uint32]:
+    """The checksum column, after checking schema, header and column against the metadata checksum."""
+    header = bytearray(record[: frame.metadata_bytes])
+    fields = list(_CHECKSUM_FIELD.finditer(header))
+    if len(fields) != 1 or not frame.buffers:
+        raise ChecksumError("the record has no metadata checksum, or several: it is damaged, or no kvstore record")
+    offset, size_bytes = frame.buffers[-1]
+    if offset < 0 or size_bytes <= 0 or size_bytes % 4 or offset + size_bytes > frame.body_bytes:
+        raise RecordError(f"the record's checksum column claims bytes {offset} to {offset + size_bytes} of the body")
+    checksums = np.frombuffer(record, np.uint32, size_bytes // 4, frame.metadata_bytes + offset)
+    stored = fields[0].group()
+    header[fields[0].start() : fields[0].end()] = CHECKSUM_ZERO
+    if checksum_field(crc32c(checksums, crc32c(header, crc32c(schema)))) != stored:
+        raise ChecksumError("the record's metadata checksum does not hold: the record is damaged")
+    return checksums
 
 
 def _read_schema(message: memoryview) -> pa.Schema:
@@ -168,13 +186,18 @@ def _check_body(
     columns: tuple[TensorColumn, ...],
     offsets: list[int],
     record: memoryview,
+    checksums: npt.NDArray[np.uint32],
 ) -> None:
     """Every column's values lie where the format says, without nulls."""
     if batch.num_rows != len(fields.layers):
         raise RecordError(f"the record has {batch.num_rows} rows for {len(fields.layers)} layers")
+    if len(checksums) != len(fields.layers) * sum(1 for column in columns for _ in column.units()):
+        raise RecordError(f"the record has {len(checksums)} checksums, which is not one per piece")
     if offsets[-1] != record.nbytes:
         raise RecordError(f"the record has {record.nbytes} bytes, its columns make {offsets[-1]}")
     base = np.frombuffer(record, np.uint8).ctypes.data
+    if checksums.ctypes.data != base + offsets[-2]:
+        raise RecordError(f"the checksum column does not begin at byte {offsets[-2]} of the record")
     for index, offset in enumerate(offsets[:-1]):
         column = batch.column(index)
         storage = column.storage if index < len(columns) else column
@@ -185,16 +208,6 @@ def _check_body(
             raise RecordError(f"column {name!r} has nulls")
         if data is None or data.address != base + offset:
             raise RecordError(f"column {name!r} does not begin at byte {offset} of the record")
-
-
-def _check_metadata(schema: memoryview, header: memoryview, stored: bytes, checksums: npt.NDArray[np.uint32]) -> None:
-    framed = bytearray(header)
-    if not stored.startswith(CHECKSUM_PREFIX) or framed.count(stored) != 1:
-        raise ChecksumError("the record's metadata checksum field is malformed")
-    marker = framed.index(stored)
-    framed[marker : marker + len(stored)] = CHECKSUM_ZERO
-    if checksum_field(crc32c(checksums, crc32c(framed, crc32c(schema)))) != stored:
-        raise ChecksumError("the record's metadata checksum does not hold: the record is damaged")
 
 
 def _check_valid_tokens(fields: SchemaFields, header: RecordHeader) -> None:

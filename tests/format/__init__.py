@@ -1,0 +1,1 @@
+"""Golden files of the record format, and readers that do not share kvstore's code."""
