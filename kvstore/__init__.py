@@ -4,17 +4,43 @@
     with kvstore.open(spec, dram="8GiB") as store:
         match = store.match(token_ids)
 
-See README.md, and docs/architecture.md for the picture behind it.
+See README.md, and docs/architecture.md for the picture behind it. Names are imported on first use, so that
+`kvstore doctor` can say what is wrong with an installation whose native module does not load.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from kvstore._version import __version__
-from kvstore.abc import TransportOptions
-from kvstore.errors import KVStoreError
-from kvstore.keys import ExtraInput
-from kvstore.pool import Candidate, HandOver, Match, Prompt
-from kvstore.spec import ChunkGrid, ModelSpec, Shard
-from kvstore.store import Arrival, Lease, Store, Writer
-from kvstore.store import open_store as open
+
+if TYPE_CHECKING:
+    from kvstore.abc import TransportOptions
+    from kvstore.errors import KVStoreError
+    from kvstore.keys import ExtraInput
+    from kvstore.pool import Candidate, HandOver, Match, Prompt
+    from kvstore.spec import ChunkGrid, ModelSpec, Shard
+    from kvstore.store import Arrival, Lease, Store, Writer
+    from kvstore.store import open_store as open
+
+_HOMES = {
+    "Arrival": "kvstore.store",
+    "Candidate": "kvstore.pool",
+    "ChunkGrid": "kvstore.spec",
+    "ExtraInput": "kvstore.keys",
+    "HandOver": "kvstore.pool",
+    "KVStoreError": "kvstore.errors",
+    "Lease": "kvstore.store",
+    "Match": "kvstore.pool",
+    "ModelSpec": "kvstore.spec",
+    "Prompt": "kvstore.pool",
+    "Shard": "kvstore.spec",
+    "Store": "kvstore.store",
+    "TransportOptions": "kvstore.abc",
+    "Writer": "kvstore.store",
+    "open": "kvstore.store",
+}
 
 __all__ = [
     "Arrival",
@@ -34,3 +60,16 @@ __all__ = [
     "__version__",
     "open",
 ]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
+    value: object = getattr(import_module(home), "open_store" if name == "open" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

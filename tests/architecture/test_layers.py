@@ -22,7 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore",),
     ("kvstore.adapters",),
-    ("kvstore.cli", "kvstore.__main__", "kvstore.testing"),
+    ("kvstore.cli", "kvstore.testing"),
+    ("kvstore.__main__",),
 )
 RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
 

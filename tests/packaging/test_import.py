@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 IMPORT_S_MAX = 1.0
 """A promise of the library, far above the tens of milliseconds that the import takes."""
 
@@ -14,6 +16,7 @@ IMPORT = """
 import json, sys, time
 begin = time.perf_counter()
 import kvstore
+kvstore.open  # names are imported on first use
 print(json.dumps([time.perf_counter() - begin, sorted(sys.modules)]))
 """
 
@@ -43,3 +46,13 @@ def test_version_has_one_source() -> None:
     from kvstore import _native, _version
 
     assert kvstore.__version__ == _version.__version__ == _native.__version__
+
+
+def test_every_public_name_is_there() -> None:
+    import kvstore
+
+    for name in kvstore.__all__:
+        assert getattr(kvstore, name) is not None
+    assert set(kvstore._HOMES) | {"__version__"} == set(kvstore.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = kvstore.no_such_name

@@ -35,6 +35,7 @@ SEGMENT_BYTES_MAX = 32767
 """The kernel's own limit on TCP_MAXSEG."""
 
 _OFFERED = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+_DEFAULT = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 
@@ -58,7 +59,9 @@ def prepare_socket(sock: socket.socket, options: TransportOptions) -> None:
 
 def congestion_controls() -> tuple[str, ...]:
     """The algorithms that the kernel offers, the default first; empty where it does not say."""
-    return tuple(_OFFERED.read_text().split()) if _OFFERED.exists() else ()
+    offered = _OFFERED.read_text().split() if _OFFERED.exists() else []
+    default = _DEFAULT.read_text().strip() if _DEFAULT.exists() else ""
+    return tuple(sorted(offered, key=lambda name: name != default))
 
 
 def _set_congestion_control(sock: socket.socket, name: str) -> None:

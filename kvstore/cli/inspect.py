@@ -1,0 +1,176 @@
+"""`kvstore inspect`."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from typing import TYPE_CHECKING, Any
+
+from kvstore.errors import RecordError
+from kvstore.record import StreamedRecord, read_record_stream
+from kvstore.record.stream import STREAM_BYTES_MAX
+from kvstore.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+PIECES_SHOWN = 24
+
+
+def run_inspect(files: Sequence[Path], *, as_json: bool, all_pieces: bool) -> int:
+    """Verify and print each file; the exit status."""
+    documents: list[dict[str, Any]] = []
+    failed = False
+    for file in files:
+        try:
+            data = _read(file)
+            record = read_record_stream(data)
+        except (OSError, RecordError) as error:
+            failed = True
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = printable(" ".join(reason.split()))
+            print(f"kvstore inspect: {file}: {reason}", file=sys.stderr)
+            documents.append({"file": str(file), "error": reason, "kind": type(error).__name__})
+            continue
+        document = {"file": str(file), "size_bytes": len(data), **describe(record)}
+        documents.append(document)
+        if not as_json:
+            _print(document, None if all_pieces else PIECES_SHOWN)
+    if as_json:
+        print(json.dumps(documents, indent=2))
+    return 1 if failed else 0
+
+
+def _read(file: Path) -> bytes:
+    # Opening a pipe would wait for a writer, and a device need not end.
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise RecordError("this is no regular file; give a file that holds one record")
+    with file.open("rb") as opened:
+        return opened.read(STREAM_BYTES_MAX + 1)
+
+
+def describe(record: StreamedRecord) -> dict[str, Any]:
+    """A verified record as plain values."""
+    fields, header = record.fields, record.header
+    return {
+        "format_version": int(record.batch.schema.metadata[b"kvstore.version"]),
+        "model": fields.model,
+        "fingerprint": fields.fingerprint.hex(),
+        "group": fields.group,
+        "rule": fields.rule,
+        "layers": list(fields.layers),
+        "span": fields.span_index,
+        "units": {"start": fields.unit_start, "stop": fields.unit_stop, "count": fields.unit_count},
+        "block_tokens": fields.block_tokens,
+        "capacity_tokens": fields.capacity_tokens,
+        "codecs": fields.codecs,
+        "coverage": fields.coverage,
+        "key": header.key.hex(),
+        "parent": header.parent.hex(),
+        "grid": header.grid.hex(),
+        "end_tokens": header.end_tokens,
+        "valid_tokens": header.valid_tokens,
+        "cost_us": header.cost_us,
+        "schema_bytes": record.schema_bytes,
+        "header_bytes": record.header_bytes,
+        "tensors": [
+            {
+                "name": column.name,
+                "dtype": column.dtype.label,
+                "shape": list(column.shape),
+                "has_tokens": column.has_tokens,
+                "layer_bytes": column.layer_bytes,
+                "segments": [vars(segment) for segment in column.segments],
+            }
+            for column in record.columns
+        ],
+        "pieces": [
+            {
+                "layer": piece.layer,
+                "tensor": piece.tensor,
+                "segment": piece.segment,
+                "unit": piece.unit,
+                "rows": piece.rows,
+                "offset": piece.offset,
+                "size_bytes": piece.size_bytes,
+                "crc32c": f"{piece.checksum:08x}",
+            }
+            for piece in record.pieces
+        ],
+    }
+
+
+def _print(document: dict[str, Any], pieces_shown: int | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 140)
+
+    def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            # Names come from the file: as Text they cannot carry rich's markup.
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        console.print(table)
+
+    units = document["units"]
+    summary = {
+        "file": f"{document['file']}, {format_bytes(document['size_bytes'])}, undamaged",
+        "format version": document["format_version"],
+        "model": f"{document['model']}, fingerprint {document['fingerprint']}",
+        "group": f"{document['group']} ({document['rule']} rule), span {document['span']}",
+        "layers": ", ".join(map(str, document["layers"])),
+        "shard units": f"{units['start']} to {units['stop']} of {units['count']}",
+        "tokens": _tokens(document),
+        "key": document["key"],
+        "parent": document["parent"],
+        "grid": document["grid"],
+        "cost": f"{document['cost_us'] / 1e6:.6f} s of prefill" if document["cost_us"] else "unknown",
+        "codecs, coverage": f"{document['codecs']}, {document['coverage']}",
+        "schema, header": f"{document['schema_bytes']} and {document['header_bytes']} bytes",
+    }
+    show("record", ("field", "value"), [(name, str(value)) for name, value in summary.items()])
+    show(
+        "tensors of each layer",
+        ("name", "type", "shape", "segments (units of all, rows per unit)", "bytes"),
+        [
+            (
+                tensor["name"],
+                tensor["dtype"],
+                f"{tensor['shape']} [rows, {'tokens, ' if tensor['has_tokens'] else ''}*inner]",
+                "; ".join(
+                    f"{s['name']} {s['start']} to {s['stop']} of {s['units']}, {s['unit_rows']}"
+                    for s in tensor["segments"]
+                ),
+                str(tensor["layer_bytes"]),
+            )
+            for tensor in document["tensors"]
+        ],
+    )
+    pieces = document["pieces"]
+    shown = pieces[:pieces_shown]
+    columns = ("layer", "tensor", "segment", "unit", "rows", "offset", "size_bytes", "crc32c")
+    show(
+        f"{len(pieces)} pieces, all checksums hold",
+        columns,
+        [tuple(str(piece[column]) for column in columns) for piece in shown],
+    )
+    if len(shown) < len(pieces):
+        console.print(f"{len(pieces) - len(shown)} more; --pieces shows all")
+
+
+def _tokens(document: dict[str, Any]) -> str:
+    if not document["capacity_tokens"]:
+        return f"the state after {document['end_tokens']}"
+    return f"{document['valid_tokens']} of room for {document['capacity_tokens']}, ending at {document['end_tokens']}"
+
+
+def printable(text: str) -> str:
+    """Control characters of a file's names escaped, so that they reach no terminal."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,0 +1,80 @@
+"""The command line: what each command takes. What it does lies in a module of its own, loaded when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="kvstore",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from kvstore._version import __version__
+        from kvstore.record.schema import FORMAT_VERSION
+
+        typer.echo(f"kvstore {__version__} (record format {FORMAT_VERSION})")
+        raise typer.Exit
+
+
+@app.callback()
+def kvstore(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the versions and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Keep, find and move the cache of a prompt's prefix."""
+
+
+@app.command()
+def doctor(
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", metavar="NAME", help="Fail if this is unavailable. May be repeated."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this machine offers, what kvstore uses of it, and why not something better.
+
+    Exits with 1 if something that --require or the environment asks for is unavailable.
+    """
+    from kvstore.cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(require or [], as_json=as_json))
+
+
+@app.command()
+def inspect(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Records saved as Arrow streams.")],
+    as_json: AsJson = False,
+    pieces: Annotated[bool, typer.Option("--pieces", help="List every piece, not only the first.")] = False,
+) -> None:
+    """Verify records and show what they hold.
+
+    Exits with 1 if a file cannot be read, or is not an undamaged record.
+    """
+    from kvstore.cli.inspect import run_inspect
+
+    raise typer.Exit(run_inspect(files, as_json=as_json, all_pieces=pieces))
+
+
+def main() -> None:
+    """Run the command line; also `python -m kvstore`."""
+    from kvstore.errors import KVStoreError
+
+    try:
+        app()
+    except KVStoreError as error:
+        typer.echo(f"kvstore: {error}", err=True)
+        sys.exit(1)

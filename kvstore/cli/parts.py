@@ -1,0 +1,158 @@
+"""What `kvstore doctor` finds out about kvstore's own parts: native code, transports, codecs, packages."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import socket
+from importlib import metadata
+
+from kvstore import registry
+from kvstore.cli.finding import Finding
+from kvstore.errors import KVStoreError
+
+PACKAGES = {
+    "torch": "pip install 'kvstore[torch]' to store and restore torch tensors on devices",
+    "transformers": "pip install 'kvstore[transformers]' for the adapter and specs from configurations",
+}
+"""Optional packages, and what for."""
+REQUIRED_PACKAGES = ("pyarrow", "numpy")
+CONGESTION_CONTROLS = ("cubic", "bbr")
+"""One for short round trips, one for long and lossy ones."""
+
+
+def part_findings() -> list[Finding]:
+    return [*_native(), *_transports(), *_congestion_controls(), _pacing(), *_codecs(), *_packages(), _cuda()]
+
+
+def _native() -> list[Finding]:
+    forced = os.environ.get("KVSTORE_CRC32C", "")
+    try:
+        from kvstore._native import cpu_features
+    except ImportError as error:
+        return [Finding("native", False, str(error), is_demanded=True)]
+    features = cpu_features()
+    path = str(features["crc32c"])
+    why = str(features["crc32c_why_not_better"])
+    build = f"{features['compiler']}, {features['architecture']}, " + (
+        "stable ABI" if features["stable_abi"] else "for this Python version only"
+    )
+    return [
+        Finding("native", True, build, in_use=f"version {features['version']}"),
+        Finding(
+            "crc32c.sse42",
+            path == "sse42" or bool(features["sse42"] and features["pclmul"]),
+            "three streams of SSE4.2, joined by PCLMUL",
+            in_use="yes" if path == "sse42" else "",
+            why_not_better="" if path == "sse42" else why,
+            is_demanded=forced == "sse42",
+        ),
+        Finding(
+            "crc32c.portable",
+            True,
+            "slicing by 8",
+            in_use="yes" if path == "portable" else "",
+            why_not_better="the other path is faster" if path == "sse42" else "",
+            is_demanded=forced == "portable",
+        ),
+        Finding("copy", True, str(features["copy"]), in_use="yes", why_not_better=str(features["copy_why_not_better"])),
+    ]
+
+
+def _transports() -> list[Finding]:
+    findings = []
+    for scheme, transport in registry.available_transports().items():
+        availability = transport.availability()
+        findings.append(
+            Finding(
+                f"transport.{scheme}",
+                availability.is_available,
+                availability.detail if availability.is_available else "",
+                in_use=f"for {scheme}:// addresses" if availability.is_available else "",
+                why_not_better="" if availability.is_available else availability.detail,
+            )
+        )
+    if not any(finding.name == "transport.ucx" for finding in findings):
+        library = ctypes.util.find_library("ucp")
+        findings.append(
+            Finding(
+                "transport.ucx",
+                False,
+                f"the system has {library}" if library else "no libucp on the system's library path",
+                why_not_better="this version has no UCX transport, so no RDMA; use tcp://",
+            )
+        )
+    return findings
+
+
+def _congestion_controls() -> list[Finding]:
+    """Which algorithms a connection of this process may choose; the kernel's own list does not say."""
+    from transports.tcp.socket_options import congestion_controls
+
+    findings = []
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        name_bytes_max = 16  # TCP_CA_NAME_MAX of linux/tcp.h
+        default = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name_bytes_max).rstrip(b"\0").decode()
+        for name in dict.fromkeys((default, *congestion_controls(), *CONGESTION_CONTROLS)):
+            use, why = ("default of tcp:// connections" if name == default else "on request"), ""
+            try:
+                probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            except PermissionError:
+                use, why = "", "needs root, or net.ipv4.tcp_allowed_congestion_control extended"
+            except OSError:
+                use, why = "", f"the kernel does not have it; as root: modprobe tcp_{name}"
+            findings.append(Finding(f"congestion.{name}", not why, "TCP congestion control", use, why))
+    return findings
+
+
+def _pacing() -> Finding:
+    from transports.tcp.socket_options import SO_MAX_PACING_RATE
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 1 << 20)
+    except OSError as error:
+        return Finding("pacing", False, f"SO_MAX_PACING_RATE is refused: {error.strerror}")
+    return Finding("pacing", True, "SO_MAX_PACING_RATE, without root", in_use="where TransportOptions ask for it")
+
+
+def _codecs() -> list[Finding]:
+    names = {*registry.BUILT_IN[registry.CODEC_GROUP]}
+    names.update(entry_point.name for entry_point in metadata.entry_points(group=registry.CODEC_GROUP))
+    findings = []
+    for name in sorted(names):
+        try:
+            codec = registry.codec_for(name)
+        except KVStoreError as error:
+            findings.append(Finding(f"codec.{name}", False, "", why_not_better=str(error)))
+            continue
+        in_use = "every record" if name == "raw" else ""
+        findings.append(Finding(f"codec.{name}", True, "lossy" if codec.is_lossy else "lossless", in_use=in_use))
+    return findings
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in (*REQUIRED_PACKAGES, *PACKAGES):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(f"package.{name}", False, "not installed", why_not_better=PACKAGES.get(name, "")))
+            continue
+        findings.append(Finding(f"package.{name}", True, version, in_use="" if name in PACKAGES else "yes"))
+    return findings
+
+
+def _cuda() -> Finding:
+    host = "this version stores host memory; the adapter copies device tensors to the host"
+    try:
+        import torch
+    except ImportError:
+        return Finding("cuda", False, "unknown: torch is not installed", why_not_better=host)
+    except Exception as error:  # a broken installation fails in its own ways
+        return Finding("cuda", False, f"torch cannot be imported: {type(error).__name__}: {error}", why_not_better=host)
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return Finding("cuda", False, f"no device; torch is {build}", why_not_better=host)
+    devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Finding("cuda", True, f"CUDA {torch.version.cuda}: {devices}", why_not_better=host)

@@ -1,0 +1,282 @@
+"""The command line: what it prints, and with which status it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore._version import __version__
+from kvstore.cli import doctor, machine, parts
+from kvstore.cli.finding import Finding
+from kvstore.cli.inspect import printable
+from kvstore.cli.main import app
+from kvstore.record import write_record_stream
+from tests.format.records import attention_record, state_record
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests/format/vectors/gated_delta.arrow"
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvstore", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), **environment},
+    )
+
+
+# The command itself
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"kvstore {__version__} (record format 1)\n"
+    assert run_process("--version").stdout == result.stdout
+
+
+def test_without_a_command_it_helps() -> None:
+    result = invoke()
+    assert result.exit_code == 2
+    assert "doctor" in result.output
+    assert "inspect" in result.output
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("inspect",), ("doctor", "--require"), ("--no-such-option",)])
+def test_misuse_ends_with_status_2(arguments: tuple[str, ...]) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_starting_loads_no_framework() -> None:
+    script = "import sys, kvstore.cli.main; print(sorted({'torch', 'transformers', 'rich.table'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# doctor
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+    """Replaces what the machine has, so that the outcome is known."""
+    findings = [
+        Finding("memory", True, "1 GiB"),
+        Finding("transport.tcp", True, "IPv4", in_use="for tcp:// addresses"),
+        Finding("transport.ucx", False, "nothing", why_not_better="this version has none; use tcp://"),
+        Finding("one.same", True, "a"),
+        Finding("other.same", False, "b"),
+    ]
+    monkeypatch.setattr(doctor, "machine_findings", lambda: findings)
+    monkeypatch.setattr(doctor, "part_findings", list)
+    return findings
+
+
+def test_doctor_shows_every_finding() -> None:
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["version"] == __version__
+    assert document["missing"] == []
+    findings = {finding["name"]: finding for finding in document["findings"]}
+    assert len(findings) == len(document["findings"])
+    for name in (
+        "python", "cpu", "memory", "shm", "hugepages", "limit.memlock", "limit.nofile", "native", "crc32c.sse42",
+        "crc32c.portable", "copy", "transport.memory", "transport.tcp", "transport.ucx", "congestion.cubic",
+        "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers", "cuda",
+    ):  # fmt: skip
+        assert name in findings
+    used = [name for name in findings if name.startswith("crc32c.") and findings[name]["in_use"]]
+    from kvstore._native import cpu_features
+
+    assert used == [f"crc32c.{cpu_features()['crc32c']}"]
+    assert not findings["transport.ucx"]["is_available"]
+    assert "no UCX transport" in findings["transport.ucx"]["why_not_better"]
+    assert findings["transport.tcp"]["is_available"]
+    for finding in findings.values():
+        assert finding["is_available"] or finding["why_not_better"] or finding["offered"]
+        if not finding["is_available"]:
+            assert not finding["in_use"]
+
+
+def test_doctor_as_text_names_the_same_things() -> None:
+    names = [finding["name"] for finding in json.loads(invoke("doctor", "--json").stdout)["findings"]]
+    text = invoke("doctor").stdout
+    for name in names:
+        assert name in text
+
+
+def test_what_is_required_and_there_is_fine(found: list[Finding]) -> None:
+    for name in ("memory", "tcp", "transport.tcp"):
+        assert invoke("doctor", "--require", name).exit_code == 0
+
+
+def test_what_is_required_and_missing_fails(found: list[Finding]) -> None:
+    result = invoke("doctor", "--require", "tcp", "--require", "ucx", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["missing"] == ["transport.ucx"]
+    assert "transport.ucx is asked for and unavailable: this version has none; use tcp://" in result.stderr
+    assert invoke("doctor", "--require", "same").exit_code == 1, "every finding of that name has to be there"
+    assert invoke("doctor", "--require", "one.same").exit_code == 0
+
+
+def test_an_unknown_requirement_is_misuse(found: list[Finding]) -> None:
+    result = invoke("doctor", "--require", "quantum")
+    assert result.exit_code == 2
+    assert "transport.tcp" in result.stderr
+
+
+def test_what_the_environment_demands_and_is_missing_fails(
+    monkeypatch: pytest.MonkeyPatch, found: list[Finding]
+) -> None:
+    found.append(Finding("crc32c.sse42", False, "", why_not_better="no SSE4.2", is_demanded=True))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "crc32c.sse42 is asked for and unavailable: no SSE4.2" in result.stderr
+
+
+def test_a_forced_checksum_path_is_shown() -> None:
+    done = run_process("doctor", "--json", KVSTORE_CRC32C="portable")
+    assert done.returncode == 0, done.stderr
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert findings["crc32c.portable"]["in_use"]
+    assert findings["crc32c.portable"]["is_demanded"]
+    assert (
+        "KVSTORE_CRC32C" in findings["crc32c.sse42"]["why_not_better"] or not findings["crc32c.sse42"]["is_available"]
+    )
+
+
+def test_a_forced_checksum_path_that_cannot_be_had_fails() -> None:
+    done = run_process("doctor", KVSTORE_CRC32C="abacus")
+    assert done.returncode == 1
+    assert "KVSTORE_CRC32C=abacus names no checksum path" in done.stderr + done.stdout
+
+
+def test_a_machine_without_anything_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that hides /proc and /sys."""
+    monkeypatch.setattr(machine, "read_text", lambda path: "")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: (_ for _ in ()).throw(FileNotFoundError(2, "gone")))
+    findings = {finding.name: finding for finding in machine.machine_findings()}
+    assert not findings["shm"].is_available
+    assert "gone" in findings["shm"].offered
+    assert "unknown" in findings["memory"].offered
+
+
+def test_memory_limits_of_control_groups_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 524288 kB\nHugePages_Total: 4\nHugePages_Free: 3\n",
+        "/proc/self/cgroup": "0::/a/b\n",
+        "/sys/fs/cgroup/a/b/memory.max": "max\n",
+        "/sys/fs/cgroup/a/memory.max": f"{256 << 20}\n",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    }
+    monkeypatch.setattr(machine, "read_text", lambda path: files.get(path, ""))
+    findings = {finding.name: finding for finding in machine.machine_findings()}
+    assert findings["memory"].offered == "1.00 GiB, of which 512.00 MiB are available"
+    assert findings["memory"].in_use == "at most 256.00 MiB"
+    assert findings["hugepages"].is_available
+    assert findings["hugepages"].offered.startswith("3 of 4")
+
+
+def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    cuda = next(finding for finding in parts.part_findings() if finding.name == "cuda")
+    assert not cuda.is_available
+    assert "torch is not installed" in cuda.offered
+
+
+# inspect
+
+
+def test_inspect_describes_a_record_as_json() -> None:
+    result = invoke("inspect", GOLDEN, "--json")
+    assert result.exit_code == 0, result.output
+    (document,) = json.loads(result.stdout)
+    twin = json.loads(GOLDEN.with_suffix(".json").read_text())
+    assert document["fingerprint"] == twin["framing"]["schema_metadata"]["kvstore.fingerprint"]
+    assert {name: document[name] for name in twin["header"]} == twin["header"]
+    assert document["pieces"] == twin["framing"]["pieces"]
+    assert [tensor["name"] for tensor in document["tensors"]] == ["conv", "recurrent"]
+    assert document["tensors"][0]["segments"][2] == {"name": "value", "start": 0, "stop": 4, "units": 4, "unit_rows": 2}
+    assert document["size_bytes"] == GOLDEN.stat().st_size
+
+
+def test_inspect_describes_a_record_as_text() -> None:
+    result = invoke("inspect", GOLDEN, GOLDEN.with_stem("attention_partial"))
+    assert result.exit_code == 0, result.output
+    for text in ("undamaged", "golden", "bfloat16", "the state after 8", "query 0 to 2 of 2", "41df91ac"):
+        assert text in result.stdout
+    assert "3 of room for 4, ending at 7" in result.stdout
+
+
+def test_inspect_shortens_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.cli.inspect.PIECES_SHOWN", 3)
+    assert "21 more; --pieces shows all" in invoke("inspect", GOLDEN).stdout
+    assert "more" not in invoke("inspect", "--pieces", GOLDEN).stdout
+
+
+def test_bad_files_are_one_sentence_each(tmp_path: Path) -> None:
+    stream = write_record_stream(attention_record())
+    damaged = bytearray(stream)
+    damaged[-100] ^= 1
+    files = {
+        "absent": None,
+        "empty": b"",
+        "foreign": b"ARROW1\0\0" * 100,
+        "truncated": stream[:-1],
+        "damaged": bytes(damaged),
+        "continued": stream + stream,
+        "directory": None,
+    }
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, data in files.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+    for name in (*files, "pipe"):
+        result = invoke("inspect", tmp_path / name)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith(f"kvstore inspect: {tmp_path / name}: ")
+        assert result.stderr.count("\n") == 1
+    done = run_process("inspect", str(tmp_path / "damaged"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert "damaged" in done.stderr
+
+
+def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    with huge.open("wb") as opened:
+        opened.truncate(1 << 40)
+    result = invoke("inspect", huge)
+    assert result.exit_code == 1
+    assert "more than any record" in result.stderr
+
+
+def test_good_files_are_shown_beside_bad_ones(tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    good.write_bytes(write_record_stream(state_record()))
+    result = invoke("inspect", tmp_path / "absent", good, "--json")
+    assert result.exit_code == 1
+    first, second = json.loads(result.stdout)
+    assert first["kind"] == "FileNotFoundError"
+    assert second["group"] == "state"
+
+
+def test_names_from_a_file_reach_no_terminal() -> None:
+    assert printable("model \x1b[31m[red]\n") == "model \\x1b[31m[red]\\n"
