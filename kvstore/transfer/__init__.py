@@ -1,0 +1,26 @@
+"""Transfer: the records of one resume point move to another node, whole or not at all (docs/protocol.md)."""
+
+from kvstore.transfer.endpoint import Endpoint
+from kvstore.transfer.frames import TransferId
+from kvstore.transfer.inbox import InboxStatistics
+from kvstore.transfer.report import TransferObserver, TransferReport
+from kvstore.transfer.sender import Sender, send_lease, send_writer
+from kvstore.transfer.settings import TransferSettings
+from kvstore.transfer.source import LeaseSource, Source, SourceListener, SourceRecord, WriterSource
+
+__all__ = [
+    "Endpoint",
+    "InboxStatistics",
+    "LeaseSource",
+    "Sender",
+    "Source",
+    "SourceListener",
+    "SourceRecord",
+    "TransferId",
+    "TransferObserver",
+    "TransferReport",
+    "TransferSettings",
+    "WriterSource",
+    "send_lease",
+    "send_writer",
+]

@@ -1,0 +1,391 @@
+"""One connection of an outgoing transfer: HELLO, OFFER, then pieces until COMMITTED."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from kvstore.clock import Deadline
+from kvstore.errors import (
+    ChecksumError,
+    DeadlineError,
+    KVStoreError,
+    PeerGoneError,
+    ProtocolError,
+    TransferAbortedError,
+    TransferError,
+    TransferFullError,
+)
+from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, KIB, MIB
+from kvstore.transfer.frames import NO_TRANSFER, PIECE_ROW_BYTES, Kind
+from kvstore.transfer.greeting import check_hello, make_hello, uses_get
+from kvstore.transfer.link import FrameLink
+from kvstore.transfer.messages import (
+    Abort,
+    AbortCode,
+    Commit,
+    Committed,
+    Credit,
+    Expose,
+    Exposure,
+    Hello,
+    Seal,
+    Want,
+    WantStatus,
+)
+from kvstore.transfer.pieces import observe_layers
+from kvstore.transfer.settings import KEEPALIVE_FRACTION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvstore.transfer.frames import FrameHeader
+    from kvstore.transfer.outgoing import DataFrame
+    from kvstore.transfer.outgoing_transfer import OutgoingTransfer
+
+FRAME_BYTES = 4 * MIB
+"""Bytes of pieces in one DATA frame of an unpaced transfer."""
+PACED_FRAME_S = 0.025
+"""A paced transfer's frames take about this long, so that pieces leave while others are computed."""
+PACED_FRAME_BYTES_MAX = 1 * MIB
+SEALS_PER_FRAME = 4096
+EXPOSURES_PER_FRAME = 2048
+ABORT_DEADLINE_S = 1.0
+"""How long a side that gives up waits for ABORTED."""
+
+
+class Attachment:
+    """One attempt. `run` is called by the transfer's thread; a second thread reads what the peer says.
+
+    Attributes:
+        heard_s: when the peer was last heard of; None before its HELLO.
+    """
+
+    def __init__(self, owner: OutgoingTransfer) -> None:
+        self._owner = owner
+        self._link: FrameLink | None = None
+        self._reader: threading.Thread | None = None
+        self._progress_deadline_s = owner.settings.progress_deadline_s
+        self._frame_bytes_max = FRAME_BYTES
+        self._is_one_sided = False
+        self._descriptors: list[bytes] = []
+        # What the peer has said; guarded by the owner's condition.
+        self._answer: tuple[FrameHeader, Want] | None = None
+        self._again: list[Want] = []
+        self._committed: Committed | None = None
+        self._abort: Abort | None = None
+        self._is_abort_acknowledged = False
+        self._broken: KVStoreError | None = None
+        self._granted_bytes = 0
+        self._generation = 0
+        self._sent_bytes = 0
+        self._is_commit_sent = False
+
+    @property
+    def heard_s(self) -> float | None:
+        return None if self._link is None or self._reader is None else self._link.last_received_s
+
+    def run(self) -> Committed:
+        """Attach and send until the peer has committed.
+
+        Raises:
+            PeerGoneError, ProtocolError: this connection is over; the transfer may go on over another.
+            TransferError: the transfer is over.
+        """
+        owner = self._owner
+        link = self._connect(Deadline.after(owner.settings.connect_deadline_s).earlier(owner.deadline))
+        link.send(Kind.OFFER, owner.transfer, payload=owner.offer_payload)
+        with owner.changed:
+            self._wait(lambda: self._answer is not None or self._committed is not None)
+            if self._committed is not None:
+                return self._committed
+            assert self._answer is not None
+            header, want = self._answer
+            if want.status is WantStatus.FULL:
+                raise TransferFullError(
+                    f"{owner.address} has no room for the {owner.offer.total_bytes} bytes of transfer "
+                    f"{owner.transfer}: {want.reason}; send it later, or elsewhere"
+                )
+            self._generation = header.generation
+            self._granted_bytes = want.granted_bytes
+            pieces = owner.outgoing.want(want.ranges, is_again=False)
+            wanted = owner.outgoing.wanted_records()
+        owner.wanted(pieces, is_again=False, is_one_sided=self._is_one_sided)
+        if self._is_one_sided:
+            self._expose(wanted)
+        return self._stream()
+
+    def _connect(self, deadline: Deadline) -> FrameLink:
+        owner = self._owner
+        connection = owner.transport.connect(owner.address, owner.options, deadline)
+        self._link = link = FrameLink(connection, self._progress_deadline_s)
+        hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection)
+        link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
+        try:
+            header = link.receive_header(deadline)
+        except DeadlineError as error:
+            raise PeerGoneError(
+                f"{owner.address} accepted a connection and said nothing within the connect deadline; it is "
+                "stopped, or no kvstore node"
+            ) from error
+        if header.kind is not Kind.HELLO:
+            raise ProtocolError(f"{owner.address} began with {header.kind.name} instead of HELLO")
+        peer = Hello.parse(link.receive_payload(header))
+        check_hello(hello, peer, owner.address)
+        self._progress_deadline_s = min(self._progress_deadline_s, peer.progress_deadline_ms / 1000)
+        link.progress_deadline_s = self._progress_deadline_s
+        self._frame_bytes_max = self._frame_bytes(peer)
+        self._frame_pieces_ok(peer)
+        self._is_one_sided = uses_get(hello, peer)
+        self._reader = threading.Thread(
+            target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True
+        )
+        self._reader.start()
+        return link
+
+    def _frame_bytes(self, peer: Hello) -> int:
+        """How many bytes of pieces go into one frame."""
+        limit = min(peer.frame_payload_bytes_max, FRAME_PAYLOAD_BYTES_MAX) - FRAME_PIECES_MAX * PIECE_ROW_BYTES
+        wanted = FRAME_BYTES
+        pace = self._owner.options.pacing_bytes_per_s
+        if pace is not None:
+            wanted = min(max(round(pace * PACED_FRAME_S), 64 * KIB), PACED_FRAME_BYTES_MAX)
+        return max(1, min(limit, wanted))
+
+    def _frame_pieces_ok(self, peer: Hello) -> None:
+        if peer.frame_pieces_max < FRAME_PIECES_MAX:
+            raise ProtocolError(
+                f"{self._owner.address} takes {peer.frame_pieces_max} pieces a frame; version 1 needs "
+                f"{FRAME_PIECES_MAX}"
+            )
+
+    def _expose(self, records: list[int]) -> None:
+        link = self._need_link()
+        exposures: list[Exposure] = []
+        for record in records:
+            memory = self._owner.source.records[record].memory
+            descriptor = link.connection.expose(memory)
+            self._descriptors.append(descriptor)
+            exposures.append(Exposure(record, memory.nbytes, descriptor))
+        for start in range(0, len(exposures), EXPOSURES_PER_FRAME):
+            payload = Expose(tuple(exposures[start : start + EXPOSURES_PER_FRAME])).pack()
+            link.send(Kind.EXPOSE, self._owner.transfer, self._generation, payload)
+
+    # Sending
+
+    def _stream(self) -> Committed:
+        owner = self._owner
+        link = self._need_link()
+        while True:
+            with owner.changed:
+                self._check()
+                if self._committed is not None:
+                    return self._committed
+                again, self._again = self._again, []
+                repeated = sum(owner.outgoing.want(want.ranges, is_again=True) for want in again)
+                frame = owner.outgoing.next_frame(
+                    owner.transfer,
+                    self._generation,
+                    self._frame_bytes_max,
+                    self._granted_bytes - self._sent_bytes,
+                    is_remote=self._is_one_sided,
+                )
+                seals = owner.outgoing.next_seals(SEALS_PER_FRAME) if frame is None else []
+                commit = self._due_commit() if frame is None and not seals else None
+                if frame is None and not seals and commit is None and not again:
+                    self._wait_for_change()
+                    continue
+            if repeated:
+                owner.wanted(repeated, is_again=True, is_one_sided=self._is_one_sided)
+            if frame is not None:
+                self._send_data(frame)
+            elif seals:
+                link.send(Kind.SEAL, owner.transfer, self._generation, Seal.of(seals).pack())
+            elif commit is not None:
+                link.send(Kind.COMMIT, owner.transfer, self._generation, commit.pack())
+
+    def _send_data(self, frame: DataFrame) -> None:
+        link = self._need_link()
+        owner = self._owner
+        start_s = time.monotonic()
+        link.send_frame(frame.header, frame.payload)
+        end_s = time.monotonic()
+        self._sent_bytes += frame.body_bytes
+        owner.sent(frame, start_s, end_s)
+        if owner.observer is not None:
+            for record, ids in frame.parts:
+                layout = owner.source.records[record].layout
+                observe_layers(owner.observer.piece_sent, layout, ids, start_s, end_s)
+
+    def _due_commit(self) -> Commit | None:
+        """COMMIT, once everything wanted has been sent and the producer has finished."""
+        owner = self._owner
+        if self._is_commit_sent or owner.producer_finished_s is None or owner.outgoing.has_left:
+            return None
+        self._is_commit_sent = True
+        return Commit(owner.source.path.tokens, owner.handover)
+
+    # Waiting, with the owner's condition held
+
+    def _wait_for_change(self) -> None:
+        """Sleep until something happens; keep the connection alive meanwhile."""
+        owner = self._owner
+        link = self._need_link()
+        now = time.monotonic()
+        keepalive_s = link.last_sent_s + self._progress_deadline_s * KEEPALIVE_FRACTION - now
+        if keepalive_s <= 0:
+            # Nobody else sends on this link, so the condition may be left for a moment.
+            owner.changed.release()
+            try:
+                link.send(Kind.PING, owner.transfer, self._generation)
+            finally:
+                owner.changed.acquire()
+            return
+        silence_s = link.last_received_s + self._progress_deadline_s - now
+        owner.changed.wait(max(0.0, min(keepalive_s, silence_s, owner.deadline.remaining_s())))
+
+    def _wait(self, is_there: Callable[[], bool]) -> None:
+        while True:
+            self._check()
+            if is_there():
+                return
+            self._wait_for_change()
+
+    def _check(self) -> None:
+        """Raise what ends this attachment or the transfer."""
+        owner = self._owner
+        if self._committed is not None:
+            return
+        if self._abort is not None:
+            raise self._refused(self._abort)
+        ending = owner.ending()
+        if ending is not None and self._broken is None:
+            self._give_up(ending)
+            raise owner.aborted(ending)
+        if self._broken is not None:
+            raise self._broken
+        link = self._need_link()
+        if time.monotonic() - link.last_received_s >= self._progress_deadline_s:
+            raise PeerGoneError(
+                f"{owner.address} was silent for {self._progress_deadline_s:g} s; it is stopped, or the network "
+                "between is cut"
+            )
+
+    def _refused(self, abort: Abort) -> KVStoreError:
+        owner = self._owner
+        if abort.code is AbortCode.STALE_GENERATION:
+            return PeerGoneError(f"{owner.address} gave this connection up: {abort.reason}")
+        message = f"{owner.address} refused transfer {owner.transfer} ({abort.code.name}): {abort.reason}"
+        if abort.code is AbortCode.CHECKSUM:
+            return ChecksumTransferError(message)
+        if abort.code in (AbortCode.INVALID, AbortCode.UNSUPPORTED, AbortCode.LIMIT, AbortCode.UNKNOWN_TRANSFER):
+            return TransferError(message)
+        return TransferAbortedError(message)
+
+    def _give_up(self, ending: Abort) -> None:
+        """Tell the peer, and wait a little for its acknowledgement."""
+        owner = self._owner
+        link = self._need_link()
+        owner.changed.release()
+        try:
+            link.send(Kind.ABORT, owner.transfer, self._generation, ending.pack())
+        except (PeerGoneError, OSError):
+            return  # The receiver gives up by itself once its resume window has passed.
+        finally:
+            owner.changed.acquire()
+        owner.changed.wait_for(
+            lambda: self._is_abort_acknowledged or self._broken is not None or self._abort is not None,
+            min(ABORT_DEADLINE_S, self._progress_deadline_s),
+        )
+
+    def deliver_abort(self, ending: Abort) -> None:
+        """Connect only to tell the receiver of an abort; without effect if it cannot be reached."""
+        owner = self._owner
+        try:
+            link = self._connect(Deadline.after(ABORT_DEADLINE_S))
+            link.send(Kind.ABORT, owner.transfer, 0, ending.pack())
+            with owner.changed:
+                owner.changed.wait_for(
+                    lambda: self._is_abort_acknowledged or self._broken is not None,
+                    min(ABORT_DEADLINE_S, self._progress_deadline_s),
+                )
+        except KVStoreError:
+            return  # Out of reach: the receiver gives up by itself once its resume window has passed.
+        finally:
+            self.close()
+
+    # Receiving, in the reader's thread
+
+    def _read(self) -> None:
+        link = self._need_link()
+        owner = self._owner
+        try:
+            while True:
+                header = link.receive_header(owner.deadline)
+                self._take(header, link.receive_payload(header))
+        except KVStoreError as error:
+            broken = error
+        with owner.changed:
+            self._broken = broken
+            owner.changed.notify_all()
+
+    def _take(self, header: FrameHeader, payload: memoryview) -> None:
+        owner = self._owner
+        if header.transfer != owner.transfer and header.kind is not Kind.PONG:
+            raise ProtocolError(f"{owner.address} answered for transfer {header.transfer}, which is not this one")
+        with owner.changed:
+            if header.kind is Kind.WANT:
+                want = Want.parse(payload)
+                if want.status is WantStatus.AGAIN:
+                    self._granted_bytes = max(self._granted_bytes, want.granted_bytes)
+                    self._again.append(want)
+                elif self._answer is None:
+                    self._answer = (header, want)
+                else:
+                    raise ProtocolError(f"{owner.address} answered one offer twice")
+            elif header.kind is Kind.CREDIT:
+                self._granted_bytes = max(self._granted_bytes, Credit.parse(payload).granted_bytes)
+            elif header.kind is Kind.COMMITTED:
+                self._committed = Committed.parse(payload)
+            elif header.kind is Kind.ABORT:
+                self._abort = Abort.parse(payload)
+            elif header.kind is Kind.ABORTED:
+                self._is_abort_acknowledged = True
+            elif header.kind is not Kind.PONG:
+                raise ProtocolError(f"{owner.address} sent {header.kind.name}, which a receiver never does")
+            owner.changed.notify_all()
+
+    # Ending
+
+    def close(self) -> None:
+        """End the connection, its exposures and its reader. Idempotent."""
+        link = self._link
+        if link is None:
+            return
+        if self._abort is not None:
+            self._acknowledge(link)
+        for descriptor in self._descriptors:
+            try:
+                link.connection.withdraw(descriptor)
+            except PeerGoneError:
+                break  # A closed connection has withdrawn everything.
+        self._descriptors = []
+        link.close()
+        if self._reader is not None:
+            self._reader.join(self._progress_deadline_s)
+
+    def _acknowledge(self, link: FrameLink) -> None:
+        try:
+            link.send(Kind.ABORTED, self._owner.transfer, self._generation)
+        except (PeerGoneError, OSError):
+            return  # The peer has ended the connection already: it does not wait.
+
+    def _need_link(self) -> FrameLink:
+        if self._link is None:
+            raise PeerGoneError(f"there is no connection to {self._owner.address}")
+        return self._link
+
+
+class ChecksumTransferError(TransferError, ChecksumError):
+    """Pieces kept arriving damaged. Both a failed transfer and a checksum error."""

@@ -1,0 +1,163 @@
+"""The receiving side of a node."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from kvstore.abc import TransportOptions
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, PeerGoneError, TransportError
+from kvstore.registry import transport_for
+from kvstore.transfer.attachment import ABORT_DEADLINE_S
+from kvstore.transfer.inbox import Inbox
+from kvstore.transfer.session import LOG, Session
+from kvstore.transfer.settings import TransferSettings, new_boot_epoch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvstore.abc import Connection, Transport
+    from kvstore.pool import Pool
+    from kvstore.transfer.inbox import InboxStatistics
+    from kvstore.transfer.report import TransferObserver
+
+ACCEPT_DEADLINE_S = 3600.0
+"""One wait for a connection; it goes on afterwards, and `close` ends it at once."""
+ACCEPT_PAUSE_S = 0.05
+"""After an error of the listener itself, such as too many open files."""
+
+
+class Endpoint:
+    """Receives transfers into a pool. Any thread may call; a context manager.
+
+    One thread accepts, one serves each connection, one gives up what nobody resumed; all are daemons and
+    sleep while nothing happens. Committed resume points appear in the pool like local ones.
+
+    Args:
+        pool: where records go; the endpoint does not close it.
+        address: where to listen; port 0 lets the system choose.
+        options: of the connections.
+        settings: deadlines and limits.
+        observer: told of each layer's bytes as they arrive.
+        boot_epoch: this run of the node; by default a new random one.
+        find_transport: looks the transport up; for tests.
+
+    Raises:
+        AddressError: malformed, in use, or of no installed transport.
+        UnavailableError: the transport does not work here.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        address: str,
+        *,
+        options: TransportOptions | None = None,
+        settings: TransferSettings | None = None,
+        observer: TransferObserver | None = None,
+        boot_epoch: int | None = None,
+        find_transport: Callable[[str], Transport] = transport_for,
+    ) -> None:
+        self.settings = settings or TransferSettings()
+        self._listener = find_transport(address).listen(address, options or TransportOptions())
+        self._inbox = Inbox(pool, self.settings, boot_epoch or new_boot_epoch(), observer)
+        self._lock = threading.Lock()
+        self._sessions: dict[Session, threading.Thread] = {}
+        self._is_closed = False
+        self._accepting = threading.Thread(target=self._accept, name="kvstore-accept", daemon=True)
+        self._accepting.start()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"Endpoint({self.address}, {state}, {self._inbox.active_count} transfers)"
+
+    @property
+    def address(self) -> str:
+        """Where peers connect, with the real port."""
+        return self._listener.address
+
+    @property
+    def last_error(self) -> tuple[str, Exception] | None:
+        """The last peer that was refused, and why: a mismatch, a broken protocol."""
+        return self._inbox.last_error
+
+    @property
+    def connection_count(self) -> int:
+        """Connections open now."""
+        with self._lock:
+            return len(self._sessions)
+
+    @property
+    def transfer_count(self) -> int:
+        """Transfers that hold a reservation now, with or without a connection."""
+        return self._inbox.active_count
+
+    def statistics(self) -> InboxStatistics:
+        """What has been received and refused so far."""
+        return self._inbox.statistics()
+
+    def _accept(self) -> None:
+        number = 0
+        while True:
+            try:
+                connection = self._listener.accept(Deadline.after(ACCEPT_DEADLINE_S))
+            except DeadlineError:
+                continue
+            except PeerGoneError:
+                return
+            except TransportError as error:
+                LOG.warning("%s could not accept a connection: %s", self.address, error)
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
+            number += 1
+            self._serve(connection, number)
+
+    def _serve(self, connection: Connection, number: int) -> None:
+        session = Session(self._inbox, connection)
+        thread = threading.Thread(
+            target=self._run, args=(session,), name=f"kvstore-receive-{number}", daemon=True
+        )
+        with self._lock:
+            is_refused = self._is_closed or len(self._sessions) >= self.settings.connections_per_node_max
+            if not is_refused:
+                self._sessions[session] = thread
+        if is_refused:
+            LOG.warning("%s closed a connection from %s: too many are open", self.address, connection.peer_address)
+            connection.close()
+            return
+        thread.start()
+
+    def _run(self, session: Session) -> None:
+        try:
+            session.run()
+        finally:
+            with self._lock:
+                self._sessions.pop(session, None)
+
+    def close(self) -> None:
+        """Abort what is being received, end every connection and thread, free the address. Idempotent."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            sessions = dict(self._sessions)
+        self._listener.close()
+        self._accepting.join()
+        for session in sessions:
+            session.abort("the node is closing")
+        deadline = Deadline.after(ABORT_DEADLINE_S)
+        for session in sessions:
+            session.ended.wait(deadline.remaining_s())
+        for session, thread in sessions.items():
+            session.close()
+            if thread.is_alive():
+                thread.join(self.settings.progress_deadline_s)
+        self._inbox.close()

@@ -1,0 +1,54 @@
+"""HELLO: what both sides must agree on before anything else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvstore.errors import PeerMismatchError
+from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX
+from kvstore.transfer.frames import PROTOCOL_VERSION
+from kvstore.transfer.messages import Feature, Hello
+
+if TYPE_CHECKING:
+    from kvstore.abc import Connection
+    from kvstore.spec import ModelSpec
+    from kvstore.transfer.settings import TransferSettings
+
+
+def make_hello(spec: ModelSpec, boot_epoch: int, settings: TransferSettings, connection: Connection) -> Hello:
+    """This side's HELLO on a connection."""
+    return Hello(
+        boot_epoch=boot_epoch,
+        fingerprint=spec.fingerprint,
+        model=spec.model,
+        progress_deadline_ms=max(1, round(settings.progress_deadline_s * 1000)),
+        features=Feature.GET if connection.supports_get else 0,
+        frame_payload_bytes_max=FRAME_PAYLOAD_BYTES_MAX,
+        frame_pieces_max=FRAME_PIECES_MAX,
+        version_min=PROTOCOL_VERSION,
+        version_max=PROTOCOL_VERSION,
+    )
+
+
+def check_hello(ours: Hello, theirs: Hello, peer_address: str) -> None:
+    """Both sides check the same and come to the same answer.
+
+    Raises:
+        PeerMismatchError: no common protocol version, or another model; both values are named.
+    """
+    if theirs.version_max < ours.version_min or ours.version_max < theirs.version_min:
+        raise PeerMismatchError(
+            f"{peer_address} speaks protocol versions {theirs.version_min} to {theirs.version_max}, this side "
+            f"{ours.version_min} to {ours.version_max}; use releases of kvstore that share a version"
+        )
+    if theirs.fingerprint != ours.fingerprint:
+        raise PeerMismatchError(
+            f"{peer_address} holds model {theirs.model!r} with fingerprint {theirs.fingerprint.hex()[:16]}, this side "
+            f"{ours.model!r} with {ours.fingerprint.hex()[:16]}; their caches are not interchangeable: both nodes need "
+            "the same model spec (weights, block size, dtypes)"
+        )
+
+
+def uses_get(ours: Hello, theirs: Hello) -> bool:
+    """Whether pieces are got from exposed memory instead of being sent."""
+    return bool(ours.features & theirs.features & Feature.GET)

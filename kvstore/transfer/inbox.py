@@ -1,0 +1,309 @@
+"""The transfers that a node is receiving: who may begin, resume, commit, and what becomes of the rest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+from kvstore.clock import Deadline
+from kvstore.errors import PoolError, StoreClosedError, TransferError
+from kvstore.transfer.incoming import IncomingTransfer
+from kvstore.transfer.messages import Abort, AbortCode, Committed
+from kvstore.transfer.offer import OfferFlag, check_offer
+from kvstore.transfer.outcomes import Outcomes
+
+if TYPE_CHECKING:
+    from kvstore.pool import Pool, Transaction
+    from kvstore.spec import ModelSpec
+    from kvstore.transfer.frames import TransferId
+    from kvstore.transfer.messages import Commit
+    from kvstore.transfer.offer import Offer, OfferedRecord
+    from kvstore.transfer.report import TransferObserver
+    from kvstore.transfer.session import Session
+    from kvstore.transfer.settings import TransferSettings
+
+
+class OfferRefusedError(TransferError):
+    """An offer is not taken up; `code` goes into the ABORT that answers it."""
+
+    def __init__(self, code: AbortCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass
+class InboxStatistics:
+    """Counters of one endpoint; they only grow.
+
+    Attributes:
+        committed, aborted: transfers by how they ended.
+        resumed: attachments beyond a transfer's first.
+        full: offers that were answered FULL.
+        damaged_pieces: pieces that arrived with a checksum that did not hold.
+        refused: connections and offers that broke the protocol or did not match.
+        received_bytes: piece bytes of committed transfers.
+    """
+
+    committed: int = 0
+    aborted: int = 0
+    resumed: int = 0
+    full: int = 0
+    damaged_pieces: int = 0
+    refused: int = 0
+    received_bytes: int = 0
+
+
+@dataclass(eq=False)
+class _Entry:
+    incoming: IncomingTransfer
+    session: Session | None
+
+
+class Inbox:
+    """State shared by an endpoint's sessions. Any thread.
+
+    A transfer whose connection broke keeps its reservation for the resume window, so that a reconnecting
+    sender finds it; it is given up earlier when another offer needs the space.
+    """
+
+    def __init__(
+        self, pool: Pool, settings: TransferSettings, boot_epoch: int, observer: TransferObserver | None
+    ) -> None:
+        self.spec: ModelSpec = pool.spec
+        self.settings = settings
+        self.boot_epoch = boot_epoch
+        self.observer = observer
+        self.outcomes = Outcomes()
+        self.last_error: tuple[str, Exception] | None = None
+        self._pool = pool
+        self._changed = threading.Condition()
+        self._entries: dict[TransferId, _Entry] = {}
+        self._reserving: set[TransferId] = set()
+        self._generations = count(1)
+        self._statistics = InboxStatistics()
+        self._is_closed = False
+        self._janitor = threading.Thread(target=self._expire, name="kvstore-transfer-janitor", daemon=True)
+        self._janitor.start()
+        pool.subscribe(self._space_changed)
+
+    def statistics(self) -> InboxStatistics:
+        """A copy of the counters."""
+        with self._changed:
+            return InboxStatistics(**vars(self._statistics))
+
+    @property
+    def active_count(self) -> int:
+        """Transfers that hold a reservation now."""
+        with self._changed:
+            return len(self._entries)
+
+    def refused(self, peer_address: str, error: Exception) -> None:
+        """A peer broke the protocol or does not match."""
+        with self._changed:
+            self._statistics.refused += 1
+            self.last_error = (peer_address, error)
+
+    def damaged(self, peer_address: str, pieces: int) -> None:
+        """Pieces from a peer arrived damaged."""
+        with self._changed:
+            self._statistics.damaged_pieces += pieces
+
+    def _space_changed(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    # Offers
+
+    def attach(self, session: Session, transfer: TransferId, offer: Offer) -> IncomingTransfer:
+        """Reserve space for what an offer brings, or take a transfer up again that a connection lost.
+
+        Raises:
+            PoolError: there is no room; the answer is FULL.
+            OfferRefusedError: limits, or the transfer cannot be resumed.
+            ProtocolError, WriteError: the offer does not fit the spec or the store.
+            StoreClosedError: closing.
+        """
+        with self._changed:
+            self._check_open()
+            entry = self._entries.get(transfer)
+            if entry is None:
+                self._check_limits(transfer)
+                self._reserving.add(transfer)
+        if entry is not None:
+            return self._resume(entry, session, offer)
+        try:
+            offered = check_offer(offer, self.spec)
+            transaction = self._reserve(offer, offered, session.progress_deadline_s)
+            incoming = IncomingTransfer(transfer, offer, offered, transaction)
+            with self._changed:
+                if self._is_closed:
+                    transaction.abort("the node is closing")
+                    self._check_open()
+                incoming.generation = next(self._generations)
+                incoming.detached_s = None
+                self._entries[transfer] = _Entry(incoming, session)
+                return incoming
+        finally:
+            with self._changed:
+                self._reserving.discard(transfer)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosedError("the node is closing")
+
+    def _check_limits(self, transfer: TransferId) -> None:
+        if transfer in self._reserving:
+            raise OfferRefusedError(AbortCode.STALE_GENERATION, "an earlier connection's offer is still waiting")
+        active = [*self._entries, *self._reserving]
+        limit = self.settings.transfers_per_node_max
+        if len(active) >= limit:
+            raise OfferRefusedError(AbortCode.LIMIT, f"{limit} transfers arrive at this node, the most; retry later")
+        limit = self.settings.transfers_per_peer_max
+        if sum(other.epoch == transfer.epoch for other in active) >= limit:
+            raise OfferRefusedError(AbortCode.LIMIT, f"{limit} transfers of this peer arrive, the most; retry later")
+
+    def _resume(self, entry: _Entry, session: Session, offer: Offer) -> IncomingTransfer:
+        incoming = entry.incoming
+        if offer.pack() != incoming.offer.pack():
+            raise OfferRefusedError(AbortCode.INVALID, "the transfer is known here with another offer")
+        previous = entry.session
+        if previous is not None:
+            previous.close()
+            if not previous.ended.wait(self.settings.progress_deadline_s):
+                raise OfferRefusedError(AbortCode.STALE_GENERATION, "an earlier connection is still at work")
+        with self._changed:
+            if self._entries.get(incoming.transfer) is not entry or entry.session not in (None, previous):
+                raise OfferRefusedError(AbortCode.STALE_GENERATION, "the transfer ended, or was taken up, meanwhile")
+            entry.session = session
+            incoming.generation = next(self._generations)
+            incoming.detached_s = None
+            self._statistics.resumed += 1
+            return incoming
+
+    def _reserve(self, offer: Offer, offered: tuple[OfferedRecord, ...], silence_s: float) -> Transaction:
+        """Space for everything that is missing, waiting a little for it."""
+        path = offer.path
+        resume_nodes = [node for tokens in offer.resume_tokens if (node := path.node_at(tokens)) is not None]
+        # The sender hears nothing meanwhile, and must not take that for a dead peer.
+        deadline = Deadline.after(min(self.settings.queue_deadline_s, silence_s / 2))
+        while True:
+            try:
+                return self._pool.begin(
+                    path,
+                    [record.name for record in offered],
+                    salt=offer.salt,
+                    grid_digests={record.name: record.grid for record in offered},
+                    resume_nodes=resume_nodes,
+                    is_transient=OfferFlag.HANDOVER in offer.flags,
+                )
+            except PoolError as error:
+                if error.retryable and self._give_up_detached():
+                    continue
+                with self._changed:
+                    if not error.retryable or deadline.has_passed:
+                        self._statistics.full += 1
+                        raise
+                    self._check_open()
+                    # A change between the attempt and this wait is found by the next look, at most this much later.
+                    self._changed.wait(min(0.1, deadline.remaining_s()))
+
+    def _give_up_detached(self) -> bool:
+        """Make room by giving up the transfer that has been without a connection the longest."""
+        with self._changed:
+            detached = [
+                (entry.incoming.detached_s, transfer)
+                for transfer, entry in self._entries.items()
+                if entry.incoming.detached_s is not None
+            ]
+        if not detached:
+            return False
+        reason = "its connection broke and another transfer needed the space"
+        return self.give_up(min(detached)[1], Abort(AbortCode.CLOSING, reason), only_detached=True)
+
+    # Ends
+
+    def commit(self, incoming: IncomingTransfer, commit: Commit) -> Committed:
+        """Make a complete transfer visible, and remember that.
+
+        Raises:
+            WriteError, StoreClosedError: the transaction has ended, or the hand-over does not fit.
+        """
+        is_whole = commit.upto_tokens == incoming.offer.path.tokens
+        incoming.transaction.commit(None if is_whole else commit.upto_tokens, commit.handover)
+        if not is_whole:
+            incoming.transaction.abort(f"the sender committed {commit.upto_tokens} tokens only")
+        answer = incoming.committed()
+        self.outcomes.record(incoming.transfer, answer, incoming.deadline)
+        with self._changed:
+            self._entries.pop(incoming.transfer, None)
+            self._statistics.committed += 1
+            self._statistics.received_bytes += incoming.received_bytes
+            self._changed.notify_all()
+        return answer
+
+    def give_up(self, transfer: TransferId, abort: Abort, *, only_detached: bool = False) -> bool:
+        """Free what a transfer holds and remember why. False if there was nothing to free."""
+        with self._changed:
+            entry = self._entries.get(transfer)
+            if entry is not None and only_detached and entry.incoming.detached_s is None:
+                return False
+            if entry is not None:
+                del self._entries[transfer]
+                self._statistics.aborted += 1
+        deadline = entry.incoming.deadline if entry is not None else Deadline.after(0.0)
+        self.outcomes.record(transfer, abort, deadline)
+        if entry is None:
+            return False
+        entry.incoming.transaction.abort(abort.reason)
+        with self._changed:
+            self._changed.notify_all()
+        return True
+
+    def detach(self, incoming: IncomingTransfer, generation: int) -> None:
+        """A session has lost its connection; the transfer waits to be resumed."""
+        with self._changed:
+            entry = self._entries.get(incoming.transfer)
+            if entry is not None and entry.incoming is incoming and incoming.generation == generation:
+                entry.session = None
+                incoming.detached_s = time.monotonic()
+                self._changed.notify_all()
+
+    def _expire(self) -> None:
+        """The janitor: gives up what nobody resumed in time. Sleeps while no transfer is detached."""
+        while True:
+            expired: list[tuple[TransferId, Abort]] = []
+            with self._changed:
+                if self._is_closed:
+                    return
+                now = time.monotonic()
+                nearest_s: float | None = None
+                for transfer, entry in self._entries.items():
+                    detached_s = entry.incoming.detached_s
+                    if detached_s is None:
+                        continue
+                    until_s = min(detached_s + self.settings.resume_window_s, entry.incoming.deadline.at_s)
+                    if until_s > now:
+                        nearest_s = until_s if nearest_s is None else min(nearest_s, until_s)
+                    elif entry.incoming.deadline.has_passed:
+                        expired.append((transfer, Abort(AbortCode.DEADLINE, "its total deadline passed")))
+                    else:
+                        reason = f"its connection broke and none replaced it within {self.settings.resume_window_s:g} s"
+                        expired.append((transfer, Abort(AbortCode.DEADLINE, reason)))
+                if not expired:
+                    self._changed.wait(None if nearest_s is None else nearest_s - now)
+                    continue
+            for transfer, abort in expired:
+                self.give_up(transfer, abort, only_detached=True)
+
+    def close(self) -> None:
+        """Give everything up and end the janitor. The sessions have ended by now, or soon will."""
+        with self._changed:
+            self._is_closed = True
+            transfers = list(self._entries)
+            self._changed.notify_all()
+        for transfer in transfers:
+            self.give_up(transfer, Abort(AbortCode.CLOSING, "the node is closing"))
+        self._janitor.join()

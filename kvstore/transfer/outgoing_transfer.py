@@ -1,0 +1,265 @@
+"""One transfer, from the sender's side: its state, its thread, its reconnects."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from kvstore.clock import Deadline
+from kvstore.errors import (
+    DeadlineError,
+    KVStoreError,
+    PeerGoneError,
+    ProtocolError,
+    TransferAbortedError,
+    TransferError,
+    TransportError,
+)
+from kvstore.handle import Handle
+from kvstore.transfer.attachment import Attachment
+from kvstore.transfer.messages import Abort, AbortCode, Committed
+from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
+from kvstore.transfer.outgoing import Outgoing
+from kvstore.transfer.report import TransferReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvstore.abc import Transport, TransportOptions
+    from kvstore.pool import HandOver
+    from kvstore.spec import ModelSpec
+    from kvstore.transfer.frames import TransferId
+    from kvstore.transfer.outgoing import DataFrame
+    from kvstore.transfer.report import TransferObserver
+    from kvstore.transfer.settings import TransferSettings
+    from kvstore.transfer.source import Ids, Source
+
+BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Pauses before reconnecting; the last one repeats."""
+PROTOCOL_FAULTS_MAX = 3
+"""Connections of one transfer that may end with a damaged frame before the transfer does."""
+
+
+class OutgoingTransfer:
+    """Sends one source until the receiver has committed it, over as many connections as that takes.
+
+    Its own thread runs it. Others report through the source's listener methods, `cancel` and `join`.
+    Everything below `changed` is guarded by it.
+    """
+
+    def __init__(
+        self,
+        transfer: TransferId,
+        source: Source,
+        spec: ModelSpec,
+        transport: Transport,
+        address: str,
+        options: TransportOptions,
+        settings: TransferSettings,
+        *,
+        total_deadline_s: float | None,
+        priority: int,
+        observer: TransferObserver | None,
+        on_end: Callable[[OutgoingTransfer], None],
+    ) -> None:
+        self.transfer = transfer
+        self.source = source
+        self.spec = spec
+        self.transport = transport
+        self.address = address
+        self.options = options
+        self.settings = settings
+        self.observer = observer
+        self.handle: Handle[TransferReport] = Handle(f"transfer {transfer} to {address}", self.cancel)
+        if total_deadline_s is None:
+            total_deadline_s = settings.total_deadline_s(source.total_bytes, is_complete=source.is_complete)
+        self.started_s = time.monotonic()
+        self.deadline = Deadline(self.started_s + total_deadline_s)
+        self._total_deadline_s = total_deadline_s
+        self._on_end = on_end
+        rows, grids = offer_rows([(record.name, record.layout, record.header) for record in source.records])
+        flags = OfferFlag.HANDOVER if source.is_transient else OfferFlag(0)
+        self.offer = Offer(
+            path=source.path,
+            salt=source.salt,
+            resume_tokens=source.resume_tokens,
+            grids=grids,
+            records=rows,
+            total_bytes=source.total_bytes,
+            total_deadline_ms=max(1, round(total_deadline_s * 1000)),
+            priority=priority,
+            flags=flags | (OfferFlag.COMPLETE if source.is_complete else OfferFlag(0)),
+        )
+        self.offer_payload = self.offer.pack()
+
+        self.changed = threading.Condition()
+        self.outgoing = Outgoing(source.records)
+        self.handover: HandOver | None = None
+        self.producer_finished_s: float | None = None
+        self.failure: str | None = None
+        self.cancelled: str | None = None
+        self._pieces_again = 0
+        self._pieces_sent = 0
+        self._pieces_wanted: int | None = None
+        self._bytes_by_group = dict.fromkeys((group.name for group in spec.groups), 0)
+        self._first_byte_s: float | None = None
+        self._last_byte_s: float | None = None
+        self._is_one_sided = False
+        self._thread = threading.Thread(target=self._run, name=f"kvstore-send-{transfer.counter}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, deadline_s: float) -> None:
+        if self._thread is not threading.current_thread():
+            self._thread.join(deadline_s)
+
+    def cancel(self, reason: str) -> None:
+        """Give the transfer up; it then ends with `TransferAbortedError`."""
+        with self.changed:
+            self.cancelled = self.cancelled or reason
+            self.changed.notify_all()
+
+    # Reports of the source, from any thread
+
+    def pieces_whole(self, record: int, pieces: Ids) -> None:
+        with self.changed:
+            self.outgoing.pieces_whole(record, pieces)
+            self.changed.notify_all()
+
+    def record_sealed(self, record: int, cost_us: int) -> None:
+        with self.changed:
+            self.outgoing.record_sealed(record, cost_us)
+            self.changed.notify_all()
+
+    def finished(self, handover: HandOver | None) -> None:
+        with self.changed:
+            if self.producer_finished_s is None:
+                self.producer_finished_s = time.monotonic()
+                self.handover = handover
+            self.changed.notify_all()
+
+    def failed(self, reason: str) -> None:
+        with self.changed:
+            if self.producer_finished_s is None:
+                self.failure = self.failure or reason
+            self.changed.notify_all()
+
+    # Reports of an attachment, in this transfer's thread
+
+    def wanted(self, pieces: int, *, is_again: bool, is_one_sided: bool) -> None:
+        """The receiver has said how many pieces it lacks."""
+        self._is_one_sided = is_one_sided
+        if is_again:
+            self._pieces_again += pieces
+        elif self._pieces_wanted is None:
+            self._pieces_wanted = pieces
+
+    def sent(self, frame: DataFrame, start_s: float, end_s: float) -> None:
+        """A DATA frame has left."""
+        self._first_byte_s = self._first_byte_s or end_s
+        self._last_byte_s = end_s
+        for record, ids in frame.parts:
+            layout = self.source.records[record].layout
+            self._pieces_sent += len(ids)
+            self._bytes_by_group[layout.group.name] += int(layout.piece_sizes[ids].sum())
+
+    # The thread
+
+    def _run(self) -> None:
+        try:
+            report = self._send()
+        except BaseException as error:
+            self._end()
+            self.handle.fail(error)
+        else:
+            self._end()
+            self.handle.resolve(report)
+
+    def _end(self) -> None:
+        """Memory and place are given back before the handle says so."""
+        self.source.close()
+        self._on_end(self)
+
+    def _send(self) -> TransferReport:
+        faults = 0
+        connections = 0
+        alive_s: float | None = None
+        while True:
+            attachment = Attachment(self)
+            try:
+                committed = attachment.run()
+                return self._report(committed, connections)
+            except ProtocolError:
+                faults += 1
+                if faults > PROTOCOL_FAULTS_MAX:
+                    raise
+            except (PeerGoneError, DeadlineError, TransportError) as error:
+                if attachment.heard_s is None and alive_s is None:
+                    raise
+                last_s = max(attachment.heard_s or 0.0, alive_s or 0.0)
+                if time.monotonic() + BACKOFF_S[0] >= last_s + self.settings.progress_deadline_s:
+                    raise PeerGoneError(
+                        f"transfer {self.transfer} to {self.address} failed: nothing was heard of the peer for "
+                        f"{self.settings.progress_deadline_s:g} s; last error: {error}"
+                    ) from error
+            finally:
+                attachment.close()
+            if attachment.heard_s is not None:
+                alive_s = max(alive_s or 0.0, attachment.heard_s)
+            self._pause(BACKOFF_S[min(connections, len(BACKOFF_S) - 1)])
+            connections += 1
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next connection, unless the transfer is over by then."""
+        with self.changed:
+            self.changed.wait_for(self.must_end, seconds)
+            ending = self.ending()
+        if ending is not None:
+            # The receiver keeps its reservation for a while; it is told when it can be reached at once.
+            Attachment(self).deliver_abort(ending)
+            raise self.aborted(ending)
+
+    def must_end(self) -> bool:
+        """Whether the transfer is to be given up. Call with `changed` held."""
+        return self.cancelled is not None or self.failure is not None or self.deadline.has_passed
+
+    def ending(self) -> Abort | None:
+        """Why it is to be given up, or None. Call with `changed` held."""
+        if self.cancelled is not None:
+            return Abort(AbortCode.CANCELLED, self.cancelled)
+        if self.failure is not None:
+            return Abort(AbortCode.SOURCE, f"the writer that produced the records gave up: {self.failure}")
+        if self.deadline.has_passed:
+            return Abort(
+                AbortCode.DEADLINE, f"it did not end within its total deadline of {self._total_deadline_s:g} s"
+            )
+        return None
+
+    def aborted(self, abort: Abort) -> KVStoreError:
+        """The error that this side's own abort ends with."""
+        return TransferAbortedError(f"transfer {self.transfer} to {self.address} was given up: {abort.reason}")
+
+    def _report(self, committed: Committed, reconnects: int) -> TransferReport:
+        now = time.monotonic()
+        offered = sum(len(record.layout.pieces) for record in self.source.records)
+        wanted = self._pieces_wanted or 0
+        if self.producer_finished_s is None:
+            raise TransferError(f"{self.address} has committed transfer {self.transfer}, which this side never did")
+        return TransferReport(
+            transfer=self.transfer,
+            peer_address=self.address,
+            tokens=self.source.path.tokens,
+            bytes_by_group=dict(self._bytes_by_group),
+            pieces=self._pieces_sent,
+            pieces_skipped=offered - wanted,
+            pieces_again=self._pieces_again,
+            reconnects=reconnects,
+            is_one_sided=self._is_one_sided,
+            started_s=self.started_s,
+            first_byte_s=self._first_byte_s,
+            last_byte_s=self._last_byte_s,
+            producer_finished_s=self.producer_finished_s,
+            committed_s=now,
+        )

@@ -1,0 +1,202 @@
+"""The sending side of a node."""
+
+from __future__ import annotations
+
+import os
+import threading
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from kvstore.abc import TransportOptions
+from kvstore.errors import StoreClosedError, TransferError
+from kvstore.registry import transport_for
+from kvstore.transfer.frames import TransferId
+from kvstore.transfer.outgoing_transfer import OutgoingTransfer
+from kvstore.transfer.settings import TransferSettings, new_boot_epoch
+from kvstore.transfer.source import LeaseSource, WriterSource, check_source, salt_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvstore.abc import Transport
+    from kvstore.handle import Handle
+    from kvstore.pool import HandOver, Hold
+    from kvstore.store.lease import Lease
+    from kvstore.store.writer import Writer
+    from kvstore.transfer.report import TransferObserver, TransferReport
+    from kvstore.transfer.source import Source
+
+CLOSE_DEADLINE_S = 10.0
+"""How long `close` waits for transfers that it has cancelled; their own waits are shorter by default."""
+
+
+class Sender:
+    """Begins transfers to other nodes. Any thread may call.
+
+    Each transfer has two threads while it runs, and none afterwards.
+
+    Args:
+        settings: deadlines and limits.
+        boot_epoch: this run of the node; by default a new random one.
+    """
+
+    def __init__(self, *, settings: TransferSettings | None = None, boot_epoch: int | None = None) -> None:
+        self.settings = settings or TransferSettings()
+        self.boot_epoch = boot_epoch or new_boot_epoch()
+        self._lock = threading.Lock()
+        self._counter = count(1)
+        self._transfers: set[OutgoingTransfer] = set()
+        self._is_closed = False
+
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Sender({len(self._transfers)} transfers)"
+
+    def send(
+        self,
+        source: Source,
+        address: str,
+        *,
+        options: TransportOptions | None = None,
+        total_deadline_s: float | None = None,
+        priority: int = 128,
+        observer: TransferObserver | None = None,
+        find_transport: Callable[[str], Transport] = transport_for,
+    ) -> Handle[TransferReport]:
+        """Move a resume point to the node that listens at `address`. Returns at once.
+
+        Args:
+            source: what to send; the transfer closes it, also when this raises.
+            address: where the receiver listens, `tcp://host:port`.
+            options: pacing and congestion control of the connection.
+            total_deadline_s: when to give up; by default from the bytes and the least rate.
+            priority: 0 (first) to 255, for receivers that queue.
+            observer: told of each layer's bytes as they leave.
+            find_transport: looks the transport up; for tests.
+
+        Returns:
+            A handle whose result is the report. It fails with `TransferFullError` (no room there),
+            `PeerMismatchError`, `PeerGoneError` (dead, or silent for the no-progress deadline),
+            `TransferAbortedError` (either side gave up) or another `TransferError`. `cancel` aborts.
+
+        Raises:
+            TransferError: nothing to send, or too many transfers at once. StoreClosedError: closed.
+            WriteError: what writes the source has ended.
+            AddressError, UnavailableError: no transport for this address.
+        """
+        try:
+            check_source(source)
+            transfer = OutgoingTransfer(
+                TransferId(self.boot_epoch, next(self._counter)),
+                source,
+                source.spec,
+                find_transport(address),
+                address,
+                options or TransportOptions(),
+                self.settings,
+                total_deadline_s=total_deadline_s,
+                priority=priority,
+                observer=observer,
+                on_end=self._ended,
+            )
+            with self._lock:
+                if self._is_closed:
+                    raise StoreClosedError("this sender was closed; open the store again")
+                limit = self.settings.transfers_per_node_max
+                if len(self._transfers) >= limit:
+                    raise TransferError(f"{limit} transfers are being sent already, the most; wait for one to end")
+                self._transfers.add(transfer)
+            try:
+                source.start(transfer)
+            except BaseException:
+                self._ended(transfer)
+                raise
+        except BaseException:
+            source.close()
+            raise
+        transfer.start()
+        return transfer.handle
+
+    def _ended(self, transfer: OutgoingTransfer) -> None:
+        with self._lock:
+            self._transfers.discard(transfer)
+
+    def close(self) -> None:
+        """Cancel what is running and wait until its threads have ended. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+            running = list(self._transfers)
+        for transfer in running:
+            transfer.cancel("the store is closing")
+        for transfer in running:
+            transfer.join(CLOSE_DEADLINE_S)
+
+
+def send_lease(
+    lease: Lease | Hold,
+    address: str,
+    *,
+    handover: HandOver | None = None,
+    transport: TransportOptions | None = None,
+    sender: Sender | None = None,
+    **options: Any,
+) -> Handle[TransferReport]:
+    """Send a resume point that this node has; see `Sender.send`, which takes the further options.
+
+    Args:
+        lease: taken over: the transfer releases it, also when this raises.
+        address: where the receiver listens.
+        handover: makes it a hand-over: the receiver's process decodes on.
+        transport: pacing and congestion control.
+        sender: whose transfer it is; by default one of the process.
+    """
+    try:
+        source = LeaseSource(lease, salt_of(lease), handover)
+    except BaseException:
+        lease.release()
+        raise
+    return (sender or process_sender()).send(source, address, options=transport, **options)
+
+
+def send_writer(
+    writer: Writer,
+    address: str,
+    *,
+    is_transient: bool = False,
+    transport: TransportOptions | None = None,
+    sender: Sender | None = None,
+    **options: Any,
+) -> Handle[TransferReport]:
+    """Send a prompt's cache while it is written; it is committed there after it was committed here.
+
+    Args:
+        writer: still open; its pieces leave as they become whole.
+        address: where the receiver listens.
+        is_transient: at the receiver the prompt's tail disappears once its hand-over was claimed.
+        transport: pacing and congestion control.
+        sender: whose transfer it is; by default one of the process.
+
+    Raises:
+        WriteError: the writer has ended. Otherwise as `Sender.send`.
+    """
+    source = WriterSource(writer, is_transient=is_transient)
+    return (sender or process_sender()).send(source, address, options=transport, **options)
+
+
+_process_sender: tuple[int, Sender] | None = None
+_process_lock = threading.Lock()
+
+
+def process_sender() -> Sender:
+    """The sender of this process, for callers that have none of their own."""
+    global _process_sender
+    with _process_lock:
+        # A forked child has neither the parent's threads nor its connections.
+        if _process_sender is None or _process_sender[0] != os.getpid():
+            _process_sender = (os.getpid(), Sender())
+        return _process_sender[1]

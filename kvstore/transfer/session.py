@@ -1,0 +1,390 @@
+"""One connection at its receiving end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from kvstore.clock import Deadline
+from kvstore.errors import (
+    DeadlineError,
+    KVStoreError,
+    PeerGoneError,
+    PoolError,
+    ProtocolError,
+    StoreClosedError,
+    WriteError,
+)
+from kvstore.transfer.arrival import get_pieces, receive_pieces
+from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind
+from kvstore.transfer.greeting import check_hello, make_hello, uses_get
+from kvstore.transfer.inbox import OfferRefusedError
+from kvstore.transfer.incoming import Attached
+from kvstore.transfer.link import FrameLink
+from kvstore.transfer.messages import (
+    Abort,
+    AbortCode,
+    Commit,
+    Committed,
+    Credit,
+    Expose,
+    Hello,
+    Seal,
+    Want,
+    WantStatus,
+    parse_piece_table,
+)
+from kvstore.transfer.offer import Offer
+from kvstore.transfer.pieces import observe_layers
+from kvstore.transfer.settings import KEEPALIVE_FRACTION
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvstore.abc import Connection
+    from kvstore.transfer.frames import FrameHeader, TransferId
+    from kvstore.transfer.inbox import Inbox
+    from kvstore.transfer.incoming import Arriving
+
+LOG = logging.getLogger("kvstore.transfer")
+DRAIN_DEADLINE_S = 1.0
+"""How long a session that has sent ABORT reads on, so that closing does not destroy what the peer has not read."""
+SCRATCH_BYTES = 64 << 10
+
+
+class Session:
+    """Serves one connection until it ends. `run` belongs to the session's own thread."""
+
+    def __init__(self, inbox: Inbox, connection: Connection) -> None:
+        self._inbox = inbox
+        self._settings = inbox.settings
+        self._link = FrameLink(connection, inbox.settings.progress_deadline_s)
+        self._peer: Hello | None = None
+        self._is_one_sided = False
+        self._attached: Attached | None = None
+        self._is_over = threading.Event()
+        self._drain_until: Deadline | None = None
+        self._unread_bytes = 0
+        self.ended = threading.Event()
+        """Set once the session will not touch its transfer again."""
+
+    def __repr__(self) -> str:
+        attached = self._attached
+        return f"Session({self._link.peer_address}, {attached.incoming.transfer if attached else 'no transfer'})"
+
+    def run(self) -> None:
+        """Serve the peer; every error ends the connection, and none leaves this method."""
+        try:
+            self._greet()
+            while not self._is_over.is_set():
+                header = self._link.receive_header(self._next_deadline())
+                if self._drain_until is None:
+                    self._unread_bytes = 0
+                    self._serve(header)
+                elif header.kind is Kind.ABORTED:
+                    break
+                else:
+                    self._discard(header.payload_bytes)
+        except (PeerGoneError, DeadlineError) as error:
+            LOG.debug("connection from %s ended: %s", self._link.peer_address, error)
+        except KVStoreError as error:
+            # Nothing that follows on this connection can be trusted. The transfer may be resumed over another.
+            self._inbox.refused(self._link.peer_address, error)
+        finally:
+            self.close()
+            self._detach()
+            self.ended.set()
+
+    @property
+    def progress_deadline_s(self) -> float:
+        """The longest silence that both sides bear."""
+        return self._link.progress_deadline_s
+
+    def close(self) -> None:
+        """End the connection; `run` then returns soon. Any thread."""
+        self._is_over.set()
+        self._link.close()
+
+    def abort(self, reason: str) -> None:
+        """Tell the peer that this node gives its transfer up, then end the connection. Any thread."""
+        attached = self._attached
+        if attached is None:
+            self.close()
+            return
+        self._drain()
+        self._send_quietly(Kind.ABORT, attached.incoming.transfer, Abort(AbortCode.CLOSING, reason).pack())
+
+    # Greeting
+
+    def _greet(self) -> None:
+        deadline = Deadline.after(self._settings.connect_deadline_s)
+        header = self._link.receive_header(deadline)
+        if header.kind is not Kind.HELLO:
+            raise ProtocolError(f"the first frame is {header.kind.name} instead of HELLO")
+        theirs = Hello.parse(self._link.receive_payload(header))
+        ours = make_hello(self._inbox.spec, self._inbox.boot_epoch, self._settings, self._link.connection)
+        # The answer goes out even if they do not match: the other side names both values, too.
+        self._link.send(Kind.HELLO, NO_TRANSFER, payload=ours.pack())
+        check_hello(ours, theirs, self._link.peer_address)
+        self._peer = theirs
+        self._link.progress_deadline_s = min(self._settings.progress_deadline_s, theirs.progress_deadline_ms / 1000)
+        self._is_one_sided = uses_get(ours, theirs)
+
+    def _next_deadline(self) -> Deadline:
+        if self._drain_until is not None:
+            return self._drain_until
+        silence = Deadline(self._link.last_received_s + self._link.progress_deadline_s)
+        return silence if self._attached is None else silence.earlier(self._attached.incoming.deadline)
+
+    # Frames
+
+    def _serve(self, header: FrameHeader) -> None:
+        kind = header.kind
+        assert self._peer is not None
+        if kind is Kind.PING:
+            self._link.receive_payload(header)
+            self._link.send(Kind.PONG, header.transfer, header.generation)
+            return
+        if kind in RESERVED_KINDS:
+            self._link.receive_payload(header)
+            reason = f"{kind.name} is not supported: this node does not offer remote match and fetch"
+            self._link.send(Kind.ABORT, header.transfer, payload=Abort(AbortCode.UNSUPPORTED, reason).pack())
+            return
+        if header.transfer.epoch != self._peer.boot_epoch:
+            raise ProtocolError(f"{kind.name} names transfer {header.transfer}, which another node began")
+        if kind is Kind.OFFER:
+            self._offer(header, self._link.receive_payload(header))
+        elif kind is Kind.ABORT:
+            self._aborted_by_peer(header, Abort.parse(self._link.receive_payload(header)))
+        elif kind is Kind.ABORTED:
+            self._link.receive_payload(header)
+            self.close()
+        elif kind is Kind.COMMIT and self._attached is None:
+            self._link.receive_payload(header)
+            self._answer_outcome(header.transfer)
+        elif kind in (Kind.EXPOSE, Kind.DATA, Kind.SEAL, Kind.COMMIT):
+            attached = self._check_attached(header)
+            if attached is not None:
+                self._work(header, attached)
+        else:
+            raise ProtocolError(f"{kind.name} is not what a sender sends")
+
+    def _check_attached(self, header: FrameHeader) -> Attached | None:
+        """The attachment that a frame is meant for; refused frames end the connection unread."""
+        attached = self._attached
+        if attached is None or header.transfer != attached.incoming.transfer:
+            code, reason = AbortCode.UNKNOWN_TRANSFER, f"{header.kind.name} for a transfer that was not offered here"
+        elif header.generation != attached.generation or attached.incoming.generation != attached.generation:
+            code = AbortCode.STALE_GENERATION
+            now = attached.incoming.generation
+            reason = f"{header.kind.name} is of generation {header.generation}, the transfer is at {now}"
+        else:
+            return attached
+        self._refuse(header.transfer, code, reason)
+        self._discard(header.payload_bytes)
+        return None
+
+    def _work(self, header: FrameHeader, attached: Attached) -> None:
+        incoming = attached.incoming
+        payload = self._link.receive_payload(header)
+        self._unread_bytes = header.body_bytes if header.kind is Kind.DATA else 0
+        try:
+            with incoming.lock:
+                incoming.deadline.check("the transfer's end")
+                if header.kind is Kind.DATA:
+                    self._data(header, payload, attached)
+                elif header.kind is Kind.EXPOSE:
+                    self._expose(Expose.parse(payload), attached)
+                elif header.kind is Kind.SEAL:
+                    for record, _, cost_us in Seal.parse(payload).rows.tolist():
+                        incoming.seal(record, cost_us)
+                else:
+                    incoming.commit = Commit.parse(payload)
+                self._commit_when_complete(attached)
+        except (WriteError, StoreClosedError) as error:
+            # The transaction ended under the transfer: the store is closing, or a deadline has passed.
+            self._give_up(AbortCode.CLOSING, str(error))
+        except ProtocolError as error:
+            self._inbox.refused(self._link.peer_address, error)
+            self._give_up(AbortCode.INVALID, str(error))
+        except DeadlineError:
+            self._give_up(AbortCode.DEADLINE, "its total deadline passed")
+        self._discard(self._unread_bytes)
+
+    # The offer
+
+    def _offer(self, header: FrameHeader, payload: memoryview) -> None:
+        if self._attached is not None:
+            raise ProtocolError("a second OFFER on one connection, before its transfer has ended")
+        if self._answer_outcome(header.transfer, is_offer=True):
+            return
+        try:
+            incoming = self._inbox.attach(self, header.transfer, Offer.parse(payload))
+        except PoolError as error:
+            full = Want(WantStatus.FULL, reason=str(error))
+            self._link.send(Kind.WANT, header.transfer, payload=full.pack())
+            return
+        except StoreClosedError as error:
+            self._refuse(header.transfer, AbortCode.CLOSING, str(error))
+            return
+        except OfferRefusedError as error:
+            self._refuse(header.transfer, error.code, str(error))
+            return
+        except (ProtocolError, WriteError) as error:
+            self._inbox.refused(self._link.peer_address, error)
+            self._refuse(header.transfer, AbortCode.INVALID, str(error))
+            return
+        window = max(self._settings.credit_bytes, incoming.largest_piece_bytes)
+        self._attached = Attached(incoming, incoming.generation, window, window)
+        ranges = incoming.missing_ranges()
+        # Without anything to want, a resumed transfer is told so, too: only seals and COMMIT are left.
+        want = Want(WantStatus.PIECES if len(ranges) else WantStatus.HAVE_ALL, window, ranges)
+        self._link.send(Kind.WANT, header.transfer, incoming.generation, want.pack())
+
+    def _answer_outcome(self, transfer: TransferId, *, is_offer: bool = False) -> bool:
+        """Answer from memory if the transfer has ended; False if an offer is to be looked at."""
+        outcome = self._inbox.outcomes.get(transfer)
+        if isinstance(outcome, Committed):
+            known = Committed(True, outcome.received_bytes, outcome.received_pieces, outcome.elapsed_us)
+            self._link.send(Kind.COMMITTED, transfer, payload=known.pack())
+        elif outcome is not None:
+            self._link.send(Kind.ABORT, transfer, payload=outcome.pack())
+        elif is_offer:
+            return False
+        else:
+            self._refuse(transfer, AbortCode.UNKNOWN_TRANSFER, "COMMIT for a transfer that is not known here")
+        return True
+
+    # Pieces
+
+    def _expose(self, expose: Expose, attached: Attached) -> None:
+        if not self._is_one_sided:
+            raise ProtocolError("EXPOSE on a connection without one-sided reads")
+        for exposure in expose.exposures:
+            if exposure.record >= attached.incoming.record_count:
+                raise ProtocolError(f"EXPOSE names record {exposure.record} of {attached.incoming.record_count}")
+            attached.exposures[exposure.record] = exposure
+
+    def _data(self, header: FrameHeader, table: memoryview, attached: Attached) -> None:
+        incoming = attached.incoming
+        is_remote = bool(header.flags & FLAG_REMOTE)
+        if is_remote and not self._is_one_sided:
+            raise ProtocolError("a DATA frame names exposed pieces on a connection without one-sided reads")
+        rows = parse_piece_table(table, header.piece_count)
+        body_bytes = int(rows["size_bytes"].sum(dtype="i8"))
+        if attached.consumed_bytes + body_bytes > attached.granted_bytes:
+            raise ProtocolError(
+                f"a DATA frame of {body_bytes} bytes exceeds the credit: {attached.consumed_bytes} of "
+                f"{attached.granted_bytes} bytes are used"
+            )
+        arriving = incoming.arriving(rows, None if is_remote else header.body_bytes)
+        start_s = time.monotonic()
+        is_whole = False
+        try:
+            with incoming.transaction.moving():
+                if is_remote:
+                    computed = get_pieces(arriving, attached.exposures, self._link, lambda n: self._credit(attached, n))
+                else:
+                    computed = receive_pieces(arriving, self._link, lambda n: self._credit(attached, n))
+                is_whole = True
+                self._unread_bytes = 0
+                damaged = incoming.arrived(arriving, computed)
+        finally:
+            if not is_whole:
+                incoming.lost(arriving)
+        self._observe(arriving, start_s)
+        if damaged is not None:
+            self._want_again(attached, damaged)
+
+    def _credit(self, attached: Attached, size_bytes: int) -> None:
+        """Grant more as bytes are consumed: each quarter of the window, and as a sign of life."""
+        attached.consumed_bytes += size_bytes
+        granted = attached.consumed_bytes + attached.window_bytes
+        quiet_s = time.monotonic() - self._link.last_sent_s
+        if (
+            granted - attached.granted_bytes >= attached.window_bytes // 4
+            or quiet_s >= self._link.progress_deadline_s * KEEPALIVE_FRACTION
+        ):
+            attached.granted_bytes = granted
+            payload = Credit(granted, attached.consumed_bytes).pack()
+            self._link.send(Kind.CREDIT, attached.incoming.transfer, attached.generation, payload)
+
+    def _want_again(self, attached: Attached, ranges: npt.NDArray[np.void]) -> None:
+        incoming = attached.incoming
+        count = int(ranges["count"].sum())
+        self._inbox.damaged(self._link.peer_address, count)
+        if incoming.damaged_pieces > self._settings.damaged_pieces_max:
+            reason = (
+                f"{incoming.damaged_pieces} pieces arrived with a checksum that does not hold, the limit is "
+                f"{self._settings.damaged_pieces_max}; look at the sender's memory and at the network"
+            )
+            self._give_up(AbortCode.CHECKSUM, reason)
+            return
+        attached.granted_bytes = attached.consumed_bytes + attached.window_bytes
+        want = Want(WantStatus.AGAIN, attached.granted_bytes, ranges)
+        self._link.send(Kind.WANT, incoming.transfer, attached.generation, want.pack())
+
+    def _observe(self, arriving: list[Arriving], start_s: float) -> None:
+        observer = self._inbox.observer
+        if observer is not None:
+            end_s = time.monotonic()
+            for part in arriving:
+                observe_layers(observer.piece_received, part.target.layout, part.ids, start_s, end_s)
+
+    # Ending
+
+    def _commit_when_complete(self, attached: Attached) -> None:
+        incoming = attached.incoming
+        if self._attached is None:
+            return
+        commit = incoming.committable()
+        if commit is None:
+            return
+        answer = self._inbox.commit(incoming, commit)
+        self._attached = None
+        self._link.send(Kind.COMMITTED, incoming.transfer, attached.generation, answer.pack())
+
+    def _aborted_by_peer(self, header: FrameHeader, abort: Abort) -> None:
+        self._attached = None
+        self._inbox.give_up(header.transfer, Abort(abort.code, f"the sender gave up: {abort.reason}"))
+        self._link.send(Kind.ABORTED, header.transfer, header.generation)
+
+    def _give_up(self, code: AbortCode, reason: str) -> None:
+        """End the transfer from this side, and say so."""
+        attached, self._attached = self._attached, None
+        if attached is None:
+            return
+        abort = Abort(code, reason)
+        self._inbox.give_up(attached.incoming.transfer, abort)
+        self._drain()
+        self._send_quietly(Kind.ABORT, attached.incoming.transfer, abort.pack())
+
+    def _refuse(self, transfer: TransferId, code: AbortCode, reason: str) -> None:
+        """Say why this connection ends; a transfer that it was attached to stays, to be resumed."""
+        self._drain()
+        self._send_quietly(Kind.ABORT, transfer, Abort(code, reason).pack())
+
+    def _drain(self) -> None:
+        """From now on only wait for the peer to acknowledge and close, discarding what was under way."""
+        self._drain_until = Deadline.after(DRAIN_DEADLINE_S)
+
+    def _discard(self, size_bytes: int) -> None:
+        scratch = memoryview(bytearray(min(size_bytes, SCRATCH_BYTES)))
+        while size_bytes:
+            part = scratch[: min(size_bytes, SCRATCH_BYTES)]
+            self._link.receive_into([part])
+            size_bytes -= part.nbytes
+
+    def _send_quietly(self, kind: Kind, transfer: TransferId, payload: bytes) -> None:
+        try:
+            self._link.send(kind, transfer, payload=payload)
+        except (PeerGoneError, OSError) as error:
+            LOG.debug("%s did not hear of %s: %s", self._link.peer_address, kind.name, error)
+
+    def _detach(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            self._inbox.detach(attached.incoming, attached.generation)
