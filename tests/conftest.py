@@ -2,7 +2,12 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
+# Before anything imports torch: several threads per test process on few cores run many times slower, and child
+# processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # Machines are shared: an example that is slow once is no failure. The same examples every time, so that a red run
 # can be looked at; KVSTORE_HYPOTHESIS=explore looks further.

@@ -9,7 +9,7 @@ from math import lcm
 
 from kvstore.errors import SpecError
 from kvstore.limits import RECORD_BYTES_MAX, SHARD_UNITS_MAX, SPAN_BYTES_MAX, TENSORS_PER_GROUP_MAX
-from kvstore.spec.shard import Segment, Shard, UnitRange
+from kvstore.spec.shard import WHOLE, Segment, Shard, UnitRange
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -137,6 +137,15 @@ class CacheGroup:
     def layer_bytes(self, block_tokens: int) -> int:
         """Bytes of one layer's tensors in one record that holds every unit."""
         return sum(tensor.nbytes(self.capacity_tokens(block_tokens)) for tensor in self.tensors)
+
+    def prefix_bytes(self, tokens: int, shard: Shard = WHOLE) -> int:
+        """Bytes of this group's cache for a worker after a prefix: all tokens, or the one state at its end."""
+        held = tokens if self.rule is ReuseRule.ATTENTION else min(tokens, self.window_tokens or 0)
+        per_layer = 0
+        for tensor in self.tensors:
+            rows = sum(len(shard.units_of(segment)) * segment.unit_rows for segment in tensor.segments)
+            per_layer += rows * tensor.row_bytes * (held if tensor.has_tokens else 1)
+        return per_layer * len(self.layers)
 
     def spans(self, block_tokens: int) -> tuple[LayerSpan, ...]:
         """The group's layers cut into records of at most `SPAN_BYTES_MAX`.

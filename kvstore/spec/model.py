@@ -12,11 +12,13 @@ from kvstore.errors import SpecError
 from kvstore.limits import BLOCK_TOKENS_MAX, BLOCK_TOKENS_MIN, GROUPS_MAX, LAYERS_MAX
 from kvstore.spec.dtypes import DType
 from kvstore.spec.group import CacheGroup, LayerSpan, ReuseRule
-from kvstore.spec.shard import Segment
+from kvstore.spec.shard import WHOLE, Segment
 from kvstore.spec.tensor import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from kvstore.spec.shard import Shard
 
 FINGERPRINT_DOMAIN = b"kvstore.spec.v1\0"
 
@@ -98,6 +100,10 @@ class ModelSpec:
     def spans(self) -> tuple[tuple[LayerSpan, ...], ...]:
         """Layer spans of each group, by group index."""
         return tuple(group.spans(self.block_tokens) for group in self.groups)
+
+    def bytes_by_group(self, tokens: int, shard: Shard = WHOLE) -> dict[str, int]:
+        """Bytes of a worker's cache after a prefix of `tokens` tokens, S_kv in the literature, by group name."""
+        return {group.name: group.prefix_bytes(tokens, shard) for group in self.groups}
 
     @cached_property
     def attention_groups(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -195,9 +195,11 @@ def test_kit_passes_what_it_wraps() -> None:
 
 def test_leaks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvstore.testing.resources.SETTLE_S", 0.1)
+    go_on = threading.Event()
     with pytest.raises(AssertionError, match="kvstore-testing"), leaves_nothing():
-        waiting = Background(lambda: time.sleep(0.5))
-    waiting.result(5.0)
+        waiting = Background(lambda: go_on.wait(60.0))
+    go_on.set()
+    assert waiting.result(5.0)
     with pytest.raises(AssertionError, match="/dev/null"), leaves_nothing():
         left_open = open("/dev/null", "rb")  # noqa: SIM115
     left_open.close()

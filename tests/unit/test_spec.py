@@ -389,3 +389,24 @@ def test_the_hand_written_spec_of_the_document() -> None:
     assert [(group.name, len(group.layers)) for group in spec.groups] == [("attention", 40), ("state", 40)]
     assert [tensor.rows for tensor in spec.groups[1].tensors] == [(8 + 2) * 128, 128]
     assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_bytes_of_a_prefix_by_group_and_shard() -> None:
+    heads = (Segment("heads", 4, 1),)
+    attention = CacheGroup(
+        "attention", ReuseRule.ATTENTION, (0, 1), (TensorSpec("keys", DType.FLOAT32, heads, (8,), True),)
+    )
+    window = CacheGroup(
+        "window",
+        ReuseRule.STATE,
+        (2,),
+        (TensorSpec("values", DType.BFLOAT16, heads, (8,), True),),
+        window_tokens=10,
+    )
+    state = CacheGroup("state", ReuseRule.STATE, (3,), (TensorSpec("conv", DType.FLOAT32, heads, (3,), False),))
+    spec = ModelSpec("toy", "w", 16, (attention, window, state))
+    assert spec.bytes_by_group(100) == {"attention": 2 * 4 * 8 * 4 * 100, "window": 4 * 8 * 2 * 10, "state": 4 * 3 * 4}
+    assert spec.bytes_by_group(5)["window"] == 4 * 8 * 2 * 5
+    assert spec.bytes_by_group(100, Shard(1, 2)) == {
+        name: size // 2 for name, size in spec.bytes_by_group(100).items()
+    }

@@ -1,0 +1,1 @@
+"""Bridges between engines' own caches and the store: translation only."""

@@ -1,0 +1,38 @@
+"""Every numbered example runs as a script, says what it promises and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROMISES = {
+    "02_prefix_reuse.py": ("torch", "transformers", "resumed at 256", "bit for bit"),
+    "03_handover.py": ("torch", "transformers", "handed over 200 tokens", "PeerGoneError", "decodes the same tokens"),
+    "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
+}
+ELSEWHERE = {"01_prefill_decode.py"}
+"""The demo has tests of its own."""
+
+
+def test_every_example_is_run() -> None:
+    found = {path.name for path in (ROOT / "examples").glob("[0-9]*.py")}
+    assert found - ELSEWHERE == set(PROMISES)
+
+
+@pytest.mark.parametrize("name", sorted(PROMISES))
+def test_example(name: str) -> None:
+    expected = list(PROMISES[name])
+    while expected[0] in ("torch", "transformers"):
+        pytest.importorskip(expected.pop(0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, timeout=100, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    for phrase in expected:
+        assert phrase in done.stdout, done.stdout
