@@ -17,10 +17,10 @@ from kvstore.pool.node import Entry, PrefixNode, Root
 from kvstore.spec import ReuseRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from kvstore.abc import Evictable, EvictionPolicy
-    from kvstore.pool.path import NodePath, RecordName
+    from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
     from kvstore.spec import ModelSpec, UnitRange
 
 NODE_BYTES = 1300
@@ -37,17 +37,25 @@ class PrefixIndex:
         self._policy = policy
         self._ghosts_max = ghosts_max
         self._nodes: dict[bytes, PrefixNode] = {}
-        self._tops: dict[bytes, dict[bytes, PrefixNode]] = {}
-        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._roots: dict[bytes, Root] = {}
+        self._ghosts: set[bytes] = set()
+        # The ghosts that nothing hangs on, in the order in which they became so: only these can be forgotten.
+        self._idle_ghosts: OrderedDict[bytes, None] = OrderedDict()
         self._evictables: dict[tuple[bytes, bool], Evictable] = {}
         self._entries = 0
         self._committed_bytes = 0
         self._bytes_by_salt: dict[bytes, int] = {}
+        self._payload_bytes = 0
 
     @property
     def memory_bytes(self) -> int:
-        """Estimated memory of the index itself."""
-        return len(self._nodes) * NODE_BYTES + self._entries * ENTRY_BYTES
+        """Memory of the index itself (estimated), and of the hand-over payloads that wait in it."""
+        return len(self._nodes) * NODE_BYTES + self._entries * ENTRY_BYTES + self._payload_bytes
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of waiting hand-over payloads."""
+        return self._payload_bytes
 
     @property
     def committed_bytes(self) -> int:
@@ -72,32 +80,43 @@ class PrefixIndex:
     def get(self, key: bytes) -> PrefixNode | None:
         return self._nodes.get(key)
 
-    def siblings(self, path: NodePath, nodes: int) -> tuple[dict[bytes, PrefixNode], dict[bytes, PrefixNode]]:
-        """Children and tails of the path's prefix of `nodes` whole blocks (0: of the root)."""
-        if nodes == 0:
-            top = self._tops.get(path.root, {})
-            whole = {key: node for key, node in top.items() if not node.is_tail}
-            return whole, {key: node for key, node in top.items() if node.is_tail}
-        parent = self._nodes.get(path.keys[nodes - 1])
-        return (parent.children, parent.tails) if parent is not None else ({}, {})
+    def root_tails(self, key: bytes) -> dict[bytes, PrefixNode]:
+        """Tail nodes directly below a root: prompts shorter than a block."""
+        root = self._roots.get(key)
+        return root.tails if root is not None else {}
 
-    def find(self, path: NodePath, name: RecordName, grid: bytes | None) -> Entry | None:
-        """The committed record of a name whose units cover it; under `grid` only one computed so."""
+    def find(self, path: NodePath, name: RecordName, grid: bytes | None) -> list[Entry] | None:
+        """The committed records that hold a name's units, one if one does; under `grid` only those computed so.
+
+        Several are found where workers of another number wrote their shares.
+        """
         node = self._nodes.get(path.key(name.node))
         if node is None:
             return None
         records = node.attention if self._is_attention(name.group) else node.states
+        found: list[Entry] = []
+        lacking = set(range(name.units.start, name.units.stop))
         for entry in records.get((name.group, name.span), ()):
-            if entry.units.covers(name.units) and (grid is None or entry.header.grid == grid):
-                return entry
-        return None
+            if grid is not None and entry.header.grid != grid:
+                continue
+            if entry.units.covers(name.units):
+                return [entry]
+            held = lacking.intersection(range(entry.units.start, entry.units.stop))
+            if held:
+                found.append(entry)
+                lacking -= held
+        return None if lacking else found
 
     def _is_attention(self, group: int) -> bool:
         return self.spec.groups[group].rule is ReuseRule.ATTENTION
 
+    def count_missing(self, path: NodePath) -> int:
+        """Nodes of the path that `ensure_path` would make."""
+        return sum(path.key(number) not in self._nodes for number in range(len(path)))
+
     def ensure_path(self, path: NodePath, salt: bytes) -> list[PrefixNode]:
         """The path's nodes, made where they are missing, each marked as relied upon."""
-        root = Root(path.root, salt)
+        root = self._roots.setdefault(path.root, Root(path.root, salt))
         nodes: list[PrefixNode] = []
         parent: PrefixNode | None = None
         for number in range(len(path)):
@@ -109,21 +128,29 @@ class PrefixIndex:
                 self._nodes[key] = node
                 self._siblings_of(node)[key] = node
             node.reserved += 1
-            self._ghosts.pop(key, None)
+            self._ghosts.discard(key)
+            self._idle_ghosts.pop(key, None)
             nodes.append(node)
             parent = node
         return nodes
 
     def _siblings_of(self, node: PrefixNode) -> dict[bytes, PrefixNode]:
-        if node.parent is None:
-            return self._tops.setdefault(node.root.key, {})
-        return node.parent.tails if node.is_tail else node.parent.children
+        owner = node.parent or node.root
+        return owner.tails if node.is_tail else owner.children
 
-    def release_path(self, nodes: list[PrefixNode]) -> None:
-        """A writer no longer relies on these nodes; those without records become ghosts."""
-        for node in reversed(nodes):
+    def release_path(self, nodes: list[PrefixNode], *, made: int = 0) -> None:
+        """A writer no longer relies on these nodes; those without records become ghosts.
+
+        Args:
+            made: that many of the last nodes were made for nothing: they leave no ghosts.
+        """
+        for number in range(len(nodes) - 1, -1, -1):
+            node = nodes[number]
             node.reserved -= 1
-            self._retire(node)
+            if number >= len(nodes) - made and node.is_ghost and node.is_leaf:
+                self._forget(node)
+            else:
+                self._retire(node)
 
     def add(self, node: PrefixNode, group: int, span: int, entry: Entry) -> None:
         """A committed record appears."""
@@ -133,7 +160,6 @@ class PrefixIndex:
             node.had_states = True
         self._entries += 1
         self._account(node, entry.slot.size_bytes)
-        self._ghosts.pop(node.key, None)
 
     def _account(self, node: PrefixNode, size_bytes: int) -> None:
         self._committed_bytes += size_bytes
@@ -166,8 +192,10 @@ class PrefixIndex:
     def closure(self, item: Evictable) -> list[tuple[PrefixNode, bool]]:
         """(node, is_state) of everything that goes when `item` goes; empty if something of it is held."""
         node = self._nodes[item.key]
+        if node.state_holds if item.is_state else node.attention_holds:
+            return []  # who holds something below a node holds the node too, so most searches end here
         if item.is_state:
-            return [] if node.state_holds else [(node, True)]
+            return [(node, True)]
         closure = [(member, is_state) for member in (*node.below(), node) for is_state in (True, False)]
         for member, is_state in closure:
             if member.state_holds if is_state else member.attention_holds:
@@ -179,6 +207,8 @@ class PrefixIndex:
 
         Whoever removes attention removes everything below first (`closure` lists it in that order).
         """
+        if self._nodes.get(node.key) is not node:
+            return []  # forgotten since, and perhaps made anew
         records = node.states if is_state else node.attention
         removed = [entry for entries in records.values() for entry in entries]
         records.clear()
@@ -186,67 +216,85 @@ class PrefixIndex:
         for entry in removed:
             self._account(node, -entry.slot.size_bytes)
         self.refresh_evictable(node, is_state=is_state)
-        if is_state:
-            node.handover = None
+        self.set_handover(node, None)
         self._retire(node)
         return removed
 
+    def set_handover(
+        self, node: PrefixNode, handover: HandOver | None, grids: Mapping[RecordPlace, bytes] | None = None
+    ) -> None:
+        """What waits at a node; it goes with the first of the node's records."""
+        if node.handover is not None:
+            self._payload_bytes -= len(node.handover.payload)
+        node.handover = handover
+        node.handover_grids = grids or {}
+        if handover is not None:
+            self._payload_bytes += len(handover.payload)
+
     def _retire(self, node: PrefixNode) -> None:
-        """Make a node without records a ghost; forget the oldest ghosts beyond the limit."""
-        if not node.is_ghost or node.key not in self._nodes:
+        """Make a node without records a ghost; forget old ghosts beyond the limit."""
+        if not node.is_ghost or self._nodes.get(node.key) is not node:
             return
         if node.is_tail:
             self._forget(node)
             return
-        self._ghosts[node.key] = None
+        self._ghosts.add(node.key)
+        if node.is_leaf:
+            self._idle_ghosts[node.key] = None
         self.drop_ghosts(len(self._ghosts) - self._ghosts_max)
 
     def drop_ghosts(self, count: int) -> int:
-        """Forget up to `count` of the oldest ghosts that nothing hangs on; how many went."""
+        """Forget up to `count` ghosts that nothing hangs on, old ones first; how many went."""
         dropped = 0
-        for _ in range(len(self._ghosts)):
-            if dropped >= count:
-                break
-            key, _unused = self._ghosts.popitem(last=False)
-            node = self._nodes[key]
-            if node.is_leaf:
-                self._forget(node)
-                dropped += 1
-            else:
-                self._ghosts[key] = None
+        while dropped < count and self._idle_ghosts:
+            key, _ = self._idle_ghosts.popitem(last=False)
+            self._forget(self._nodes[key])
+            dropped += 1
         return dropped
 
     def _forget(self, node: PrefixNode) -> None:
         del self._nodes[node.key]
-        self._ghosts.pop(node.key, None)
-        siblings = self._siblings_of(node)
-        siblings.pop(node.key, None)
-        if node.parent is None and not siblings:
-            self._tops.pop(node.root.key, None)
+        self._ghosts.discard(node.key)
+        self._idle_ghosts.pop(node.key, None)
+        self._siblings_of(node).pop(node.key)
+        if node.parent is not None:
+            if node.parent.is_leaf and node.parent.key in self._ghosts:
+                self._idle_ghosts[node.parent.key] = None
+        elif not (node.root.children or node.root.tails):
+            self._roots.pop(node.root.key, None)
 
     def check(self) -> None:
         """Assert every invariant; for tests and debug builds (it walks the whole index)."""
         entries = 0
         committed = 0
+        payload = 0
         for node in self._nodes.values():
-            assert node.attention_holds >= 0 and node.state_holds >= 0 and node.reserved >= 0 and node.pending >= 0
+            assert min(node.attention_holds, node.state_holds, node.reserved, node.pending) >= 0
             assert self._siblings_of(node).get(node.key) is node
             assert node.parent is None or self._nodes.get(node.parent.key) is node.parent
             assert (node.key in self._ghosts) == (node.is_ghost and not node.is_tail)
+            assert (node.key in self._idle_ghosts) == (node.key in self._ghosts and node.is_leaf)
+            assert not (node.is_ghost and (node.is_tail or node.handover)), "a tail or a hand-over outlived its records"
+            payload += len(node.handover.payload) if node.handover else 0
             if node.parent is not None:
                 for name, records in node.attention.items():
                     above = [entry.units for entry in node.parent.attention.get(name, ())]
                     for entry in records:
-                        assert _units_within(entry.units, above), "attention is not contiguous from the root"
+                        assert units_within(entry.units, above), "attention is not contiguous from the root"
             for is_state, table in ((False, node.attention), (True, node.states)):
                 assert ((node.key, is_state) in self._evictables) == bool(table)
                 for listed in table.values():
                     entries += len(listed)
                     committed += sum(entry.slot.size_bytes for entry in listed)
                     assert listed, "an empty list of records stayed behind"
+                    assert all(entry.header.key == node.key for entry in listed)
         assert entries == self._entries
+        assert payload == self._payload_bytes
         assert committed == self._committed_bytes == sum(self._bytes_by_salt.values())
 
 
-def _units_within(units: UnitRange, ranges: list[UnitRange]) -> bool:
+def units_within(units: UnitRange, ranges: list[UnitRange]) -> bool:
+    """Whether ranges together hold every unit."""
+    if any(held.covers(units) for held in ranges):
+        return True
     return all(any(unit in held for held in ranges) for unit in range(units.start, units.stop))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvstore.pool.path import NodePath
+    from kvstore.pool.path import NodePath, RecordPlace
     from kvstore.spec import ChunkGrid, Shard
 
 
@@ -60,6 +60,7 @@ class Match:
         suggested: lengths at which this prompt should take checkpoints.
         shard: whose share was asked for.
         grid: the chunk boundaries that were asked for; None if any would do.
+        grids: chunk grid digests of the records that a hand-over consists of; None otherwise.
     """
 
     tokens: int
@@ -69,6 +70,7 @@ class Match:
     suggested: tuple[int, ...]
     shard: Shard
     grid: ChunkGrid | None = None
+    grids: Mapping[RecordPlace, bytes] | None = field(default=None, compare=False)
     expected_load_s: float | None = field(default=None, compare=False)
     """Time to copy the deepest candidate out, from what copying has cost in this store; None before any."""
 
@@ -91,9 +93,7 @@ class Match:
         """
         for number, candidate in enumerate(self.candidates):
             if candidate.tokens == tokens:
-                return Match(
-                    tokens, self.candidates[number:], self.missing, self.pending_tokens, self.suggested,
-                    self.shard, self.grid, None,
-                )  # fmt: skip
+                rest = self.candidates[number:]
+                return replace(self, tokens=tokens, candidates=rest, grids=None, expected_load_s=None)
         lengths = ", ".join(str(candidate.tokens) for candidate in self.candidates) or "none"
         raise ValueError(f"no resume point of {tokens} tokens was found; found: {lengths}")

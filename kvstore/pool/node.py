@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from kvstore.abc import Evictable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from kvstore.abc import Slot
-    from kvstore.pool.path import HandOver
+    from kvstore.pool.path import HandOver, RecordPlace
     from kvstore.record import RecordHeader, RecordLayout
     from kvstore.spec import UnitRange
 
@@ -29,12 +29,21 @@ class Entry:
         return self.layout.units
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Root:
-    """Where chains of one (fingerprint, salt, adapter) begin."""
+    """Where chains of one (fingerprint, salt, adapter) begin.
+
+    Attributes:
+        key: the root's key.
+        salt: the tenant, for accounting.
+        children: nodes of the first block.
+        tails: tail nodes of prompts shorter than a block.
+    """
 
     key: bytes
     salt: bytes
+    children: dict[bytes, PrefixNode] = field(default_factory=dict)
+    tails: dict[bytes, PrefixNode] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -56,6 +65,7 @@ class PrefixNode:
         reserved: running writers that rely on the node being there.
         had_states: states were here once; tells "evicted" from "never stored".
         handover: what a decode process is to pick up here.
+        handover_grids: chunk grid digests of the records that it consists of.
         is_transient: a tail that exists for a hand-over only.
     """
 
@@ -74,6 +84,7 @@ class PrefixNode:
     reserved: int = 0
     had_states: bool = False
     handover: HandOver | None = None
+    handover_grids: Mapping[RecordPlace, bytes] = field(default_factory=dict)
     is_transient: bool = False
 
     @property
@@ -88,10 +99,6 @@ class PrefixNode:
     @property
     def is_leaf(self) -> bool:
         return not (self.children or self.tails)
-
-    @property
-    def is_branch_point(self) -> bool:
-        return len(self.children) + len(self.tails) > 1
 
     def below(self) -> Iterator[PrefixNode]:
         """Every node below this one, children before their parents."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from kvstore.spec import UnitRange
@@ -75,6 +75,10 @@ class RecordName:
     group: int
     span: int
     units: UnitRange
+
+
+RecordPlace: TypeAlias = tuple[int, int, int]
+"""Node in a path, group, layer span: a record's name but for the units."""
 
 
 @dataclass(frozen=True)

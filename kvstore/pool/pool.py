@@ -6,45 +6,38 @@ Decisions are made under the lock; bytes move outside of it, in slots that are p
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import deque
 from typing import TYPE_CHECKING
 
-from kvstore.errors import (
-    LeaseGoneError,
-    PoolFullError,
-    QuarantineFullError,
-    RecordTooLargeError,
-    StoreClosedError,
-    WriteError,
-)
-from kvstore.limits import QUARANTINE_FRACTION_MAX
+from kvstore.errors import LeaseGoneError, RecordTooLargeError, StoreClosedError
+from kvstore.limits import GHOSTS_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.hold import Hold, collect_held
-from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES, PrefixIndex
+from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES, PrefixIndex, units_within
 from kvstore.pool.lru import LRUPolicy
 from kvstore.pool.match import Candidate, Match, Missing
-from kvstore.pool.search import Query, attention_grid, needs_of, search
+from kvstore.pool.plan import clear_padding, find_records, grid_digest, plan_write
+from kvstore.pool.room import Room, evictable_bytes
+from kvstore.pool.search import Query, needs_of, search
 from kvstore.pool.statistics import PoolStatistics
 from kvstore.pool.transaction import HeldRecord, Transaction, TransactionRecord
-from kvstore.record import RecordHeader, record_layout
-from kvstore.spec import UNKNOWN_GRID, ReuseRule
+from kvstore.record import record_layout
+from kvstore.spec import ReuseRule
 from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
     from kvstore.pool.node import Entry, PrefixNode
-    from kvstore.pool.path import HandOver, NodePath, RecordName
+    from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
     from kvstore.pool.prompt import Prompt
-    from kvstore.record import RecordLayout
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
 
-@dataclass(frozen=True)
-class _Reservation:
-    name: RecordName
-    header: RecordHeader
+GHOST_FRACTION_MAX = 1 / 32
+"""Share of the capacity that ghosts may take: they must not crowd out the records that they are hints about."""
 
 
 class Pool:
@@ -80,12 +73,27 @@ class Pool:
         self.spec = spec
         self._tier = tier
         self._lock = threading.RLock()
-        self._index = PrefixIndex(spec, eviction or LRUPolicy())
+        ghosts_max = min(GHOSTS_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
+        self._index = PrefixIndex(spec, eviction or LRUPolicy(), ghosts_max)
         self._checkpoints = checkpoints or LadderCheckpoints()
         self._listeners: list[Callable[[], None]] = []
-        self._reserved_bytes = 0
+        self._dropped: deque[Callable[[], None]] = deque()
         self._statistics = PoolStatistics()
+        self._room = Room(tier, self._index, self._statistics)
         self.is_closed = False
+
+    def settle_later(self, end: Callable[[], None]) -> None:
+        """Run `end` in the next call that begins here. For finalizers: they may run anywhere, also inside a lock."""
+        self._dropped.append(end)
+
+    def _settle(self) -> None:
+        """End what was dropped without being ended. Not under the lock."""
+        while self._dropped:
+            try:
+                end = self._dropped.popleft()
+            except IndexError:  # another thread was faster
+                return
+            end()
 
     # Reading
 
@@ -105,6 +113,7 @@ class Pool:
         Raises:
             StoreClosedError: the pool is closed.
         """
+        self._settle()
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
         query = Query(prompt, cap, needs_of(self.spec, shard), grid)
         with self._lock:
@@ -118,8 +127,10 @@ class Pool:
                 found.branch_points,
                 self.spec.block_tokens,
             )
+        if grid is not None:
+            suggested = _on_grid(suggested, found.candidates[0].tokens if found.candidates else 0, prompt, grid)
         candidates = tuple(
-            Candidate(path.tokens, path, self._bytes_by_group(path, shard), self._tier.name)
+            Candidate(path.tokens, path, self.spec.bytes_by_group(path.tokens, shard), self._tier.name)
             for path in found.candidates
         )
         return Match(
@@ -132,41 +143,48 @@ class Pool:
             grid=grid,
         )
 
-    def _bytes_by_group(self, path: NodePath, shard: Shard) -> dict[str, int]:
-        spec = self.spec
-        sizes = {}
-        for group in spec.groups:
-            tokens = path.tokens if group.rule is ReuseRule.ATTENTION else group.valid_tokens(1, path.tokens)
-            per_layer = 0
-            for tensor in group.tensors:
-                rows = sum(len(shard.units_of(segment)) * segment.unit_rows for segment in tensor.segments)
-                per_layer += rows * tensor.row_bytes * (tokens if tensor.has_tokens else 1)
-            sizes[group.name] = per_layer * len(group.layers)
-        return sizes
-
-    def hold(self, path: NodePath, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None) -> Hold:
+    def hold(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
+    ) -> Hold:
         """Keep every record of a resume point in place until the hold is released.
+
+        Args:
+            grid: the chunk boundaries that the records must have been computed with.
+            grids: their digests by record, instead of `grid`, where only those are known (a hand-over).
 
         Raises:
             LeaseGoneError: a record is not there any more; nothing is held.
         """
+
+        def digest_of(node: int, group: int, span: int) -> bytes | None:
+            if grids is not None:
+                return grids.get((node, group, span))
+            if grid is None:
+                return None
+            return grid_digest(self.spec, path, node, group, grid)
+
+        self._settle()
         with self._lock:
             self._check_open()
-            entries, nodes = collect_held(self._index, path, needs_of(self.spec, shard), grid)
+            entries, nodes = collect_held(self._index, path, needs_of(self.spec, shard), digest_of)
             if entries is None:
                 raise LeaseGoneError(
                     f"the resume point of {path.tokens} tokens was evicted since it was matched; match again"
                 )
             self._hold_nodes(nodes, +1)
-            for _, entry in entries:
-                self._tier.pin(entry.slot)
+            self._room.pin_all(entry.slot for _, entry in entries)
             self._index.touch(nodes)
-            records = tuple(
-                HeldRecord(name, entry.layout, self._tier.view(entry.slot), entry.header, entry.slot)
-                for name, entry in entries
-            )
+            records = tuple(self._held(name, entry) for name, entry in entries)
             handover = nodes[-1].handover if nodes else None
             return Hold(self, path, records, nodes, handover)
+
+    def _held(self, name: RecordName, entry: Entry) -> HeldRecord:
+        return HeldRecord(name, entry.layout, self._tier.view(entry.slot), entry.header, entry.slot)
 
     def _hold_nodes(self, nodes: Sequence[PrefixNode], change: int) -> None:
         for node in nodes:
@@ -180,21 +198,29 @@ class Pool:
             if self.is_closed:
                 return
             self._hold_nodes(hold.nodes, -1)
-            for record in hold.records:
-                self._tier.unpin(record.slot)
+            self._room.unpin_all(record.slot for record in hold.records)
             last = hold.nodes[-1] if hold.nodes else None
-            if last is not None and last.is_transient and last.handover is None and not last.state_holds:
+            if last is not None and last.is_transient and last.handover is None and not last.attention_holds:
                 self._drop(last)
         self._notify()
 
+    def handover_grids(self, path: NodePath) -> Mapping[RecordPlace, bytes] | None:
+        """Chunk grid digests of the records that a waiting hand-over consists of; None if none waits."""
+        with self._lock:
+            self._check_open()
+            node = self._index.get(path.key(len(path) - 1))
+            return None if node is None or node.handover is None else node.handover_grids
+
     def take_handover(self, path: NodePath) -> HandOver | None:
         """The hand-over waiting at the end of a path, once: whoever takes it decodes."""
+        self._settle()
         with self._lock:
             self._check_open()
             node = self._index.get(path.key(len(path) - 1))
             if node is None or node.handover is None:
                 return None
-            handover, node.handover = node.handover, None
+            handover = node.handover
+            self._index.set_handover(node, None)
             return handover
 
     # Writing
@@ -202,7 +228,14 @@ class Pool:
     def missing(self, path: NodePath, names: Iterable[RecordName], grid: ChunkGrid | None = None) -> list[RecordName]:
         """Those of the named records that are not committed."""
         with self._lock:
-            return [name for name in names if self._find(path, name, self._grid_of(path, name, grid)) is None]
+            self._check_open()
+            return [name for name in names if not self._is_there(path, name, self._digest(path, name, grid))]
+
+    def _digest(self, path: NodePath, name: RecordName, grid: ChunkGrid | None) -> bytes:
+        return grid_digest(self.spec, path, name.node, name.group, grid)
+
+    def _is_there(self, path: NodePath, name: RecordName, digest: bytes) -> bool:
+        return find_records(self._index, path, name, digest) is not None
 
     def begin(
         self,
@@ -230,44 +263,39 @@ class Pool:
         Raises:
             PoolFullError: not enough can be evicted. QuarantineFullError: too many dropped writers still
             have bytes moving. WriteError: attention records would not be contiguous from the root.
+            LeaseGoneError: an inherited record is not held any more.
         """
+        self._settle()
         with self._lock:
             self._check_open()
-            self._check_quarantine()
-            reservations: list[_Reservation] = []
-            held: list[tuple[RecordName, Entry]] = []
-            for name in names:
-                digest = self._grid_of(path, name, grid) if grid_digests is None else grid_digests[name]
-                entry = self._find(path, name, digest)
-                if entry is not None:
-                    held.append((name, entry))
-                else:
-                    reservations.append(_Reservation(name, self._header(path, name, digest)))
-            self._check_contiguous(path, {name for name, _ in held} | {item.name for item in reservations})
+            plan = plan_write(
+                self._index,
+                path,
+                names,
+                lambda name: grid_digests[name] if grid_digests else self._digest(path, name, grid),
+            )
+            sizes = plan.slot_sizes
+            made = self._index.count_missing(path)
+            self._room.check(sizes, made)
+            held = (*inherited, *(self._held(name, entry) for name, entry in plan.held))
+            self._room.pin_all(record.slot for record in held)
             nodes = self._index.ensure_path(path, salt)
             resume = frozenset(resume_nodes)
             self._rely(nodes, resume, +1)
             try:
-                slots = self._allocate([item.name for item in reservations])
+                slots = self._room.reserve(sizes)
             except BaseException:
                 self._rely(nodes, resume, -1)
-                self._index.release_path(nodes)
+                self._index.release_path(nodes, made=made)
+                self._room.unpin_all(record.slot for record in held)
                 raise
             records = tuple(
-                TransactionRecord(item.name, self._layout(item.name), self._tier.view(slot), item.header, slot)
-                for item, slot in zip(reservations, slots, strict=True)
+                TransactionRecord(item.name, item.layout, self._tier.view(slot), item.header, slot)
+                for item, slot in zip(plan.reservations, slots, strict=True)
             )
             for record in records:
-                self._tier.pin(record.slot)
-                self._reserved_bytes += record.slot.size_bytes
-                _clear_padding(record)
-            held_records = tuple(inherited) + tuple(
-                HeldRecord(name, entry.layout, self._tier.view(entry.slot), entry.header, entry.slot)
-                for name, entry in held
-            )
-            for held_record in held_records:
-                self._tier.pin(held_record.slot)
-            return Transaction(self, path, nodes, records, held_records, resume, is_transient=is_transient)
+                clear_padding(record.layout, record.memory, record.header.valid_tokens)
+            return Transaction(self, path, nodes, records, held, resume, is_transient=is_transient)
 
     def _rely(self, nodes: Sequence[PrefixNode], resume_nodes: frozenset[int], change: int) -> None:
         for number, node in enumerate(nodes):
@@ -276,145 +304,56 @@ class Pool:
             if number in resume_nodes:
                 node.pending += change
 
-    def _layout(self, name: RecordName) -> RecordLayout:
-        return record_layout(self.spec, name.group, name.span, name.units)
-
-    def _grid_of(self, path: NodePath, name: RecordName, grid: ChunkGrid | None) -> bytes:
-        """Digest of the chunk boundaries on which a record of this name depends."""
-        if grid is None:
-            return UNKNOWN_GRID
-        end_tokens = path.end_tokens(name.node)
-        if self.spec.groups[name.group].rule is ReuseRule.ATTENTION:
-            return attention_grid(grid, end_tokens) or UNKNOWN_GRID
-        return grid.digest_at(end_tokens)
-
-    def _find(self, path: NodePath, name: RecordName, digest: bytes) -> Entry | None:
-        return self._index.find(path, name, None if digest == UNKNOWN_GRID else digest)
-
-    def _header(self, path: NodePath, name: RecordName, digest: bytes) -> RecordHeader:
-        end_tokens = path.end_tokens(name.node)
-        return RecordHeader(
-            key=path.key(name.node),
-            parent=path.parent(name.node),
-            end_tokens=end_tokens,
-            valid_tokens=self.spec.groups[name.group].valid_tokens(self.spec.block_tokens, end_tokens),
-            grid=digest,
-        )
-
-    def _check_contiguous(self, path: NodePath, named: set[RecordName]) -> None:
-        for name in named:
-            if name.node == 0 or self.spec.groups[name.group].rule is not ReuseRule.ATTENTION:
-                continue
-            above = type(name)(name.node - 1, name.group, name.span, name.units)
-            if above not in named and self._index.find(path, above, None) is None:
-                raise WriteError(
-                    f"attention up to {path.end_tokens(name.node)} tokens cannot be written: the block before it is "
-                    "neither stored nor part of this write; write from the resume point that was matched"
-                )
-
-    def _check_quarantine(self) -> None:
-        limit = int(self._tier.capacity_bytes * QUARANTINE_FRACTION_MAX)
-        if self._tier.quarantined_bytes > limit:
-            raise QuarantineFullError(
-                f"{self._tier.quarantined_bytes} bytes wait for dropped writers, the limit is {limit}; "
-                "wait until their copies have ended"
-            )
-
-    def _allocate(self, names: Sequence[RecordName]) -> list[Slot]:
-        sizes = [self._layout(name).slot_bytes for name in names]
-        self._make_room(sum(sizes) + len(sizes) * ENTRY_BYTES)
-        slots: list[Slot] = []
-        for size in sizes:
-            slot = self._tier.allocate(size)
-            if slot is None:
-                for taken in slots:
-                    self._tier.free(taken)
-                raise PoolFullError(f"the {self._tier.name} tier has no slot of {size} bytes left; try again later")
-            slots.append(slot)
-        return slots
-
-    def _free_bytes(self) -> int:
-        return self._tier.capacity_bytes - self._tier.used_bytes - self._index.memory_bytes
-
-    def _make_room(self, needed_bytes: int) -> None:
-        """Evict until `needed_bytes` are free, or change nothing."""
-        lacking = needed_bytes - self._free_bytes()
-        if lacking <= 0:
-            return
-        victims: dict[tuple[bytes, bool], PrefixNode] = {}
-        freed = 0
-        for item in self._index.ranked():
-            if freed >= lacking:
-                break
-            if (item.key, item.is_state) in victims:
-                continue
-            for node, is_state in self._index.closure(item):
-                if (node.key, is_state) not in victims:
-                    victims[node.key, is_state] = node
-                    freed += self._evictable_bytes(node, is_state=is_state)
-        if freed < lacking:
-            ghosts = min(self._index.ghost_count, -(-(lacking - freed) // NODE_BYTES))
-            if freed + ghosts * NODE_BYTES < lacking:
-                raise PoolFullError(
-                    f"{needed_bytes} bytes are needed and {self._free_bytes()} are free; {freed} more may be evicted of "
-                    f"{self._tier.capacity_bytes}, the rest is leased or being written; retry later, or open the "
-                    "store with more memory"
-                )
-            self._index.drop_ghosts(ghosts)
-        for (_, is_state), node in victims.items():
-            self._evict(node, is_state=is_state)
-
-    @staticmethod
-    def _evictable_bytes(node: PrefixNode, *, is_state: bool) -> int:
-        records = node.states if is_state else node.attention
-        return sum(entry.slot.size_bytes + ENTRY_BYTES for entries in records.values() for entry in entries)
-
-    def _evict(self, node: PrefixNode, *, is_state: bool) -> None:
-        for entry in self._index.remove(node, is_state=is_state):
-            self._tier.free(entry.slot)
-            self._statistics.evicted_records += 1
-            self._statistics.evicted_bytes += entry.slot.size_bytes
-
     def _commit(self, transaction: Transaction, ready: list[int], *, is_final: bool, handover: HandOver | None) -> None:
         """For `Transaction.commit`: make sealed records visible, in one step."""
         with self._lock:
             self._check_open()
             changed: dict[tuple[bytes, bool], PrefixNode] = {}
-            # Attention before the states that are reached through it.
-            order = sorted(ready, key=lambda number: self._reach_order(transaction.records[number].name))
-            for index in order:
+            was_empty = not (transaction.nodes[-1].attention or transaction.nodes[-1].states)
+            # Ancestors first: a block is reachable only through the one before it.
+            for index in sorted(ready, key=lambda number: transaction.records[number].name.node):
                 record = transaction.records[index]
-                self._reserved_bytes -= record.slot.size_bytes
                 node = transaction.nodes[record.name.node]
-                is_there = self._find(transaction.path, record.name, record.header.grid) is not None
+                is_there = self._is_there(transaction.path, record.name, record.header.grid)
                 if is_there or not self._is_reachable(node, record.name):
-                    self._tier.free(record.slot)
+                    self._room.give_back(record.slot)
                     continue
+                self._room.keep(record.slot)
                 self._index.add(node, record.name.group, record.name.span, transaction.entry(index))
                 is_state = self.spec.groups[record.name.group].rule is ReuseRule.STATE
                 changed[node.key, is_state] = node
-            # Deepest first, so that the policy never ranks an ancestor before what depends on it.
-            for (_, is_state), node in reversed(changed.items()):
+            for (_, is_state), node in changed.items():
                 self._index.refresh_evictable(node, is_state=is_state)
+            # From the deepest up: the policy must never rank an ancestor, committed earlier, before what depends on it.
+            deepest = max((record.name.node for record in (transaction.records[i] for i in ready)), default=-1)
+            self._index.touch(transaction.nodes[: deepest + 1])
             if is_final:
-                self._leave(transaction, handover)
+                self._finish(transaction, handover, is_new=was_empty)
+                self._leave(transaction)
             self._statistics.commits += 1
 
-    def _reach_order(self, name: RecordName) -> tuple[int, bool]:
-        return name.node, self.spec.groups[name.group].rule is ReuseRule.STATE
-
     def _is_reachable(self, node: PrefixNode, name: RecordName) -> bool:
-        """Whether the attention that a record builds on is still there; a damaged block may have taken it."""
-        is_state = self.spec.groups[name.group].rule is ReuseRule.STATE
-        if is_state:
-            return bool(node.attention) or not self.spec.attention_groups
-        return node.parent is None or bool(node.parent.attention.get((name.group, name.span)))
+        """Whether the attention that a block builds on is still there; a damaged block may have taken it.
 
-    def _leave(self, transaction: Transaction, handover: HandOver | None = None) -> None:
+        States need not wait for it: another worker of the same prompt may bring the attention later.
+        """
+        if self.spec.groups[name.group].rule is ReuseRule.STATE or node.parent is None:
+            return True
+        above = [entry.units for entry in node.parent.attention.get((name.group, name.span), ())]
+        return units_within(name.units, above)
+
+    def _finish(self, transaction: Transaction, handover: HandOver | None, *, is_new: bool) -> None:
+        """The whole path is there: whether its tail stays, and what waits at its end."""
         last = transaction.nodes[-1]
-        if handover is not None:
-            last.handover = handover
-            last.is_transient = transaction.is_transient and last.is_tail
+        if not transaction.is_transient or not last.is_tail:
+            # Somebody stores this tail for good, whatever brought it here first.
+            last.is_transient = False
+        elif is_new:
+            last.is_transient = handover is not None
+        if handover is not None and (last.attention or last.states):
+            self._index.set_handover(last, handover, transaction.grids())
+
+    def _leave(self, transaction: Transaction) -> None:
         self._rely(transaction.nodes, transaction.resume_nodes, -1)
         self._index.release_path(transaction.nodes)
 
@@ -424,16 +363,14 @@ class Pool:
             if self.is_closed:
                 return
             for record in uncommitted:
-                self._reserved_bytes -= record.slot.size_bytes
-                self._tier.free(record.slot)
+                self._room.give_back(record.slot)
             self._leave(transaction)
             self._statistics.aborts += 1
 
     def _unpin(self, slots: Sequence[Slot]) -> None:
         with self._lock:
             if not self.is_closed:
-                for slot in slots:
-                    self._tier.unpin(slot)
+                self._room.unpin_all(slots)
 
     # Removing
 
@@ -442,36 +379,45 @@ class Pool:
 
         Returns 0 when the node is unknown or something of it is held.
         """
+        self._settle()
         with self._lock:
+            self._check_open()
             node = self._index.get(key)
             if node is None:
                 return 0
             closure = self._index.closure(node.evictable(is_state=states_only))
-            freed = sum(self._evictable_bytes(member, is_state=is_state) for member, is_state in closure)
+            freed = sum(evictable_bytes(member, is_state=is_state) for member, is_state in closure)
             for member, is_state in closure:
-                self._evict(member, is_state=is_state)
+                self._room.evict(member, is_state=is_state)
             return freed
 
-    def condemn(self, key: bytes, *, is_state: bool) -> None:
+    def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         """A record of this node is damaged: forget it and all that only it made reachable, held or not.
 
         Who holds the bytes keeps them; nobody else finds them again.
+
+        Args:
+            slot: where the damaged record lies; if it has left the index meanwhile, nothing happens.
         """
         with self._lock:
+            self._check_open()
             node = self._index.get(key)
             if node is None:
+                return
+            records = node.states if is_state else node.attention
+            if slot is not None and all(entry.slot != slot for entries in records.values() for entry in entries):
                 return
             self._statistics.damaged_records += 1
             if not is_state:
                 for member in (*node.below(), node):
                     self._drop(member)
             else:
-                self._evict(node, is_state=True)
+                self._room.evict(node, is_state=True)
         self._notify()
 
     def _drop(self, node: PrefixNode) -> None:
-        self._evict(node, is_state=True)
-        self._evict(node, is_state=False)
+        self._room.evict(node, is_state=True)
+        self._room.evict(node, is_state=False)
 
     # The pool itself
 
@@ -486,11 +432,12 @@ class Pool:
 
     def statistics(self) -> PoolStatistics:
         """Counters and the budget as they are now."""
+        self._settle()
         with self._lock:
             return self._statistics.snapshot(
                 capacity_bytes=self._tier.capacity_bytes,
                 committed_bytes=self._index.committed_bytes,
-                reserved_bytes=self._reserved_bytes,
+                reserved_bytes=self._room.reserved_bytes,
                 quarantined_bytes=self._tier.quarantined_bytes,
                 index_bytes=self._index.memory_bytes,
                 bytes_by_salt=self._index.bytes_by_salt,
@@ -500,10 +447,13 @@ class Pool:
 
     def check(self) -> None:
         """Assert every invariant, the budget included; for tests (it walks the whole index)."""
+        self._settle()
         with self._lock:
             self._index.check()
-            accounted = self._index.committed_bytes + self._reserved_bytes + self._tier.quarantined_bytes
+            accounted = self._index.committed_bytes + self._room.reserved_bytes + self._tier.quarantined_bytes
             assert accounted == self._tier.used_bytes, (accounted, self._tier.used_bytes)
+            # A hand-over's payload is made room for by the next write.
+            assert self.is_closed or self._room.free_bytes + self._index.payload_bytes >= 0, "the budget is exceeded"
 
     def close(self) -> None:
         """Release the tier. Leases and writers that are still open end with `StoreClosedError`."""
@@ -512,15 +462,27 @@ class Pool:
                 return
             self.is_closed = True
             self._tier.close()
+            self._index = PrefixIndex(self.spec, LRUPolicy())
+            self._room = Room(self._tier, self._index, self._statistics)
         self._notify()
+
+    def close_in_child(self) -> None:
+        """After a fork, in the child: threads do not survive it, and their locks stay as they were."""
+        self.is_closed = True
+        self._lock = threading.RLock()
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise StoreClosedError("the store is closed; open it again")
 
 
-def _clear_padding(record: TransactionRecord) -> None:
-    """Zero a partially filled record: its padding is stored, sent and checksummed."""
-    layout = record.layout
-    if layout.capacity_tokens and record.header.valid_tokens < layout.capacity_tokens:
-        record.memory[layout.header_bytes : layout.record_bytes] = bytes(layout.body_bytes)
+def _on_grid(lengths: Sequence[int], resume_tokens: int, prompt: Prompt, grid: ChunkGrid) -> tuple[int, ...]:
+    """Checkpoints moved back to chunk boundaries, since a state exists only between chunks."""
+    block = prompt.path.block_tokens
+    possible = [
+        boundary
+        for boundary in grid.boundaries
+        if resume_tokens < boundary <= len(prompt) and (boundary % block == 0 or boundary == len(prompt))
+    ]
+    positions = {bisect_right(possible, length) for length in lengths}
+    return tuple(possible[position - 1] for position in sorted(positions) if position)

@@ -51,7 +51,8 @@ class Prompt:
         Raises:
             TokenError: as `kvstore.keys.token_array`, `root_key` and `KeyChain.extend`.
         """
-        ids = token_array(token_ids)
+        ids = token_array(token_ids).copy()  # the caller's own array may change
+        ids.flags.writeable = False
         inputs = tuple(extras)
         chain = KeyChain(root_key(spec.fingerprint, salt=salt, adapter=adapter), spec.block_tokens)
         chain.extend(ids, inputs)
@@ -62,6 +63,11 @@ class Prompt:
 
     def __len__(self) -> int:
         return int(self.token_ids.size)
+
+    def is_of(self, spec: ModelSpec) -> bool:
+        """Whether its keys are those of a model spec."""
+        root = root_key(spec.fingerprint, salt=self.salt, adapter=self.adapter)
+        return self.path.root == root and self.path.block_tokens == spec.block_tokens
 
     @cached_property
     def _extras_by_block(self) -> dict[int, list[ExtraInput]]:

@@ -10,6 +10,8 @@ from kvstore.limits import CANDIDATES_MAX
 from kvstore.pool.path import NodePath
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvstore.pool.index import PrefixIndex
     from kvstore.pool.node import Entry, PrefixNode
     from kvstore.pool.prompt import Prompt
@@ -73,19 +75,29 @@ def covering(
     """Entries that together hold the units of every span, or None. Under `grid` only those computed so."""
     chosen: list[Entry] = []
     for span in range(spans):
-        lacking = set(units)
-        for entry in records.get((group, span), ()):
-            if grid is not None and entry.header.grid != grid:
-                continue
-            held = {unit for unit in lacking if unit in entry.units}
-            if held:
-                chosen.append(entry)
-                lacking -= held
-            if not lacking:
-                break
-        if lacking:
+        held = covering_span(records, group, span, units, grid)
+        if held is None:
             return None
+        chosen.extend(held)
     return chosen
+
+
+def covering_span(
+    records: dict[tuple[int, int], list[Entry]], group: int, span: int, units: frozenset[int], grid: bytes | None
+) -> list[Entry] | None:
+    """As `covering`, for one span."""
+    chosen: list[Entry] = []
+    lacking = set(units)
+    for entry in records.get((group, span), ()):
+        if grid is not None and entry.header.grid != grid:
+            continue
+        held = {unit for unit in lacking if unit in entry.units}
+        if held:
+            chosen.append(entry)
+            lacking -= held
+        if not lacking:
+            return chosen
+    return None
 
 
 def _has(
@@ -114,39 +126,49 @@ def search(index: PrefixIndex, query: Query) -> Found:
     branch_points: list[int] = []
     deepest_state = 0
     foreign_state = 0
-    for blocks in range(reach, -1, -1):
+    for blocks in range(whole, -1, -1):
         if len(candidates) >= CANDIDATES_MAX:
             break
         node = index.get(path.keys[blocks - 1]) if blocks else None
         if blocks and node is None:
             continue
-        for tail in _tails(index, query, blocks):
-            if tail.pending and not candidates:
-                pending_tokens = max(pending_tokens, tail.end_tokens)
-            if _is_resume_point(tail, query, attention=True):
+        tails = node.tails if node is not None else index.root_tails(path.root)
+        for tail in _matching_tails(tails, query, blocks) if tails else ():
+            if not candidates and tail.pending:
+                pending_tokens = pending_tokens or tail.end_tokens
+            if blocks <= reach and _is_resume_point(tail, query, attention=True):
                 assert tail.tail_ids is not None
                 candidates.append(NodePath(path.root, block, path.keys[:blocks], tail.key, tail.tail_ids))
         if node is None:
             continue
-        if node.pending and not candidates:
-            pending_tokens = max(pending_tokens, node.end_tokens)
-        if _is_resume_point(node, query, attention=False):
-            candidates.append(path.prefix(blocks))
-        elif node.states and not candidates:
-            foreign_state = foreign_state or node.end_tokens
-        elif node.had_states and not candidates:
-            deepest_state = deepest_state or node.end_tokens
-        if node.is_branch_point or (not node.is_leaf and blocks == reach):
+        if not candidates and node.pending:
+            pending_tokens = pending_tokens or node.end_tokens
+        if blocks <= reach and (node.states or node.had_states or not query.needs.states):
+            if _is_resume_point(node, query, attention=False):
+                candidates.append(path.prefix(blocks))
+            elif node.states and not candidates:
+                foreign_state = foreign_state or node.end_tokens
+            elif node.had_states and not candidates:
+                deepest_state = deepest_state or node.end_tokens
+        if _others_go_on(node, path, blocks):
             branch_points.append(node.end_tokens)
-    for blocks in range(whole, reach, -1):
-        beyond = index.get(path.keys[blocks - 1])
-        if beyond is not None and beyond.pending:
-            pending_tokens = max(pending_tokens, beyond.end_tokens)
-            break
     best = candidates[0].tokens if candidates else 0
-    reasons = _reasons(index, query, best, reach * block, deepest_state, foreign_state)
+    if pending_tokens <= best:
+        pending_tokens = 0
+    beyond = index.get(path.keys[reach]) if reach < whole else None
+    is_other_grid = beyond is not None and _has(beyond.attention, query.needs.attention, None)
+    reasons = _reasons(query, best, reach * block, deepest_state, foreign_state, is_other_grid=is_other_grid)
     attention_tokens = reach * block if query.needs.attention else 0
     return Found(tuple(candidates), attention_tokens, pending_tokens, tuple(reversed(branch_points)), reasons)
+
+
+def _others_go_on(node: PrefixNode, path: NodePath, blocks: int) -> bool:
+    """Whether other prompts left the path after `blocks` blocks, even if only ghosts remember them."""
+    known = len(node.children) + len(node.tails)
+    if known != 1:
+        return known > 1
+    own = path.keys[blocks] if blocks < len(path.keys) else path.tail_key
+    return own not in node.children and own not in node.tails
 
 
 def _attention_reach(index: PrefixIndex, query: Query, whole: int) -> int:
@@ -173,12 +195,11 @@ def _attention_reach(index: PrefixIndex, query: Query, whole: int) -> int:
     return low
 
 
-def _tails(index: PrefixIndex, query: Query, blocks: int) -> list[PrefixNode]:
-    """Tail nodes after `blocks` whole blocks that the prompt continues, deepest first."""
-    _, tails = index.siblings(query.prompt.path, blocks)
+def _matching_tails(tails: dict[bytes, PrefixNode], query: Query, blocks: int) -> list[PrefixNode]:
+    """Of the tails after `blocks` whole blocks those that the prompt continues, deepest first."""
     start = blocks * query.prompt.path.block_tokens
     matching = []
-    for tail in tails.values():
+    for tail in _possible_tails(tails, query, blocks):
         assert tail.tail_ids is not None
         if tail.end_tokens <= query.cap_tokens:
             ids = query.prompt.token_ids[start : tail.end_tokens]
@@ -186,6 +207,16 @@ def _tails(index: PrefixIndex, query: Query, blocks: int) -> list[PrefixNode]:
             if tuple(ids.tolist()) == tail.tail_ids and query.prompt.tail_key(blocks, tail.end_tokens) == tail.key:
                 matching.append(tail)
     return sorted(matching, key=lambda tail: -tail.end_tokens)
+
+
+def _possible_tails(tails: dict[bytes, PrefixNode], query: Query, blocks: int) -> Iterable[PrefixNode]:
+    """The tails worth comparing: all, or where many hang on one node, those that the prompt's own keys name."""
+    block = query.prompt.path.block_tokens
+    if len(tails) <= block:
+        return tails.values()
+    start = blocks * block
+    ends = range(start + 1, min(start + block, query.cap_tokens + 1))
+    return [tail for end in ends if (tail := tails.get(query.prompt.tail_key(blocks, end))) is not None]
 
 
 def _is_resume_point(node: PrefixNode, query: Query, *, attention: bool) -> bool:
@@ -203,17 +234,21 @@ def _is_resume_point(node: PrefixNode, query: Query, *, attention: bool) -> bool
 
 
 def _reasons(
-    index: PrefixIndex, query: Query, best: int, attention_tokens: int, evicted_state: int, foreign_state: int
+    query: Query,
+    best: int,
+    attention_tokens: int,
+    evicted_state: int,
+    foreign_state: int,
+    *,
+    is_other_grid: bool,
 ) -> tuple[str, ...]:
-    cap = query.cap_tokens
+    cap, block = query.cap_tokens, query.prompt.path.block_tokens
     if best == cap:
         return (f"{cap} is the most that can be reused: an engine computes at least one token",)
     reasons: list[str] = []
-    if (
-        query.needs.attention
-        and attention_tokens < cap // query.prompt.path.block_tokens * query.prompt.path.block_tokens
-    ):
-        reasons.append(f"attention reaches {attention_tokens} of {cap} tokens")
+    if query.needs.attention and attention_tokens < cap // block * block:
+        why = "; what is stored beyond was computed on other chunk boundaries" if is_other_grid else ""
+        reasons.append(f"attention reaches {attention_tokens} of {cap} tokens{why}")
     if query.needs.states:
         if foreign_state > best:
             why = "other chunk boundaries or another shard" if query.grid is not None else "another shard"

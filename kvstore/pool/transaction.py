@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstore.errors import StoreClosedError, WriteError
+from kvstore.limits import HANDOVER_PAYLOAD_BYTES_MAX
 from kvstore.pool.node import Entry
 from kvstore.record import Record, RecordHeader
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Slot
     from kvstore.pool.node import PrefixNode
-    from kvstore.pool.path import HandOver, NodePath, RecordName
+    from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
     from kvstore.pool.pool import Pool
     from kvstore.record import RecordLayout
 
@@ -92,6 +94,16 @@ class Transaction:
         self._end_reason: str | None = None
         self._unpinned = False
 
+    def __del__(self) -> None:
+        if getattr(self, "_end_reason", "it was never begun") is None:
+            self._pool.settle_later(partial(self.abort, "it was dropped without a commit"))
+
+    def grids(self) -> dict[RecordPlace, bytes]:
+        """Chunk grid digests of all records that this transaction provides or builds on."""
+        named = [(held.name, held.header.grid) for held in self.held]
+        named += [(record.name, record.header.grid) for record in self.records]
+        return {(name.node, name.group, name.span): grid for name, grid in named}
+
     @property
     def is_open(self) -> bool:
         return self._end_reason is None
@@ -105,6 +117,7 @@ class Transaction:
         Raises:
             StoreClosedError, WriteError: the transaction has ended.
         """
+        self._check_open()
         with self._lock:
             self._check_open()
             self._movers += 1
@@ -119,8 +132,9 @@ class Transaction:
         """Every piece and checksum of a record is in place: write its framing. Idempotent.
 
         Raises:
-            WriteError: the transaction has ended.
+            StoreClosedError, WriteError: the transaction has ended.
         """
+        self._check_open()
         record = self.records[index]
         with self._lock:
             self._check_open()
@@ -146,8 +160,15 @@ class Transaction:
             handover: what a decode process picks up at the path's end; only with the whole path.
 
         Raises:
-            WriteError: a record within the range is not sealed, or the transaction has ended.
+            WriteError: a record within the range is not sealed, the hand-over is too large, or the transaction has
+            ended. StoreClosedError: the store was closed.
         """
+        self._check_open()
+        if handover is not None and len(handover.payload) > HANDOVER_PAYLOAD_BYTES_MAX:
+            raise WriteError(
+                f"a hand-over's payload of {len(handover.payload)} bytes is over the limit of "
+                f"{HANDOVER_PAYLOAD_BYTES_MAX}; send less with it"
+            )
         with self._lock:
             self._check_open()
             ready = self._committable(upto_tokens)
@@ -179,6 +200,8 @@ class Transaction:
 
     def abort(self, reason: str) -> None:
         """Give back what was not committed. Idempotent, and without effect after a commit."""
+        if self._pool.is_closed:
+            return
         with self._lock:
             if self._end_reason is not None:
                 return

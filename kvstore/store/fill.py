@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvstore._native import copy_rows, crc32c_many
-from kvstore.record.copy import state_plan, token_plan
+from kvstore.record.copy import check_array, state_plan, token_plan
 
 if TYPE_CHECKING:
+    from typing import Any
+
     import numpy.typing as npt
 
+    from kvstore.errors import KVStoreError
     from kvstore.pool import Transaction, TransactionRecord
     from kvstore.record import RecordLayout
     from kvstore.record.array_view import ArrayView
-    from kvstore.spec import Shard
+    from kvstore.spec import CacheGroup, Shard
 
 
 def address_of(memory: memoryview) -> int:
     """Address of the first byte of a buffer."""
     return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
+
+
+def host_view(
+    array: Any, group: CacheGroup, tensor_index: int, shard: Shard, tokens: int, what: str, error: type[KVStoreError]
+) -> ArrayView:
+    """As `check_array`, for arrays that the native copy can walk.
+
+    Raises:
+        WriteError: another type.
+        `error`: another shape, or rows and tokens that overlap.
+    """
+    view = check_array(array, group, tensor_index, shard, tokens, what, error)
+    row_bytes = group.tensors[tensor_index].row_bytes
+    outer = 2 if group.tensors[tensor_index].has_tokens else 1
+    # The stride of an axis of one element is arbitrary (0 after `array[:, None]`), and nothing reads it.
+    strides = [row_bytes if size == 1 else step for size, step in zip(view.shape[:outer], view.strides, strict=False)]
+    extent = row_bytes
+    for step, size in sorted(zip(strides, view.shape, strict=False)):
+        if size > 1:
+            if step < extent:
+                raise error(f"{what} has rows or tokens that overlap; pass a contiguous tensor")
+            extent = step * (size - 1) + extent
+    return replace(view, strides=(*strides, *view.strides[outer:]))
 
 
 class SpanRecords:

@@ -40,12 +40,3 @@ class IntervalSet:
         self._starts[first:last] = [start]
         self._stops[first:last] = [stop]
         return start, stop
-
-    def remove(self, start: int, stop: int) -> None:
-        """Take back a range that was added as a whole or lies within a merged one."""
-        position = bisect_left(self._stops, stop)
-        left, right = self._starts[position], self._stops[position]
-        pieces = [(left, start), (stop, right)]
-        kept = [(a, b) for a, b in pieces if a < b]
-        self._starts[position : position + 1] = [a for a, _ in kept]
-        self._stops[position : position + 1] = [b for _, b in kept]

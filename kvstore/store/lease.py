@@ -10,10 +10,10 @@ import numpy as np
 from kvstore._native import copy_rows
 from kvstore.errors import ChecksumError, LeaseError, RecordError
 from kvstore.record import Record
-from kvstore.record.copy import check_array, join_plans, state_plan, token_plan
+from kvstore.record.copy import join_plans, state_plan, token_plan
 from kvstore.record.rows import local_rows, runs_of
 from kvstore.spec import ReuseRule
-from kvstore.store.fill import address_of
+from kvstore.store.fill import address_of, host_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import HandOver, HeldRecord, Hold, NodePath
+    from kvstore.pool import HandOver, HeldRecord, Hold, NodePath, Pool, Prompt
     from kvstore.record import RecordLayout
     from kvstore.spec import ModelSpec, Shard, TensorSpec, UnitRange
 
@@ -57,6 +57,11 @@ class Lease:
         return (self.layer(number) for number in self.spec.layers)
 
     @property
+    def salt(self) -> bytes:
+        """Whose prefix it is."""
+        return self._hold.salt
+
+    @property
     def tokens(self) -> int:
         """Length of the resume point."""
         return self.path.tokens
@@ -81,9 +86,10 @@ class Lease:
         return LayerView(self, number)
 
     def record(self, held: HeldRecord) -> Record:
-        """A held record to look into; its views are valid while the lease is."""
+        """A held record to look into. Its views and its Arrow form keep the lease alive."""
         self.check()
-        return Record(held.layout, held.memory)
+        leased: Any = np.asarray(_LeasedMemory(self, np.frombuffer(held.memory, np.uint8)))
+        return Record(held.layout, memoryview(leased))
 
     def verify(self) -> list[HeldRecord]:
         """Recompute every checksum; the records that are damaged."""
@@ -100,9 +106,18 @@ class Lease:
         return damaged
 
     def check(self) -> None:
-        """Raise `LeaseError` if the lease was released."""
-        if self._hold.is_released:
-            raise LeaseError("the lease was released; its views are no longer valid. Read the match again")
+        """Raise `LeaseError` if the lease was released, `StoreClosedError` if its store was closed."""
+        self._hold.check()
+
+    def continues_in(self, pool: Pool, prompt: Prompt) -> bool:
+        """Whether this is a resume point of `prompt` in that very pool."""
+        path = prompt.path
+        blocks = len(self.path.keys)
+        if self._hold.pool is not pool or self.path.root != path.root or self.tokens > len(prompt):
+            return False
+        if self.path.keys != path.keys[:blocks]:
+            return False
+        return not self.path.tail_ids or prompt.tail_key(blocks, self.tokens) == self.path.tail_key
 
     def release(self) -> None:
         """Let the records go. Idempotent. Views handed out before must not be used afterwards."""
@@ -111,7 +126,7 @@ class Lease:
     def __del__(self) -> None:
         hold = getattr(self, "_hold", None)
         if hold is not None:
-            hold.release()
+            hold.release_later()
 
     def _spans(self, group: int, span: int) -> list[_Column]:
         return self._columns.get((group, span), [])
@@ -200,7 +215,7 @@ class LayerView:
             group, index, _ = self._tensor(name)
             what = f"the destination for {name!r} of layer {self.number}"
             cache_group = self._lease.spec.groups[group]
-            view = check_array(array, cache_group, index, self._lease.shard, self._tokens(group), what, LeaseError)
+            view = host_view(array, cache_group, index, self._lease.shard, self._tokens(group), what, LeaseError)
             if not view.is_writable:
                 raise LeaseError(f"{what} is read-only")
             plans.append(self._plan(group, index, view))
@@ -242,10 +257,8 @@ class LayerView:
             first = (runs[0].offset - held.layout.pieces[held.layout.tensor_pieces(self.number, index)[0]].offset) // (
                 tensor.row_bytes * held.layout.capacity_tokens
             )
-            view = whole[first : first + rows, : held.header.valid_tokens].view(_LeasedArray)
-            view.lease = self._lease
-            view.flags.writeable = False
-            views.append(view)
+            part = whole[first : first + rows, : held.header.valid_tokens]
+            views.append(np.asarray(_LeasedMemory(self._lease, part)))
         return views
 
     def _columns(self, group: int) -> list[_Column]:
@@ -283,7 +296,9 @@ class LayerView:
         return join_plans(plans)
 
 
-class _LeasedArray(np.ndarray[Any, Any]):
-    """A view that keeps its lease alive."""
+class _LeasedMemory:
+    """What a view lies in. Every array made of the view, in whatever way, has this at its base: the lease lives on."""
 
-    lease: Lease
+    def __init__(self, lease: Lease, array: npt.NDArray[Any]) -> None:
+        self.lease = lease
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, True)}

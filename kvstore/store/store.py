@@ -8,7 +8,7 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvstore.errors import LeaseError, LeaseGoneError, StoreClosedError, WriteError
+from kvstore.errors import LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
 from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordName
 from kvstore.spec import WHOLE, ReuseRule
@@ -107,6 +107,8 @@ class Store:
         if isinstance(prompt, Prompt):
             if salt or adapter or tuple(extras):
                 raise WriteError("a Prompt has its salt, adapter and extras already; pass them to Store.prompt only")
+            if not prompt.is_of(self.spec):
+                raise SpecError("this Prompt was made for another model spec; make it with this store's prompt()")
             return prompt
         return self.prompt(prompt, salt=salt, adapter=adapter, extras=extras)
 
@@ -154,7 +156,7 @@ class Store:
             raise LeaseError("there is nothing to read: the match is a miss; test `if match:` first")
         for candidate in match.candidates if verify else match.candidates[:1]:
             try:
-                hold = self.pool.hold(candidate.path, shard=match.shard, grid=match.grid)
+                hold = self.pool.hold(candidate.path, shard=match.shard, grid=match.grid, grids=match.grids)
             except LeaseGoneError:
                 if verify:
                     continue
@@ -165,8 +167,8 @@ class Store:
                 return lease
             lease.release()
             for held in damaged:
-                rule = self.spec.groups[held.name.group].rule
-                self.pool.condemn(candidate.path.key(held.name.node), is_state=rule is ReuseRule.STATE)
+                is_state = self.spec.groups[held.name.group].rule is ReuseRule.STATE
+                self.pool.condemn(candidate.path.key(held.name.node), is_state=is_state, slot=held.slot)
         raise LeaseGoneError("every resume point of this match was damaged or evicted; match again")
 
     def _copied(self, size_bytes: int, seconds: float) -> None:
@@ -201,9 +203,17 @@ class Store:
 
         Raises:
             PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
-            WriteError: a length in `resume_at` is impossible. TokenError: as `prompt`.
+            WriteError: a length in `resume_at` is impossible, or `resume` is no lease of this store on this prompt.
+            LeaseError: `resume` was released. TokenError: as `prompt`. SpecError: a `Prompt` of another spec.
         """
         target = self._as_prompt(prompt, salt, adapter, extras)
+        if resume is not None:
+            resume.check()
+            if not resume.continues_in(self.pool, target):
+                raise WriteError(
+                    f"the lease of {resume.tokens} tokens is not of this store and the beginning of this prompt; "
+                    "resume from a lease on a match of the same token ids, salt, adapter and extras"
+                )
         start = resume.tokens if resume is not None else 0
         lengths = self._checkpoints(target, resume_at, start, grid)
         whole = len(target.path.keys)
@@ -247,7 +257,8 @@ class Store:
                 )
             if length % block and length != len(prompt):
                 raise WriteError(
-                    f"resume_at={length} is neither a multiple of block_tokens={block} nor the prompt's end, {len(prompt)}"
+                    f"resume_at={length} is neither a multiple of block_tokens={block} nor the prompt's end, "
+                    f"{len(prompt)}"
                 )
             if grid is not None and not grid.has(length) and self.spec.state_groups:
                 raise WriteError(f"resume_at={length} is not a chunk boundary; the next is {grid.closing(length)}")
@@ -274,16 +285,21 @@ class Store:
     ) -> Handle[Arrival]:
         """Take over a prompt that another process prefills: resolves once its hand-over is committed here.
 
-        Each hand-over is taken once. Block with `.result(deadline_s)`, poll, or `await`.
+        Each hand-over is taken once. Block with `.result(deadline_s)`, poll, or `await`; a wait that timed out
+        goes on and may still take the hand-over, so `cancel` what is not wanted any more. Reading the arrival's
+        match gives the very records that were handed over, whatever else this store has of the prompt.
         """
         target = self._as_prompt(prompt, salt, adapter, extras)
 
         def attempt() -> Arrival | None:
+            grids = self.pool.handover_grids(target.path)
+            if grids is None:
+                return None
             match = self.pool.match(target, cap_tokens=len(target))
             if match.tokens != len(target):
                 return None
             handover = self.pool.take_handover(target.path)
-            return None if handover is None else Arrival(handover, match)
+            return None if handover is None else Arrival(handover, replace(match, grids=grids))
 
         return self._waiters.add(f"the hand-over of a prompt of {len(target)} tokens", attempt)
 
@@ -373,6 +389,12 @@ class Store:
         self.pool.close()
         _OPEN_STORES.discard(self)
 
+    def _close_in_child(self) -> None:
+        self._lock = threading.Lock()
+        self._endpoints = []
+        self._waiters = Waiters()
+        self.pool.close_in_child()
+
     @property
     def is_closed(self) -> bool:
         return self.pool.is_closed
@@ -389,7 +411,7 @@ _OPEN_STORES: weakref.WeakSet[Store] = weakref.WeakSet()
 def _close_in_child() -> None:
     # Threads and locks do not survive a fork; a store that only looks alive would hang or lie.
     for store in list(_OPEN_STORES):
-        store.pool.is_closed = True
+        store._close_in_child()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kvstore.errors import WriteError
-from kvstore.record.copy import check_array
 from kvstore.spec import ReuseRule
-from kvstore.store.fill import SpanRecords, checksum_pieces, gather_state, gather_tokens, spans_of
+from kvstore.store.fill import SpanRecords, checksum_pieces, gather_state, gather_tokens, host_view, spans_of
 from kvstore.store.intervals import IntervalSet
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Writer:
     Leaving the `with` block without `commit` gives everything back.
 
     Attributes:
+        spec: the model.
+        shard: whose share is written.
         prompt: what is written.
         resume_at: lengths at which this writer stores states.
         transaction: the reserved records.
@@ -60,13 +63,13 @@ class Writer:
         self.resume_at = resume_at
         self.transaction = transaction
         self._store = store
-        self._spec: ModelSpec = store.spec
-        self._shard = shard
+        self.spec: ModelSpec = store.spec
+        self.shard = shard
         self._lock = threading.RLock()
         self._spans: dict[tuple[int, int], SpanRecords] = spans_of(transaction)
         self._span_of_layer = {
             (group, layer): span.index
-            for group, spans in enumerate(self._spec.spans)
+            for group, spans in enumerate(self.spec.spans)
             for span in spans
             for layer in span.layers
         }
@@ -77,6 +80,11 @@ class Writer:
         self._costs_s = np.zeros(len(transaction.records))
         self._listeners: list[WriteListener] = []
         self._whole: list[tuple[int, npt.NDArray[np.int64]]] = []
+
+    def __del__(self) -> None:
+        transaction = getattr(self, "transaction", None)
+        if transaction is not None and transaction.is_open:
+            self._store.pool.settle_later(partial(self.abort, "the writer was dropped without a commit"))
 
     def __enter__(self) -> Writer:
         return self
@@ -95,7 +103,8 @@ class Writer:
     def put(self, layer: int, *, tokens: slice, cost_s: float = 0.0, **tensors: Any) -> None:
         """Store attention tensors of one layer for a range of tokens. One native call per tensor.
 
-        Blocks that the store has already are skipped. The arrays may be reused when this returns.
+        All arrays are checked before the first is copied: after an error nothing has been put. Blocks that the
+        store has already are skipped. The arrays may be reused when this returns.
 
         Args:
             layer: model layer number.
@@ -109,16 +118,19 @@ class Writer:
         """
         start, stop = self._range(tokens)
         with self.transaction.moving():
+            checked = []
             for name, array in tensors.items():
                 group, index = self._tensor(layer, name, ReuseRule.ATTENTION)
                 what = f"{name!r} of layer {layer}, tokens {start} to {stop},"
-                view = check_array(array, self._spec.groups[group], index, self._shard, stop - start, what, WriteError)
-                self._claim(layer, group, index, start, stop, what)
+                view = host_view(array, self.spec.groups[group], index, self.shard, stop - start, what, WriteError)
+                checked.append((group, index, view, what))
+            self._claim(layer, [(group, index, what) for group, index, _, what in checked], start, stop)
+            for group, index, view, _ in checked:
                 span = self._spans.get((group, self._span_of_layer[group, layer]))
                 if span is None:
                     continue
-                gather_tokens(span, layer, index, self._shard, view, start, stop, self._spec.block_tokens)
-                self._tokens_arrived(span, layer, group, index, start, stop, cost_s / len(tensors))
+                gather_tokens(span, layer, index, self.shard, view, start, stop, self.spec.block_tokens)
+                self._tokens_arrived(span, layer, group, index, start, stop, cost_s / len(checked))
 
     def put_state(self, layer: int, *, at: int, cost_s: float = 0.0, **tensors: Any) -> None:
         """Store state tensors of one layer after exactly `at` tokens.
@@ -138,32 +150,40 @@ class Writer:
             lengths = ", ".join(str(length) for length in self.resume_at) or "none"
             raise WriteError(f"this writer takes no states at {at} tokens; its resume_at is: {lengths}")
         with self.transaction.moving():
+            checked = []
             for name, array in tensors.items():
                 group, index = self._tensor(layer, name, ReuseRule.STATE)
-                valid = self._spec.groups[group].valid_tokens(self._spec.block_tokens, at)
+                valid = self.spec.groups[group].valid_tokens(self.spec.block_tokens, at)
                 what = f"{name!r} of layer {layer} at {at} tokens"
-                view = check_array(array, self._spec.groups[group], index, self._shard, valid, what, WriteError)
-                with self._lock:
+                view = host_view(array, self.spec.groups[group], index, self.shard, valid, what, WriteError)
+                checked.append((group, index, view, what))
+            with self._lock:
+                for group, index, _, what in checked:
                     if (layer, group, index, at) in self._claimed_states:
                         raise WriteError(f"{what} was put before; each state is put once")
-                    self._claimed_states.add((layer, group, index, at))
+                self._claimed_states.update((layer, group, index, at) for group, index, _, _ in checked)
+            for group, index, view, _ in checked:
                 span = self._spans.get((group, self._span_of_layer[group, layer]))
                 if span is None or span.index[node] < 0:
                     continue
-                gather_state(span, layer, index, self._shard, view, node)
+                gather_state(span, layer, index, self.shard, view, node)
                 nodes = np.array([node])
                 with self._lock:
-                    self._pieces_arrived(span, layer, index, nodes, np.array([cost_s / len(tensors)]))
+                    self._pieces_arrived(span, layer, index, nodes, np.array([cost_s / len(checked)]))
 
     def _range(self, tokens: slice) -> tuple[int, int]:
-        start, stop = tokens.start or 0, len(self.prompt) if tokens.stop is None else tokens.stop
+        try:
+            start = operator.index(tokens.start or 0)
+            stop = len(self.prompt) if tokens.stop is None else operator.index(tokens.stop)
+        except TypeError as error:
+            raise WriteError(f"{tokens} is not a range of token numbers: {error}") from error
         if tokens.step not in (None, 1) or not 0 <= start < stop <= len(self.prompt):
             raise WriteError(f"tokens {start} to {stop} are not a range within the prompt's {len(self.prompt)} tokens")
         return start, stop
 
     def _tensor(self, layer: int, name: str, rule: ReuseRule) -> tuple[int, int]:
-        index = self._spec.group_index(layer, name)
-        group = self._spec.groups[index]
+        index = self.spec.group_index(layer, name)
+        group = self.spec.groups[index]
         if group.rule is not rule:
             method = "put" if group.rule is ReuseRule.ATTENTION else "put_state"
             raise WriteError(
@@ -171,19 +191,24 @@ class Writer:
             )
         return index, next(i for i, tensor in enumerate(group.tensors) if tensor.name == name)
 
-    def _claim(self, layer: int, group: int, tensor: int, start: int, stop: int, what: str) -> None:
+    def _claim(self, layer: int, tensors: list[tuple[int, int, str]], start: int, stop: int) -> None:
+        """Claim a range of several tensors, (group, index, what) each, or of none."""
         with self._lock:
-            claimed = self._claimed.setdefault((layer, group, tensor), IntervalSet())
-            overlap = claimed.overlap(start, stop)
-            if overlap is not None:
-                raise WriteError(f"{what} overlap tokens {overlap[0]} to {overlap[1]}, which were put before")
-            claimed.add(start, stop)
+            claims = []
+            for group, tensor, what in tensors:
+                claimed = self._claimed.setdefault((layer, group, tensor), IntervalSet())
+                overlap = claimed.overlap(start, stop)
+                if overlap is not None:
+                    raise WriteError(f"{what} overlap tokens {overlap[0]} to {overlap[1]}, which were put before")
+                claims.append(claimed)
+            for claimed in claims:
+                claimed.add(start, stop)
 
     def _tokens_arrived(
         self, span: SpanRecords, layer: int, group: int, tensor: int, start: int, stop: int, cost_s: float
     ) -> None:
         """Tokens of one tensor have been copied: checksum and report the pieces that are whole now."""
-        block = self._spec.block_tokens
+        block = self.spec.block_tokens
         with self._lock:
             filled = self._filled.setdefault((layer, group, tensor), IntervalSet())
             left, right = filled.add(start, stop)
@@ -238,24 +263,24 @@ class Writer:
 
     def resume_from(self, lease: Lease) -> None:
         """For `Store.write`: the first block begins with the tail that the lease ends in; it counts as filled."""
-        block = self._spec.block_tokens
+        block = self.spec.block_tokens
         start = lease.tokens // block * block
         if start == lease.tokens:
             return
         with self.transaction.moving():
-            for group in self._spec.attention_groups:
-                for layer in self._spec.groups[group].layers:
-                    for index, tensor in enumerate(self._spec.groups[group].tensors):
+            for group in self.spec.attention_groups:
+                for layer in self.spec.groups[group].layers:
+                    for index, tensor in enumerate(self.spec.groups[group].tensors):
                         span = self._spans.get((group, self._span_of_layer[group, layer]))
                         if span is None or span.index[start // block] < 0:
                             continue
                         array = lease.layer(layer).read(tensor.name)[:, start:]
                         what = f"{tensor.name!r} of layer {layer} in the tail"
-                        view = check_array(
-                            array, self._spec.groups[group], index, self._shard, lease.tokens - start, what, WriteError
+                        view = host_view(
+                            array, self.spec.groups[group], index, self.shard, lease.tokens - start, what, WriteError
                         )
-                        self._claim(layer, group, index, start, lease.tokens, what)
-                        gather_tokens(span, layer, index, self._shard, view, start, lease.tokens, block)
+                        self._claim(layer, [(group, index, what)], start, lease.tokens)
+                        gather_tokens(span, layer, index, self.shard, view, start, lease.tokens, block)
                         self._tokens_arrived(span, layer, group, index, start, lease.tokens, 0.0)
 
     def send(self, address: str, **options: Any) -> Handle[TransferReport]:
@@ -266,8 +291,13 @@ class Writer:
         """Make what was written visible, all or nothing. With a length, only what ends there or before.
 
         Raises:
-            WriteError: something within the range was not put, or the writer has ended.
+            WriteError: something within the range was not put, or the writer has ended; or a hand-over whose prompt's
+            end is no checkpoint.
         """
+        if handover is not None and len(self.prompt) not in self.resume_at:
+            raise WriteError(
+                f"a hand-over waits at the prompt's end, {len(self.prompt)} tokens, which is not in resume_at; add it"
+            )
         self.transaction.commit(upto_tokens, handover)
         upto = self.transaction.path.tokens if upto_tokens is None else upto_tokens
         for listener in tuple(self._listeners):

@@ -77,12 +77,14 @@ class DramTier(Tier):
             if self._used_bytes + size_bytes > self._capacity_bytes:
                 return None
             index = self._take(size_bytes)
+            if index is None:
+                return None
             self._used_bytes += size_bytes
             space = self._spaces[index]
             space.is_free = False
             return Slot(index, space.generation, size_bytes)
 
-    def _take(self, size_bytes: int) -> int:
+    def _take(self, size_bytes: int) -> int | None:
         idle = self._free.get(size_bytes)
         if idle:
             self._idle_bytes -= size_bytes
@@ -93,9 +95,13 @@ class DramTier(Tier):
                 del self._spaces[indices.pop()]
                 self._idle_bytes -= other_bytes
                 excess -= other_bytes
+        try:
+            memory = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # the machine has less memory, or fewer mappings, than the capacity
+            return None
         index = self._next_index
         self._next_index += 1
-        self._spaces[index] = _Space(mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._spaces[index] = _Space(memory)
         return index
 
     def free(self, slot: Slot) -> None:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     Checksums = npt.NDArray[np.uint32]
 
 
-def receive_pieces(
-    arriving: list[Arriving], link: FrameLink, after_slice: Callable[[int], None]
-) -> list[Checksums]:
+def receive_pieces(arriving: list[Arriving], link: FrameLink, after_slice: Callable[[int], None]) -> list[Checksums]:
     """Receive the pieces in order, straight into their records; the checksums of what arrived.
 
     Args:

@@ -122,9 +122,7 @@ class Endpoint:
 
     def _serve(self, connection: Connection, number: int) -> None:
         session = Session(self._inbox, connection)
-        thread = threading.Thread(
-            target=self._run, args=(session,), name=f"kvstore-receive-{number}", daemon=True
-        )
+        thread = threading.Thread(target=self._run, args=(session,), name=f"kvstore-receive-{number}", daemon=True)
         with self._lock:
             is_refused = self._is_closed or len(self._sessions) >= self.settings.connections_per_node_max
             if not is_refused:

@@ -115,9 +115,7 @@ class IncomingTransfer:
 
     def missing_ranges(self) -> Rows:
         """What WANT names: the pieces that are not here."""
-        return _ranges(
-            (record, np.flatnonzero(target.missing)) for record, target in sorted(self._targets.items())
-        )
+        return _ranges((record, np.flatnonzero(target.missing)) for record, target in sorted(self._targets.items()))
 
     # Pieces
 

@@ -28,9 +28,7 @@ PIECE_ROW = np.dtype([("record", "<u4"), ("piece", "<u4"), ("size_bytes", "<u4")
 WANT_RANGE = np.dtype([("record", "<u4"), ("first", "<u4"), ("count", "<u4")])
 """Pieces `[first, first + count)` of one record."""
 SEAL_ROW = np.dtype([("record", "<u4"), ("reserved", "<u4"), ("cost_us", "<u8")])
-_EXPOSE_ROW = np.dtype(
-    [("record", "<u4"), ("descriptor_bytes", "<u2"), ("reserved", "<u2"), ("size_bytes", "<u8")]
-)
+_EXPOSE_ROW = np.dtype([("record", "<u4"), ("descriptor_bytes", "<u2"), ("reserved", "<u2"), ("size_bytes", "<u8")])
 
 Rows = npt.NDArray[np.void]
 

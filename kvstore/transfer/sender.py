@@ -13,7 +13,7 @@ from kvstore.registry import transport_for
 from kvstore.transfer.frames import TransferId
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
-from kvstore.transfer.source import LeaseSource, WriterSource, check_source, salt_of
+from kvstore.transfer.source import LeaseSource, WriterSource, check_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,7 +156,7 @@ def send_lease(
         sender: whose transfer it is; by default one of the process.
     """
     try:
-        source = LeaseSource(lease, salt_of(lease), handover)
+        source = LeaseSource(lease, handover)
     except BaseException:
         lease.release()
         raise

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kvstore.errors import TransferError, WriteError
-from kvstore.pool import Hold
 from kvstore.spec import ReuseRule
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import HandOver, HeldRecord, NodePath, RecordName, TransactionRecord
+    from kvstore.pool import HandOver, HeldRecord, Hold, NodePath, RecordName, TransactionRecord
     from kvstore.record import RecordHeader, RecordLayout
     from kvstore.spec import ModelSpec
     from kvstore.store.lease import Lease
@@ -108,26 +107,19 @@ class Source(ABC):
         """The memory is not read any more. Idempotent."""
 
 
-def salt_of(lease: Lease | Hold) -> bytes:
-    """The salt under which a resume point is kept."""
-    hold = lease if isinstance(lease, Hold) else lease._hold
-    return hold.nodes[-1].root.salt if hold.nodes else b""
-
-
 class LeaseSource(Source):
     """A resume point that this node has. Takes the lease over and releases it at the end.
 
     Args:
         lease: a lease of the store, or a hold of the pool.
-        salt: whose prefix it is.
         handover: makes the transfer a hand-over.
     """
 
-    def __init__(self, lease: Lease | Hold, salt: bytes, handover: HandOver | None = None) -> None:
+    def __init__(self, lease: Lease | Hold, handover: HandOver | None = None) -> None:
         self._lease = lease
         self._handover = handover
         self.path = lease.path
-        self.salt = salt
+        self.salt = lease.salt
         self.resume_tokens = (lease.path.tokens,)
         self.is_transient = handover is not None and bool(lease.path.tail_ids)
         self.records = _in_model_order([_source_record(record, is_complete=True) for record in lease.records])

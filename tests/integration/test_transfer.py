@@ -29,7 +29,6 @@ from kvstore.pool import HandOver
 from kvstore.spec import ChunkGrid, Shard
 from kvstore.testing.resources import leaves_nothing
 from kvstore.transfer import Endpoint, LeaseSource, Sender, TransferSettings, send_lease, send_writer
-from kvstore.transfer.source import salt_of
 from tests.integration.transfer_nodes import (
     FAST,
     WITHIN_S,
@@ -331,9 +330,7 @@ def test_two_full_nodes_that_send_to_each_other_both_end(scheme: str, sender: Se
     ):
         store_prompt(left, prompt(20, seed=1))
         store_prompt(right, prompt(20, seed=2))
-        leases = [
-            store.read(match_all(store, prompt(20, seed=seed))) for store, seed in ((left, 1), (right, 2))
-        ]
+        leases = [store.read(match_all(store, prompt(20, seed=seed))) for store, seed in ((left, 1), (right, 2))]
         handles = [
             send_lease(lease, endpoint.address, sender=sender)
             for lease, endpoint in zip(leases, (right_endpoint, left_endpoint), strict=True)
@@ -716,7 +713,7 @@ def test_random_transfers_between_three_nodes(scheme: str, sender: Sender) -> No
                 lease = stores[here].read(match_all(stores[here], ids))
             except PoolFullError:
                 continue
-            handle = sender.send(LeaseSource(lease, salt_of(lease)), endpoints[there].address)
+            handle = sender.send(LeaseSource(lease), endpoints[there].address)
             if generator.random() < 0.2:
                 handle.cancel()
             handles.append(handle)

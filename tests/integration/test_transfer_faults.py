@@ -49,7 +49,6 @@ from kvstore.transfer.messages import (
 )
 from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
 from kvstore.transfer.outgoing import Outgoing
-from kvstore.transfer.source import salt_of
 from tests.integration.transfer_nodes import (
     BIG_TOKENS,
     BIG_WIDTH,
@@ -362,7 +361,7 @@ class RawPeer:
     ) -> None:
         self.endpoint, self.store = endpoint, store
         self.lease = store.read(match_all(store, IDS))
-        self.source: Source = LeaseSource(self.lease, salt_of(self.lease))
+        self.source: Source = LeaseSource(self.lease)
         self.transfer = transfer or TransferId(random.getrandbits(60) + 1, 1)
         rows, grids = offer_rows([(r.name, r.layout, r.header) for r in self.source.records])
         self.offer_payload = Offer(
@@ -485,9 +484,7 @@ class RawPeer:
             self.link.close()
 
 
-def test_the_raw_peer_can_be_honest(
-    source: kvstore.Store, target: kvstore.Store, endpoint: Endpoint
-) -> None:
+def test_the_raw_peer_can_be_honest(source: kvstore.Store, target: kvstore.Store, endpoint: Endpoint) -> None:
     """The control of the tests below: without a fault the same frames lead to a commit."""
     with RawPeer(endpoint, source) as peer:
         peer.offer()

@@ -335,17 +335,13 @@ def _send_in_child(target: str, pace: str) -> None:
     with kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as store:
         ids = prompt(BIG_TOKENS)
         store_prompt(store, ids)
-        handle = store.send(
-            match_all(store, ids), target, transport=TransportOptions(pacing_bytes_per_s=float(pace))
-        )
+        handle = store.send(match_all(store, ids), target, transport=TransportOptions(pacing_bytes_per_s=float(pace)))
         print("sending", flush=True)
         handle.result(WITHIN_S)
         sys.stdin.read()
 
 
-FAST = TransferSettings(
-    progress_deadline_s=2.0, connect_deadline_s=5.0, resume_window_s=1.0, queue_deadline_s=0.2
-)
+FAST = TransferSettings(progress_deadline_s=2.0, connect_deadline_s=5.0, resume_window_s=1.0, queue_deadline_s=0.2)
 """Short waits where a test waits for them to pass, long enough for a busy machine elsewhere."""
 
 if __name__ == "__main__":

@@ -257,4 +257,3 @@ def _open_eventfds() -> int:
 
 async def _value(handle: Handle[int] | Handle[str]) -> int | str:
     return await handle
-

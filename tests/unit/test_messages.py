@@ -71,9 +71,7 @@ EXPOSES = st.lists(st.builds(Exposure, U32, U64, st.binary(min_size=1, max_size=
 )
 SEALS = st.lists(st.tuples(U32, U64), max_size=20).map(Seal.of)
 CREDITS = st.builds(Credit, U64, U64)
-COMMITS = st.builds(
-    Commit, U64, st.none() | st.builds(HandOver, st.integers(0, TOKEN_ID_MAX), st.binary(max_size=200))
-)
+COMMITS = st.builds(Commit, U64, st.none() | st.builds(HandOver, st.integers(0, TOKEN_ID_MAX), st.binary(max_size=200)))
 COMMITTEDS = st.builds(Committed, st.booleans(), U64, U64, U64)
 ABORTS = st.builds(Abort, st.sampled_from(list(AbortCode)), TEXT)
 
@@ -123,9 +121,7 @@ MESSAGES: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
 
 def plain(message: Any) -> dict[str, Any]:
     """Fields of a message with arrays as lists, so that they compare."""
-    return {
-        name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(message).items()
-    }
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(message).items()}
 
 
 @pytest.mark.parametrize("name", MESSAGES)

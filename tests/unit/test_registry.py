@@ -160,9 +160,7 @@ def test_transport_that_does_not_work_here(install: Install) -> None:
         ("third_party:ReverseCodec", "not a kvstore.abc.Transport"),
     ],
 )
-def test_transport_that_cannot_be_loaded_is_seen_and_harms_no_other(
-    install: Install, target: str, reason: str
-) -> None:
+def test_transport_that_cannot_be_loaded_is_seen_and_harms_no_other(install: Install, target: str, reason: str) -> None:
     install(pigeon=f"kvstore.transports|{target}")
     found = registry.available_transports()
     assert found["tcp"].availability().is_available

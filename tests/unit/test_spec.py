@@ -407,6 +407,4 @@ def test_bytes_of_a_prefix_by_group_and_shard() -> None:
     spec = ModelSpec("toy", "w", 16, (attention, window, state))
     assert spec.bytes_by_group(100) == {"attention": 2 * 4 * 8 * 4 * 100, "window": 4 * 8 * 2 * 10, "state": 4 * 3 * 4}
     assert spec.bytes_by_group(5)["window"] == 4 * 8 * 2 * 5
-    assert spec.bytes_by_group(100, Shard(1, 2)) == {
-        name: size // 2 for name, size in spec.bytes_by_group(100).items()
-    }
+    assert spec.bytes_by_group(100, Shard(1, 2)) == {name: size // 2 for name, size in spec.bytes_by_group(100).items()}

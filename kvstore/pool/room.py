@@ -1,0 +1,152 @@
+"""The tier's space: reserving slots, and evicting enough for them or nothing at all. The pool holds its lock."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvstore.errors import LeaseGoneError, PoolFullError, QuarantineFullError, StaleSlotError
+from kvstore.limits import QUARANTINE_FRACTION_MAX
+from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from kvstore.abc import Slot, Tier
+    from kvstore.pool.index import PrefixIndex
+    from kvstore.pool.node import PrefixNode
+    from kvstore.pool.statistics import PoolStatistics
+
+
+class Room:
+    """What is used of a tier, and by what. Everything counts: slots, index, and what is only reserved.
+
+    Attributes:
+        reserved_bytes: slots of records that are being written.
+    """
+
+    def __init__(self, tier: Tier, index: PrefixIndex, statistics: PoolStatistics) -> None:
+        self._tier = tier
+        self._index = index
+        self._statistics = statistics
+        self._reserved_records = 0
+        self.reserved_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that can be reserved without evicting anything."""
+        index_bytes = self._index.memory_bytes + self._reserved_records * ENTRY_BYTES
+        return self._tier.capacity_bytes - self._tier.used_bytes - index_bytes
+
+    def check(self, sizes: Sequence[int], new_nodes: int) -> None:
+        """Refuse what could not be reserved whatever is evicted, before anything is made for it.
+
+        Raises:
+            PoolFullError: it is more than the tier holds. QuarantineFullError: dropped writers hold too much.
+        """
+        limit = int(self._tier.capacity_bytes * QUARANTINE_FRACTION_MAX)
+        if self._tier.quarantined_bytes > limit:
+            raise QuarantineFullError(
+                f"{self._tier.quarantined_bytes} bytes wait for dropped writers, the limit is {limit}; "
+                "wait until their copies have ended"
+            )
+        needed_bytes = sum(sizes) + len(sizes) * ENTRY_BYTES + new_nodes * NODE_BYTES
+        if needed_bytes > self._tier.capacity_bytes:
+            raise PoolFullError(
+                f"{needed_bytes} bytes are needed and the {self._tier.name} tier has {self._tier.capacity_bytes}; "
+                "write a shorter prompt or fewer checkpoints, or open the store with more memory"
+            )
+
+    def reserve(self, sizes: Sequence[int]) -> list[Slot]:
+        """Pinned slots of these sizes; whatever has to be evicted for them is.
+
+        Raises:
+            PoolFullError: not enough may be evicted. Nothing was changed.
+        """
+        self._make_room(sum(sizes) + len(sizes) * ENTRY_BYTES)
+        slots: list[Slot] = []
+        try:
+            for size in sizes:
+                slot = self._tier.allocate(size)
+                if slot is None:
+                    raise PoolFullError(f"the {self._tier.name} tier has no slot of {size} bytes left; try again later")
+                slots.append(slot)
+        except BaseException:
+            for taken in slots:
+                self._tier.free(taken)
+            raise
+        for slot in slots:
+            self._tier.pin(slot)
+            self._count_reserved(slot, +1)
+        return slots
+
+    def keep(self, slot: Slot) -> None:
+        """A reserved slot holds a committed record now."""
+        self._count_reserved(slot, -1)
+
+    def give_back(self, slot: Slot) -> None:
+        """A reserved slot is not needed; while it is pinned it stays in quarantine."""
+        self._count_reserved(slot, -1)
+        self._tier.free(slot)
+
+    def _count_reserved(self, slot: Slot, change: int) -> None:
+        self.reserved_bytes += change * slot.size_bytes
+        self._reserved_records += change
+
+    def pin_all(self, slots: Iterable[Slot]) -> None:
+        """Pin slots that somebody holds, all or none.
+
+        Raises:
+            LeaseGoneError: one of them has been freed.
+        """
+        pinned: list[Slot] = []
+        try:
+            for slot in slots:
+                self._tier.pin(slot)
+                pinned.append(slot)
+        except StaleSlotError as error:
+            self.unpin_all(pinned)
+            raise LeaseGoneError(f"the resume point to continue from is not held any more: {error}") from error
+
+    def unpin_all(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            self._tier.unpin(slot)
+
+    def _make_room(self, needed_bytes: int) -> None:
+        """Evict until `needed_bytes` are free, or change nothing."""
+        lacking = needed_bytes - self.free_bytes
+        if lacking <= 0:
+            return
+        victims: dict[tuple[bytes, bool], PrefixNode] = {}
+        freed = 0
+        for item in self._index.ranked():
+            if freed >= lacking:
+                break
+            if (item.key, item.is_state) in victims:
+                continue
+            for node, is_state in self._index.closure(item):
+                if (node.key, is_state) not in victims:
+                    victims[node.key, is_state] = node
+                    freed += evictable_bytes(node, is_state=is_state)
+        if freed < lacking:
+            ghosts = -(-(lacking - freed) // NODE_BYTES)
+            if ghosts > self._index.ghost_count or self._index.drop_ghosts(ghosts) < ghosts:
+                raise PoolFullError(
+                    f"{needed_bytes} bytes are needed and {self.free_bytes} are free; {freed} more may be evicted "
+                    f"of {self._tier.capacity_bytes}, the rest is leased or being written; retry later, or open the "
+                    "store with more memory"
+                )
+        for (_, is_state), node in victims.items():
+            self.evict(node, is_state=is_state)
+
+    def evict(self, node: PrefixNode, *, is_state: bool) -> None:
+        """Drop a node's states or its attention. Below attention nothing may be left."""
+        for entry in self._index.remove(node, is_state=is_state):
+            self._tier.free(entry.slot)
+            self._statistics.evicted_records += 1
+            self._statistics.evicted_bytes += entry.slot.size_bytes
+
+
+def evictable_bytes(node: PrefixNode, *, is_state: bool) -> int:
+    """What evicting a node's states or its attention frees."""
+    records = node.states if is_state else node.attention
+    return sum(entry.slot.size_bytes + ENTRY_BYTES for entries in records.values() for entry in entries)
