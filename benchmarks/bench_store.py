@@ -28,9 +28,7 @@ SPEC = ModelSpec(
             (1,),
             tuple(TensorSpec(name, DType.BFLOAT16, HEADS, (16,), True) for name in ("keys", "values")),
         ),
-        CacheGroup(
-            "state", ReuseRule.STATE, (0,), (TensorSpec("recurrent", DType.FLOAT32, HEADS, (16, 16), False),)
-        ),
+        CacheGroup("state", ReuseRule.STATE, (0,), (TensorSpec("recurrent", DType.FLOAT32, HEADS, (16, 16), False),)),
     ),
 )
 TOKEN_IDS = np.random.default_rng(1).integers(0, 150_000, PROMPT_TOKENS + 1)

@@ -64,6 +64,4 @@ def layer_words(spec: ModelSpec) -> dict[int, str]:
 def cache_bytes(spec: ModelSpec, tokens: int, checkpoints: int = 1) -> int:
     """Bytes of a prefix of `tokens` tokens with states at so many lengths."""
     sizes = spec.bytes_by_group(tokens)
-    return sum(
-        sizes[group.name] * (1 if group.rule is ReuseRule.ATTENTION else checkpoints) for group in spec.groups
-    )
+    return sum(sizes[group.name] * (1 if group.rule is ReuseRule.ATTENTION else checkpoints) for group in spec.groups)

@@ -6,11 +6,11 @@ import enum
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
+from typing import TYPE_CHECKING
 
 from kvstore.errors import SpecError
 from kvstore.limits import RECORD_BYTES_MAX, SHARD_UNITS_MAX, SPAN_BYTES_MAX, TENSORS_PER_GROUP_MAX
 from kvstore.spec.shard import WHOLE, Segment, Shard, UnitRange
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvstore.spec.tensor import TensorSpec

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-
-from kvstore.errors import SpecError
 from typing import TYPE_CHECKING
 
+from kvstore.errors import SpecError
+
 if TYPE_CHECKING:
-    from kvstore.spec.shard import Segment
     from kvstore.spec.dtypes import DType
+    from kvstore.spec.shard import Segment
 
 
 @dataclass(frozen=True)
