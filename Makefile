@@ -83,8 +83,9 @@ format: $(DEPENDENCIES) ## put all Python files into the form that lint asks for
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: $(NATIVE) ## micro-benchmarks
+bench: $(NATIVE) ## micro-benchmarks, then gather against memcpy
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest benchmarks --benchmark-only --timeout=600 $(ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m benchmarks.gather_vs_memcpy
 
 # Built and installed as a user would: isolated build, bare environment, no torch.
 wheel: $(DEPENDENCIES) ## a wheel in dist/, with its import test in a bare environment

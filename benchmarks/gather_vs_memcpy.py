@@ -3,7 +3,7 @@
 Three rows per piece size, each against one memcpy of the same bytes: gather alone, scatter alone, and a
 whole write with checksums, framing and commit. The working set is larger than the last-level cache.
 
-    python benchmarks/gather_vs_memcpy.py [--rounds N] [--mebibytes N] [--output FILE]
+    python -m benchmarks.gather_vs_memcpy [--rounds N] [--mebibytes N] [--output FILE]
 """
 
 from __future__ import annotations
