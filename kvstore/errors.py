@@ -58,6 +58,12 @@ class RecordTooLargeError(PoolError, ValueError):
     """One record of the spec does not fit into the tier at all, or exceeds the format's limit."""
 
 
+class WriteTooLargeError(PoolFullError):
+    """All that one write needs together is more than the tier could ever hold. Nothing was changed."""
+
+    retryable = False
+
+
 class QuarantineFullError(PoolError):
     """Too much space waits for writers that were dropped while bytes were moving."""
 

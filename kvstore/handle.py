@@ -79,22 +79,23 @@ class Handle(Generic[T]):
         finally:
             del self
 
-    def resolve(self, value: T) -> None:
-        """For the side that does the work: it has succeeded."""
-        self._finish(value, None)
+    def resolve(self, value: T) -> bool:
+        """For the side that does the work: it has succeeded. False if the handle had ended before."""
+        return self._finish(value, None)
 
     def fail(self, error: BaseException) -> None:
         """For the side that does the work: it has failed."""
         self._finish(None, error)
 
-    def _finish(self, value: Any, error: BaseException | None) -> None:
+    def _finish(self, value: Any, error: BaseException | None) -> bool:
         with self._lock:
             if self._event.is_set():
-                return
+                return False
             self._value, self._error = value, error
             self._event.set()
             if self._descriptor is not None:
                 os.eventfd_write(self._descriptor, 1)
+            return True
 
     def __del__(self) -> None:
         descriptor = getattr(self, "_descriptor", None)

@@ -41,7 +41,7 @@ RECORD_HEADER_BYTES_MAX = 256 * KIB
 
 # Pool
 GHOSTS_MAX = 1 << 16
-"""Prefix nodes kept after their records are gone, about 400 bytes each."""
+"""Prefix nodes kept after their records are gone, about 1.3 KB each."""
 CANDIDATES_MAX = 64
 """Candidates that one match reports, deepest first."""
 CHECKPOINTS_PER_WRITE_MAX = 64
@@ -49,7 +49,10 @@ QUARANTINE_FRACTION_MAX = 0.25
 """Share of a tier's capacity that may wait for dropped writers before new writes are refused."""
 HANDOVER_PAYLOAD_BYTES_MAX = 16 * MIB
 """Logits and the like that travel with the first sampled token."""
-PENDING_HANDOVERS_MAX = 4096
+HANDOVERS_PER_PROMPT_MAX = 64
+"""Hand-overs of one and the same prompt that wait to be taken."""
+OPEN_WAITS_MAX = 4096
+"""Handles of one store that wait for a hand-over or a resume point."""
 
 # Transfer
 FRAME_HEADER_BYTES = 64
@@ -67,6 +70,10 @@ PROGRESS_DEADLINE_S = 5.0
 CONNECT_DEADLINE_S = 5.0
 TRANSFER_RATE_MIN_BYTES_PER_S = 1 * MIB
 """The default total deadline of a transfer assumes at least this rate."""
+TRANSFER_DEADLINE_MAX_S = 3600.0
+"""The longest total deadline: what a peer may keep reserved without committing it is bounded."""
+TRANSFER_PRIORITY_MAX = 255
+"""Priorities are one byte; 0 goes first."""
 OUTCOME_GRACE_S = 60.0
 """How long both sides remember how a transfer ended, so that COMMIT is idempotent."""
 OUTCOMES_MAX = 4096

@@ -98,7 +98,11 @@ def collect_held(
     entries: list[tuple[RecordName, Entry]] = []
     for number in range(len(path)):
         node = index.get(path.key(number))
-        if node is None or not _collect(entries, number, node.attention, needs.attention, digest_of):
+        if (
+            node is None
+            or node.end_tokens != path.end_tokens(number)
+            or not _collect(entries, number, node.attention, needs.attention, digest_of)
+        ):
             return None, []
         nodes.append(node)
     if not nodes or not _collect(entries, len(nodes) - 1, nodes[-1].states, needs.states, digest_of):

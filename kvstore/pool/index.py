@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from kvstore.errors import WriteError
 from kvstore.limits import GHOSTS_MAX
 from kvstore.pool.node import Entry, PrefixNode, Root
 from kvstore.spec import ReuseRule
@@ -116,6 +117,7 @@ class PrefixIndex:
 
     def ensure_path(self, path: NodePath, salt: bytes) -> list[PrefixNode]:
         """The path's nodes, made where they are missing, each marked as relied upon."""
+        self._check_path(path)
         root = self._roots.setdefault(path.root, Root(path.root, salt))
         nodes: list[PrefixNode] = []
         parent: PrefixNode | None = None
@@ -133,6 +135,27 @@ class PrefixIndex:
             nodes.append(node)
             parent = node
         return nodes
+
+    def _check_path(self, path: NodePath) -> None:
+        """A key names one prefix: a path that puts it elsewhere was not made by hashing tokens.
+
+        Raises:
+            WriteError: a key stands twice, or at another length, parent or root than it is known at.
+        """
+        keys = [path.key(number) for number in range(len(path))]
+        known = [self._nodes.get(key) for key in keys]
+        wrong = len(set(keys)) != len(keys) or any(
+            node is not None
+            and (
+                node.end_tokens != path.end_tokens(number)
+                or node.root.key != path.root
+                or (node.parent.key if node.parent else path.root) != path.parent(number)
+                or (node.tail_ids or ()) != (path.tail_ids if path.is_tail(number) else ())
+            )
+            for number, node in enumerate(known)
+        )
+        if wrong:
+            raise WriteError("a prefix key of this path names another prefix; compute the keys as docs/keys.md says")
 
     def _siblings_of(self, node: PrefixNode) -> dict[bytes, PrefixNode]:
         owner = node.parent or node.root
@@ -216,20 +239,23 @@ class PrefixIndex:
         for entry in removed:
             self._account(node, -entry.slot.size_bytes)
         self.refresh_evictable(node, is_state=is_state)
-        self.set_handover(node, None)
+        while self.take_handover(node) is not None:
+            pass
         self._retire(node)
         return removed
 
-    def set_handover(
-        self, node: PrefixNode, handover: HandOver | None, grids: Mapping[RecordPlace, bytes] | None = None
-    ) -> None:
-        """What waits at a node; it goes with the first of the node's records."""
-        if node.handover is not None:
-            self._payload_bytes -= len(node.handover.payload)
-        node.handover = handover
-        node.handover_grids = grids or {}
-        if handover is not None:
-            self._payload_bytes += len(handover.payload)
+    def add_handover(self, node: PrefixNode, handover: HandOver, grids: Mapping[RecordPlace, bytes]) -> None:
+        """Another hand-over waits at a node; all go with the first of the node's records."""
+        node.handovers.append((handover, grids))
+        self._payload_bytes += len(handover.payload)
+
+    def take_handover(self, node: PrefixNode) -> tuple[HandOver, Mapping[RecordPlace, bytes]] | None:
+        """The oldest hand-over that waits at a node, which it leaves."""
+        if not node.handovers:
+            return None
+        handover, grids = node.handovers.pop(0)
+        self._payload_bytes -= len(handover.payload)
+        return handover, grids
 
     def _retire(self, node: PrefixNode) -> None:
         """Make a node without records a ghost; forget old ghosts beyond the limit."""
@@ -275,7 +301,7 @@ class PrefixIndex:
             assert (node.key in self._ghosts) == (node.is_ghost and not node.is_tail)
             assert (node.key in self._idle_ghosts) == (node.key in self._ghosts and node.is_leaf)
             assert not (node.is_ghost and (node.is_tail or node.handover)), "a tail or a hand-over outlived its records"
-            payload += len(node.handover.payload) if node.handover else 0
+            payload += sum(len(handover.payload) for handover, _ in node.handovers)
             if node.parent is not None:
                 for name, records in node.attention.items():
                     above = [entry.units for entry in node.parent.attention.get(name, ())]

@@ -64,8 +64,8 @@ class PrefixNode:
         pending: running writers that will make this a resume point.
         reserved: running writers that rely on the node being there.
         had_states: states were here once; tells "evicted" from "never stored".
-        handover: what a decode process is to pick up here.
-        handover_grids: chunk grid digests of the records that it consists of.
+        handovers: what decode processes are to pick up here, oldest first, with the chunk grid digests of the records
+            that each consists of.
         is_transient: a tail that exists for a hand-over only.
     """
 
@@ -83,9 +83,13 @@ class PrefixNode:
     pending: int = 0
     reserved: int = 0
     had_states: bool = False
-    handover: HandOver | None = None
-    handover_grids: Mapping[RecordPlace, bytes] = field(default_factory=dict)
+    handovers: list[tuple[HandOver, Mapping[RecordPlace, bytes]]] = field(default_factory=list)
     is_transient: bool = False
+
+    @property
+    def handover(self) -> HandOver | None:
+        """The hand-over that will be taken next."""
+        return self.handovers[0][0] if self.handovers else None
 
     @property
     def is_tail(self) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from kvstore.errors import WriteError
+from kvstore.limits import HANDOVER_PAYLOAD_BYTES_MAX, TOKEN_ID_MAX
+
 if TYPE_CHECKING:
     from kvstore.spec import UnitRange
 
@@ -88,7 +91,19 @@ class HandOver:
     Attributes:
         first_token: the token sampled from the prompt's last position.
         payload: whatever else should travel, such as that position's logits.
+
+    Raises:
+        WriteError: the token is no token id, or the payload is over `HANDOVER_PAYLOAD_BYTES_MAX`.
     """
 
     first_token: int
     payload: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first_token <= TOKEN_ID_MAX:
+            raise WriteError(f"the first token of a hand-over, {self.first_token}, is outside 0 to {TOKEN_ID_MAX}")
+        if len(self.payload) > HANDOVER_PAYLOAD_BYTES_MAX:
+            raise WriteError(
+                f"a hand-over's payload of {len(self.payload)} bytes is over the limit of "
+                f"{HANDOVER_PAYLOAD_BYTES_MAX}; send less with it"
+            )

@@ -10,8 +10,8 @@ from bisect import bisect_right
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvstore.errors import LeaseGoneError, RecordTooLargeError, StoreClosedError
-from kvstore.limits import GHOSTS_MAX
+from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
+from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.hold import Hold, collect_held
 from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES, PrefixIndex, units_within
@@ -77,6 +77,7 @@ class Pool:
         self._index = PrefixIndex(spec, eviction or LRUPolicy(), ghosts_max)
         self._checkpoints = checkpoints or LadderCheckpoints()
         self._listeners: list[Callable[[], None]] = []
+        self._settling = threading.local()
         self._dropped: deque[Callable[[], None]] = deque()
         self._statistics = PoolStatistics()
         self._room = Room(tier, self._index, self._statistics)
@@ -88,12 +89,18 @@ class Pool:
 
     def _settle(self) -> None:
         """End what was dropped without being ended. Not under the lock."""
-        while self._dropped:
-            try:
-                end = self._dropped.popleft()
-            except IndexError:  # another thread was faster
-                return
-            end()
+        if getattr(self._settling, "is_running", False):
+            return  # ending something notifies listeners, and these call the pool again
+        self._settling.is_running = True
+        try:
+            while self._dropped:
+                try:
+                    end = self._dropped.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                end()
+        finally:
+            self._settling.is_running = False
 
     # Reading
 
@@ -176,12 +183,14 @@ class Pool:
                 raise LeaseGoneError(
                     f"the resume point of {path.tokens} tokens was evicted since it was matched; match again"
                 )
-            self._hold_nodes(nodes, +1)
-            self._room.pin_all(entry.slot for _, entry in entries)
-            self._index.touch(nodes)
-            records = tuple(self._held(name, entry) for name, entry in entries)
-            handover = nodes[-1].handover if nodes else None
-            return Hold(self, path, records, nodes, handover)
+            return self._make_hold(path, entries, nodes)
+
+    def _make_hold(self, path: NodePath, entries: Sequence[tuple[RecordName, Entry]], nodes: list[PrefixNode]) -> Hold:
+        self._hold_nodes(nodes, +1)
+        self._room.pin_all(entry.slot for _, entry in entries)
+        self._index.touch(nodes)
+        records = tuple(self._held(name, entry) for name, entry in entries)
+        return Hold(self, path, records, nodes, nodes[-1].handover)
 
     def _held(self, name: RecordName, entry: Entry) -> HeldRecord:
         return HeldRecord(name, entry.layout, self._tier.view(entry.slot), entry.header, entry.slot)
@@ -191,6 +200,26 @@ class Pool:
             node.attention_holds += change
         if nodes:
             nodes[-1].state_holds += change
+
+    def check_current(self, hold: Hold) -> None:
+        """Raise unless the records of a hold are still what the index would give out.
+
+        Damage takes records from under a hold: who holds the bytes may look at them, but nothing must be built on
+        them and written back with new checksums.
+
+        Raises:
+            LeaseGoneError: a record was found damaged since.
+        """
+        with self._lock:
+            self._check_open()
+            for record in hold.records:
+                try:
+                    self._tier.view(record.slot)
+                except StaleSlotError as error:
+                    raise LeaseGoneError(
+                        f"the resume point of {hold.path.tokens} tokens was found damaged since it was leased; "
+                        "match again"
+                    ) from error
 
     def release(self, hold: Hold) -> None:
         """End a hold; for `Hold` itself."""
@@ -204,24 +233,39 @@ class Pool:
                 self._drop(last)
         self._notify()
 
-    def handover_grids(self, path: NodePath) -> Mapping[RecordPlace, bytes] | None:
-        """Chunk grid digests of the records that a waiting hand-over consists of; None if none waits."""
-        with self._lock:
-            self._check_open()
-            node = self._index.get(path.key(len(path) - 1))
-            return None if node is None or node.handover is None else node.handover_grids
-
-    def take_handover(self, path: NodePath) -> HandOver | None:
-        """The hand-over waiting at the end of a path, once: whoever takes it decodes."""
+    def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], Hold] | None:
+        """Take the hand-over that waits at the end of a path and hold its records, in one step; None without one."""
         self._settle()
         with self._lock:
             self._check_open()
             node = self._index.get(path.key(len(path) - 1))
-            if node is None or node.handover is None:
+            if node is None or not node.handovers:
                 return None
-            handover = node.handover
-            self._index.set_handover(node, None)
-            return handover
+            grids = node.handovers[0][1]
+            entries, nodes = collect_held(
+                self._index, path, needs_of(self.spec, WHOLE), lambda *place: grids.get(place)
+            )
+            taken = self._index.take_handover(node) if entries is not None else None
+            if entries is None or taken is None:
+                return None
+            return (*taken, self._make_hold(path, entries, nodes))
+
+    def return_handover(self, path: NodePath, handover: HandOver, grids: Mapping[RecordPlace, bytes]) -> None:
+        """Put back what was accepted and is not wanted; without effect if its records have gone."""
+        with self._lock:
+            self._check_open()
+            node = self._index.get(path.key(len(path) - 1))
+            if node is not None and (node.attention or node.states):
+                self._index.add_handover(node, handover, grids)
+
+    def take_handover(self, path: NodePath) -> HandOver | None:
+        """The hand-over that waits at the end of a path, once, without holding anything."""
+        self._settle()
+        with self._lock:
+            self._check_open()
+            node = self._index.get(path.key(len(path) - 1))
+            taken = self._index.take_handover(node) if node is not None else None
+            return taken[0] if taken is not None else None
 
     # Writing
 
@@ -246,7 +290,7 @@ class Pool:
         grid: ChunkGrid | None = None,
         grid_digests: dict[RecordName, bytes] | None = None,
         resume_nodes: Iterable[int] = (),
-        inherited: Sequence[HeldRecord] = (),
+        basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,
     ) -> Transaction:
         """Reserve what is missing of the named records, evicting if need be, or change nothing.
@@ -257,13 +301,13 @@ class Pool:
             grid: chunk boundaries that the writer computes with.
             grid_digests: their digests by record, instead of `grid`, where only those are known (a receiver).
             resume_nodes: nodes of the path that become resume points.
-            inherited: records of a resume point that the caller holds and continues from.
+            basis: all records of a resume point that the caller holds and continues from.
             is_transient: the path's tail is for a hand-over only and goes with it.
 
         Raises:
             PoolFullError: not enough can be evicted. QuarantineFullError: too many dropped writers still
             have bytes moving. WriteError: attention records would not be contiguous from the root.
-            LeaseGoneError: an inherited record is not held any more.
+            LeaseGoneError: a record of `basis` is not held any more.
         """
         self._settle()
         with self._lock:
@@ -277,8 +321,14 @@ class Pool:
             sizes = plan.slot_sizes
             made = self._index.count_missing(path)
             self._room.check(sizes, made)
+            first = min((name.node for name in names), default=0)
+            inherited = tuple(
+                record
+                for record in basis
+                if record.name.node < first and self.spec.groups[record.name.group].rule is ReuseRule.ATTENTION
+            )
             held = (*inherited, *(self._held(name, entry) for name, entry in plan.held))
-            self._room.pin_all(record.slot for record in held)
+            self._room.pin_all(record.slot for record in (*held, *basis))
             nodes = self._index.ensure_path(path, salt)
             resume = frozenset(resume_nodes)
             self._rely(nodes, resume, +1)
@@ -287,7 +337,7 @@ class Pool:
             except BaseException:
                 self._rely(nodes, resume, -1)
                 self._index.release_path(nodes, made=made)
-                self._room.unpin_all(record.slot for record in held)
+                self._room.unpin_all(record.slot for record in (*held, *basis))
                 raise
             records = tuple(
                 TransactionRecord(item.name, item.layout, self._tier.view(slot), item.header, slot)
@@ -295,19 +345,39 @@ class Pool:
             )
             for record in records:
                 clear_padding(record.layout, record.memory, record.header.valid_tokens)
-            return Transaction(self, path, nodes, records, held, resume, is_transient=is_transient)
+            return Transaction(self, path, nodes, records, held, tuple(basis), resume, is_transient=is_transient)
 
     def _rely(self, nodes: Sequence[PrefixNode], resume_nodes: frozenset[int], change: int) -> None:
-        for number, node in enumerate(nodes):
+        for number in resume_nodes:
+            nodes[number].pending += change
+        for node in nodes:
             node.attention_holds += change
             node.state_holds += change
-            if number in resume_nodes:
-                node.pending += change
 
-    def _commit(self, transaction: Transaction, ready: list[int], *, is_final: bool, handover: HandOver | None) -> None:
-        """For `Transaction.commit`: make sealed records visible, in one step."""
+    def _commit(
+        self,
+        transaction: Transaction,
+        ready: list[int],
+        *,
+        is_final: bool,
+        is_still: bool,
+        handover: HandOver | None,
+    ) -> None:
+        """For `Transaction.commit`: make sealed records visible, in one step.
+
+        Args:
+            is_still: nothing moves in its slots any more: what is given back of them needs no quarantine.
+        """
         with self._lock:
             self._check_open()
+            self._check_basis(transaction)
+            if handover is not None and len(transaction.nodes[-1].handovers) >= HANDOVERS_PER_PROMPT_MAX:
+                raise WriteError(
+                    f"{HANDOVERS_PER_PROMPT_MAX} hand-overs of this prompt wait to be taken, which is the limit; take "
+                    "them, or commit without one"
+                )
+            if is_still:
+                self._room.unpin_all(transaction.slots)
             changed: dict[tuple[bytes, bool], PrefixNode] = {}
             was_empty = not (transaction.nodes[-1].attention or transaction.nodes[-1].states)
             # Ancestors first: a block is reachable only through the one before it.
@@ -317,6 +387,7 @@ class Pool:
                 is_there = self._is_there(transaction.path, record.name, record.header.grid)
                 if is_there or not self._is_reachable(node, record.name):
                     self._room.give_back(record.slot)
+                    transaction.given_back(index)
                     continue
                 self._room.keep(record.slot)
                 self._index.add(node, record.name.group, record.name.span, transaction.entry(index))
@@ -329,8 +400,19 @@ class Pool:
             self._index.touch(transaction.nodes[: deepest + 1])
             if is_final:
                 self._finish(transaction, handover, is_new=was_empty)
-                self._leave(transaction)
+                self._leave(transaction, is_still=is_still)
             self._statistics.commits += 1
+
+    def _check_basis(self, transaction: Transaction) -> None:
+        """What was computed from records that were found damaged must not become visible."""
+        for record in transaction.basis:
+            try:
+                self._tier.view(record.slot)
+            except StaleSlotError as error:
+                raise LeaseGoneError(
+                    "the resume point that this write continues from was found damaged since; nothing more of it was "
+                    "committed. Match again and compute anew"
+                ) from error
 
     def _is_reachable(self, node: PrefixNode, name: RecordName) -> bool:
         """Whether the attention that a block builds on is still there; a damaged block may have taken it.
@@ -351,26 +433,36 @@ class Pool:
         elif is_new:
             last.is_transient = handover is not None
         if handover is not None and (last.attention or last.states):
-            self._index.set_handover(last, handover, transaction.grids())
+            self._index.add_handover(last, handover, transaction.grids())
 
-    def _leave(self, transaction: Transaction) -> None:
-        self._rely(transaction.nodes, transaction.resume_nodes, -1)
+    def _leave(self, transaction: Transaction, *, is_still: bool) -> None:
+        for number in transaction.resume_nodes:
+            transaction.nodes[number].pending -= 1
         self._index.release_path(transaction.nodes)
+        if is_still:
+            self._rely(transaction.nodes, frozenset(), -1)
 
-    def _abandon(self, transaction: Transaction, uncommitted: list[TransactionRecord]) -> None:
-        """For `Transaction.abort`."""
+    def _abandon(self, transaction: Transaction, uncommitted: list[TransactionRecord], *, is_still: bool) -> None:
+        """For `Transaction.abort`; `is_still` as for `_commit`."""
         with self._lock:
             if self.is_closed:
                 return
+            if is_still:
+                self._room.unpin_all(transaction.slots)
             for record in uncommitted:
                 self._room.give_back(record.slot)
-            self._leave(transaction)
+            self._leave(transaction, is_still=is_still)
             self._statistics.aborts += 1
 
-    def _unpin(self, slots: Sequence[Slot]) -> None:
+    def _let_go(self, transaction: Transaction) -> None:
+        """For a transaction that has ended, once its bytes have come to rest.
+
+        Until now its nodes were held: evicting what is still being sent would free nothing.
+        """
         with self._lock:
             if not self.is_closed:
-                self._room.unpin_all(slots)
+                self._rely(transaction.nodes, frozenset(), -1)
+                self._room.unpin_all(transaction.slots)
 
     # Removing
 
@@ -389,7 +481,8 @@ class Pool:
             freed = sum(evictable_bytes(member, is_state=is_state) for member, is_state in closure)
             for member, is_state in closure:
                 self._room.evict(member, is_state=is_state)
-            return freed
+        self._notify()
+        return freed
 
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         """A record of this node is damaged: forget it and all that only it made reachable, held or not.
@@ -422,9 +515,14 @@ class Pool:
     # The pool itself
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call `listener` after each commit, abort and release, outside the lock. It must not block."""
+        """Call `listener` after each change that may let others go on, outside the lock. It must not block."""
         with self._lock:
             self._listeners.append(listener)
+
+    def unsubscribe(self, listener: Callable[[], None]) -> None:
+        """End a subscription; without effect if there is none."""
+        with self._lock:
+            self._listeners = [known for known in self._listeners if known != listener]
 
     def _notify(self) -> None:
         for listener in tuple(self._listeners):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvstore.errors import LeaseGoneError, PoolFullError, QuarantineFullError, StaleSlotError
+from kvstore.errors import LeaseGoneError, PoolFullError, QuarantineFullError, StaleSlotError, WriteTooLargeError
 from kvstore.limits import QUARANTINE_FRACTION_MAX
 from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES
 
@@ -41,7 +41,7 @@ class Room:
         """Refuse what could not be reserved whatever is evicted, before anything is made for it.
 
         Raises:
-            PoolFullError: it is more than the tier holds. QuarantineFullError: dropped writers hold too much.
+            WriteTooLargeError: it is more than the tier holds. QuarantineFullError: dropped writers hold too much.
         """
         limit = int(self._tier.capacity_bytes * QUARANTINE_FRACTION_MAX)
         if self._tier.quarantined_bytes > limit:
@@ -51,7 +51,7 @@ class Room:
             )
         needed_bytes = sum(sizes) + len(sizes) * ENTRY_BYTES + new_nodes * NODE_BYTES
         if needed_bytes > self._tier.capacity_bytes:
-            raise PoolFullError(
+            raise WriteTooLargeError(
                 f"{needed_bytes} bytes are needed and the {self._tier.name} tier has {self._tier.capacity_bytes}; "
                 "write a shorter prompt or fewer checkpoints, or open the store with more memory"
             )

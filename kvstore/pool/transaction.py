@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvstore.errors import StoreClosedError, WriteError
-from kvstore.limits import HANDOVER_PAYLOAD_BYTES_MAX
+from kvstore.errors import LeaseGoneError, StoreClosedError, WriteError
 from kvstore.pool.node import Entry
-from kvstore.record import Record, RecordHeader
+from kvstore.record import Record
+from kvstore.spec import UNKNOWN_GRID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvstore.pool.node import PrefixNode
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
     from kvstore.pool.pool import Pool
-    from kvstore.record import RecordLayout
+    from kvstore.record import RecordHeader, RecordLayout
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class TransactionRecord:
 class Transaction:
     """Reserved records on one path, invisible until committed. Made by `Pool.begin`; any thread.
 
-    While it lives, the committed records on its path are not evicted, and all its slots are pinned.
+    While it lives, and while bytes still move in its slots, the committed records on its path are not evicted, and
+    all slots are pinned.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Transaction:
         nodes: list[PrefixNode],
         records: tuple[TransactionRecord, ...],
         held: tuple[HeldRecord, ...],
+        basis: tuple[HeldRecord, ...],
         resume_nodes: frozenset[int],
         *,
         is_transient: bool,
@@ -83,6 +85,8 @@ class Transaction:
         """What was missing and is now reserved."""
         self.held = held
         """The requested records that were there already, and those of the resume point that is continued."""
+        self.basis = basis
+        """All records of the resume point that is continued: what is computed from them is only as good as they are."""
         self.resume_nodes = resume_nodes
         self.is_transient = is_transient
         self.nodes = nodes
@@ -93,16 +97,32 @@ class Transaction:
         self._movers = 0
         self._end_reason: str | None = None
         self._unpinned = False
+        self._given_back: set[int] = set()
 
     def __del__(self) -> None:
         if getattr(self, "_end_reason", "it was never begun") is None:
             self._pool.settle_later(partial(self.abort, "it was dropped without a commit"))
 
     def grids(self) -> dict[RecordPlace, bytes]:
-        """Chunk grid digests of all records that this transaction provides or builds on."""
-        named = [(held.name, held.header.grid) for held in self.held]
-        named += [(record.name, record.header.grid) for record in self.records]
-        return {(name.node, name.group, name.span): grid for name, grid in named}
+        """Chunk grid digests of all records that this transaction provides or builds on.
+
+        Where workers wrote their shares on different grids, a writer that knows none takes them together; such a
+        place has no digest.
+        """
+        digests: dict[RecordPlace, bytes] = {}
+        mixed: set[RecordPlace] = set()
+        # What was given back of a writer that knows no grid is there on whatever grid the faster writer had.
+        kept = [
+            record
+            for index, record in enumerate(self.records)
+            if index not in self._given_back or record.header.grid != UNKNOWN_GRID
+        ]
+        provided: tuple[HeldRecord | TransactionRecord, ...] = (*self.held, *kept)
+        for record in provided:
+            place = (record.name.node, record.name.group, record.name.span)
+            if digests.setdefault(place, record.header.grid) != record.header.grid:
+                mixed.add(place)
+        return {place: digest for place, digest in digests.items() if place not in mixed}
 
     @property
     def is_open(self) -> bool:
@@ -140,11 +160,7 @@ class Transaction:
             self._check_open()
             if index in self._costs_us:
                 return
-            header = record.header
-            sealed = RecordHeader(
-                header.key, header.parent, header.end_tokens, header.valid_tokens, header.grid, cost_us
-            )
-            Record(record.layout, record.memory).seal(sealed)
+            Record(record.layout, record.memory).seal(replace(record.header, cost_us=cost_us))
             self._costs_us[index] = cost_us
 
     def is_sealed(self, index: int) -> bool:
@@ -161,27 +177,37 @@ class Transaction:
 
         Raises:
             WriteError: a record within the range is not sealed, the hand-over is too large, or the transaction has
-            ended. StoreClosedError: the store was closed.
+            ended. StoreClosedError: the store was closed. LeaseGoneError: what this write continues from was found
+            damaged since; everything was given back.
         """
         self._check_open()
-        if handover is not None and len(handover.payload) > HANDOVER_PAYLOAD_BYTES_MAX:
-            raise WriteError(
-                f"a hand-over's payload of {len(handover.payload)} bytes is over the limit of "
-                f"{HANDOVER_PAYLOAD_BYTES_MAX}; send less with it"
-            )
+        try:
+            is_final = self._commit(upto_tokens, handover)
+        except LeaseGoneError as error:
+            self.abort(str(error))
+            raise
+        if is_final:
+            self._unpin_when_still()
+        self._pool._notify()
+
+    def _commit(self, upto_tokens: int | None, handover: HandOver | None) -> bool:
         with self._lock:
             self._check_open()
             ready = self._committable(upto_tokens)
             is_final = upto_tokens is None or upto_tokens >= self.path.tokens
             if handover is not None and not is_final:
                 raise WriteError("a hand-over goes with the commit of the whole prompt, not of a part of it")
-            self._pool._commit(self, ready, is_final=is_final, handover=handover)
+            is_still = is_final and not self._movers
+            self._pool._commit(self, ready, is_final=is_final, is_still=is_still, handover=handover)
             self._committed.update(ready)
             if is_final:
                 self._end_reason = "it was committed"
-        if is_final:
-            self._unpin_when_still()
-        self._pool._notify()
+                self._unpinned |= is_still
+        return is_final
+
+    def given_back(self, index: int) -> None:
+        """For the pool: another writer's record took this one's place."""
+        self._given_back.add(index)
 
     def _committable(self, upto_tokens: int | None) -> list[int]:
         ready = []
@@ -207,16 +233,21 @@ class Transaction:
                 return
             self._end_reason = f"it was aborted: {reason}"
             uncommitted = [record for index, record in enumerate(self.records) if index not in self._committed]
-            self._pool._abandon(self, uncommitted)
-        self._unpin_when_still()
+            self._unpinned = not self._movers
+            self._pool._abandon(self, uncommitted, is_still=self._unpinned)
         self._pool._notify()
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Every slot that is pinned until this transaction has ended and nothing moves any more."""
+        return [record.slot for records in (self.records, self.held, self.basis) for record in records]
 
     def _unpin_when_still(self) -> None:
         with self._lock:
-            if self._movers or self._end_reason is None or self._unpinned:
+            if self._end_reason is None or self._movers or self._unpinned:
                 return
             self._unpinned = True
-        self._pool._unpin([*(record.slot for record in self.records), *(record.slot for record in self.held)])
+        self._pool._let_go(self)
 
     def _check_open(self) -> None:
         if self._pool.is_closed:
@@ -227,16 +258,4 @@ class Transaction:
     def entry(self, index: int) -> Entry:
         """The index entry of a sealed record."""
         record = self.records[index]
-        header = record.header
-        return Entry(
-            record.layout,
-            RecordHeader(
-                header.key,
-                header.parent,
-                header.end_tokens,
-                header.valid_tokens,
-                header.grid,
-                self._costs_us[index],
-            ),
-            record.slot,
-        )
+        return Entry(record.layout, replace(record.header, cost_us=self._costs_us[index]), record.slot)

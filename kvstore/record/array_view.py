@@ -43,6 +43,11 @@ class ArrayView:
         return True
 
 
+def address_of(memory: memoryview) -> int:
+    """Address of the first byte of a buffer."""
+    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
+
+
 def view_array(array: Any, dtype: DType, what: str) -> ArrayView:
     """Look at an array without copying it.
 

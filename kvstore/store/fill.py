@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore._native import copy_rows, crc32c_many
+from kvstore.record.array_view import address_of
 from kvstore.record.copy import check_array, state_plan, token_plan
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from kvstore.record import RecordLayout
     from kvstore.record.array_view import ArrayView
     from kvstore.spec import CacheGroup, Shard
-
-
-def address_of(memory: memoryview) -> int:
-    """Address of the first byte of a buffer."""
-    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
 
 
 def host_view(

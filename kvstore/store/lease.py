@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import numpy as np
 from kvstore._native import copy_rows
 from kvstore.errors import ChecksumError, LeaseError, RecordError
 from kvstore.record import Record
+from kvstore.record.array_view import address_of
 from kvstore.record.copy import join_plans, state_plan, token_plan
 from kvstore.record.rows import local_rows, runs_of
 from kvstore.spec import ReuseRule
-from kvstore.store.fill import address_of, host_view
+from kvstore.store.fill import host_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,6 +110,11 @@ class Lease:
     def check(self) -> None:
         """Raise `LeaseError` if the lease was released, `StoreClosedError` if its store was closed."""
         self._hold.check()
+
+    def check_current(self) -> None:
+        """As `check`; and raise `LeaseGoneError` if a record was found damaged since, by whomever."""
+        self.check()
+        self._hold.pool.check_current(self._hold)
 
     def continues_in(self, pool: Pool, prompt: Prompt) -> bool:
         """Whether this is a resume point of `prompt` in that very pool."""
@@ -207,8 +214,6 @@ class LayerView:
             LeaseError: the lease was released, or a shape is wrong or an array read-only.
             WriteError: an array has the wrong type.
         """
-        import time
-
         self._lease.check()
         plans = []
         for name, array in tensors.items():
@@ -222,6 +227,8 @@ class LayerView:
         plan = join_plans(plans)
         begin = time.perf_counter()
         copy_rows(plan)
+        # Released by another thread meanwhile, the slots may have been reused: what was copied is not trusted.
+        self._lease.check()
         self._lease._account(int((plan[:, 2] * plan[:, 3]).sum()), time.perf_counter() - begin)
 
     def read(self, name: str) -> npt.NDArray[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
 from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordName
+from kvstore.pool.plan import grid_digest
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.lease import Lease
 from kvstore.store.waiters import Waiters
@@ -37,11 +39,13 @@ class Arrival:
 
     Attributes:
         handover: the first sampled token and what came with it.
-        match: the resume point, which ends at the prompt's very end; `Store.read` it and decode on.
+        match: the resume point, which ends at the prompt's very end.
+        lease: on the very records that were handed over; they stay until it is released. Restore, then decode on.
     """
 
     handover: HandOver
     match: Match
+    lease: Lease
 
 
 def open_store(
@@ -77,7 +81,8 @@ class Store:
         self.pool = pool
         self.spec: ModelSpec = pool.spec
         self._waiters = Waiters()
-        self._endpoints: list[Endpoint] = []
+        # Its own thread keeps an open endpoint alive; one that was closed need not be remembered.
+        self._endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
         self._sender: Sender | None = None
         self._lock = threading.Lock()
         self._copied_bytes = 0
@@ -204,16 +209,18 @@ class Store:
         Raises:
             PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
             WriteError: a length in `resume_at` is impossible, or `resume` is no lease of this store on this prompt.
-            LeaseError: `resume` was released. TokenError: as `prompt`. SpecError: a `Prompt` of another spec.
+            LeaseError: `resume` was released. LeaseGoneError: it was found damaged since it was leased.
+            TokenError: as `prompt`. SpecError: a `Prompt` of another spec.
         """
         target = self._as_prompt(prompt, salt, adapter, extras)
         if resume is not None:
-            resume.check()
+            resume.check_current()
             if not resume.continues_in(self.pool, target):
                 raise WriteError(
                     f"the lease of {resume.tokens} tokens is not of this store and the beginning of this prompt; "
                     "resume from a lease on a match of the same token ids, salt, adapter and extras"
                 )
+            self._check_continues(resume, target, shard, grid)
         start = resume.tokens if resume is not None else 0
         lengths = self._checkpoints(target, resume_at, start, grid)
         whole = len(target.path.keys)
@@ -224,14 +231,13 @@ class Store:
                 "name its end in resume_at to store it as a tail"
             )
         first = start // self.spec.block_tokens
-        inherited = [record for record in (resume.records if resume else ()) if record.name.node < first]
         transaction = self.pool.begin(
             path,
             self._names(path, lengths, first, shard),
             salt=target.salt,
             grid=grid,
             resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
-            inherited=[record for record in inherited if record.layout.group.rule is ReuseRule.ATTENTION],
+            basis=resume.records if resume is not None else (),
         )
         writer = Writer(self, target, transaction, lengths, shard)
         if resume is not None:
@@ -241,6 +247,22 @@ class Store:
                 writer.abort("the tail that it resumes from could not be copied")
                 raise
         return writer
+
+    def _check_continues(self, resume: Lease, prompt: Prompt, shard: Shard, grid: ChunkGrid | None) -> None:
+        if resume.shard != shard:
+            raise WriteError(
+                f"the lease is of worker {resume.shard.index} of {resume.shard.count}, the writer is {shard.index} of "
+                f"{shard.count}; each worker resumes from its own share"
+            )
+        if grid is None:
+            return
+        for record in resume.records:
+            expected = grid_digest(self.spec, resume.path, record.name.node, record.name.group, grid)
+            if record.header.grid != expected:
+                raise WriteError(
+                    f"the lease of {resume.tokens} tokens was computed on other chunk boundaries than grid= names; "
+                    "match with that grid, or write with grid=None"
+                )
 
     def _checkpoints(
         self, prompt: Prompt, resume_at: Sequence[int] | None, start: int, grid: ChunkGrid | None
@@ -286,28 +308,39 @@ class Store:
         """Take over a prompt that another process prefills: resolves once its hand-over is committed here.
 
         Each hand-over is taken once. Block with `.result(deadline_s)`, poll, or `await`; a wait that timed out
-        goes on and may still take the hand-over, so `cancel` what is not wanted any more. Reading the arrival's
-        match gives the very records that were handed over, whatever else this store has of the prompt.
+        goes on and may still take the hand-over, so `cancel` what is not wanted any more. Release the
+        arrival's lease after reading.
         """
         target = self._as_prompt(prompt, salt, adapter, extras)
 
         def attempt() -> Arrival | None:
-            grids = self.pool.handover_grids(target.path)
-            if grids is None:
+            accepted = self.pool.accept_handover(target.path)
+            if accepted is None:
                 return None
+            handover, grids, hold = accepted
+            lease = Lease(self.spec, hold, WHOLE, self._copied)
             match = self.pool.match(target, cap_tokens=len(target))
-            if match.tokens != len(target):
-                return None
-            handover = self.pool.take_handover(target.path)
-            return None if handover is None else Arrival(handover, replace(match, grids=grids))
+            return Arrival(handover, replace(match, grids=grids), lease)
 
-        return self._waiters.add(f"the hand-over of a prompt of {len(target)} tokens", attempt)
+        def undo(arrival: Arrival) -> None:
+            self.pool.return_handover(target.path, arrival.handover, arrival.match.grids or {})
+            arrival.lease.release()
+
+        return self._waiters.add(f"the hand-over of a prompt of {len(target)} tokens", attempt, undo)
 
     def when_ready(
-        self, prompt: Any, tokens: int, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None
+        self,
+        prompt: Any,
+        tokens: int,
+        *,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
     ) -> Handle[Match]:
         """Resolves once a resume point of at least `tokens` tokens is there; see `Match.pending_tokens`."""
-        target = self._as_prompt(prompt, b"", "", ())
+        target = self._as_prompt(prompt, salt, adapter, extras)
 
         def attempt() -> Match | None:
             match = self.match(target, shard=shard, grid=grid)
@@ -321,14 +354,15 @@ class Store:
         """Receive transfers from other nodes: `listen("tcp://0.0.0.0:7400")`. Closed with the store.
 
         Raises:
-            AddressError: the address is malformed, in use, or names no transport.
+            AddressError: the address is malformed, in use, or names no transport. StoreClosedError: closed.
         """
         from kvstore.transfer import Endpoint
 
-        endpoint = Endpoint(self.pool, address, **options)
         with self._lock:
-            self._endpoints.append(endpoint)
-        return endpoint
+            self.check_open()
+            endpoint = Endpoint(self.pool, address, **options)
+            self._endpoints.add(endpoint)
+            return endpoint
 
     def send(
         self,
@@ -379,19 +413,21 @@ class Store:
         Open leases and writers become unusable.
         """
         with self._lock:
-            endpoints, self._endpoints = self._endpoints, []
+            endpoints, self._endpoints = list(self._endpoints), weakref.WeakSet()
             sender, self._sender = self._sender, None
-        if sender is not None:
-            sender.close()
-        for endpoint in endpoints:
-            endpoint.close()
-        self._waiters.close()
-        self.pool.close()
-        _OPEN_STORES.discard(self)
+        with ExitStack() as last:
+            last.callback(_OPEN_STORES.discard, self)
+            last.callback(self.pool.close)
+            last.callback(self._waiters.close)
+            for endpoint in endpoints:
+                last.callback(endpoint.close)
+            if sender is not None:
+                last.callback(sender.close)
 
     def _close_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._endpoints = []
+        self._endpoints = weakref.WeakSet()
+        self._sender = None
         self._waiters = Waiters()
         self.pool.close_in_child()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import PoolError, StoreClosedError
 from kvstore.handle import Handle
-from kvstore.limits import PENDING_HANDOVERS_MAX
+from kvstore.limits import OPEN_WAITS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,54 +19,87 @@ if TYPE_CHECKING:
 class _Waiter:
     handle: Handle[Any]
     attempt: Callable[[], Any]
+    undo: Callable[[Any], None] | None
 
 
 class Waiters:
-    """Handles that resolve when an attempt succeeds; tried now, and after each change of the pool."""
+    """Handles that resolve when an attempt succeeds; tried now, and after each change of the pool.
+
+    One thread at a time tries; another one that comes meanwhile only makes it look again. So no attempt runs
+    twice at once, and an attempt that changes the pool does not nest.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: OrderedDict[int, _Waiter] = OrderedDict()
+        self._is_trying = False
+        self._look_again = False
 
-    def add(self, waiting_for: str, attempt: Callable[[], Any]) -> Handle[Any]:
+    def add(
+        self, waiting_for: str, attempt: Callable[[], Any], undo: Callable[[Any], None] | None = None
+    ) -> Handle[Any]:
         """A handle for the first value of `attempt` that is not None.
+
+        Args:
+            undo: takes back a value that came just when the wait was cancelled.
 
         Raises:
             PoolError: too many are waiting already.
         """
         handle: Handle[Any] = Handle(waiting_for, lambda reason: self._cancel(handle, reason))
         with self._lock:
-            if len(self._waiting) >= PENDING_HANDOVERS_MAX:
-                raise PoolError(f"{PENDING_HANDOVERS_MAX} waits are open, which is the limit; cancel some")
-            self._waiting[id(handle)] = _Waiter(handle, attempt)
+            if len(self._waiting) >= OPEN_WAITS_MAX:
+                raise PoolError(f"{OPEN_WAITS_MAX} waits are open, which is the limit; cancel some")
+            self._waiting[id(handle)] = _Waiter(handle, attempt, undo)
         self.retry()
         return handle
 
     def retry(self) -> None:
         """Try every open wait again, oldest first."""
         with self._lock:
-            waiting = list(self._waiting.values())
-        for waiter in waiting:
-            try:
-                value = waiter.attempt()
-            except Exception as error:
-                self._finish(waiter, None, error)
-                continue
-            if value is not None:
-                self._finish(waiter, value, None)
+            self._look_again = True
+            if self._is_trying:
+                return
+            self._is_trying = True
+        try:
+            while (waiting := self._next_round()) is not None:
+                for waiter in waiting:
+                    self._try(waiter)
+        except BaseException:
+            with self._lock:
+                self._is_trying = False
+            raise
 
-    def _finish(self, waiter: _Waiter, value: Any, error: BaseException | None) -> None:
+    def _next_round(self) -> list[_Waiter] | None:
+        with self._lock:
+            if not self._look_again:
+                self._is_trying = False
+                return None
+            self._look_again = False
+            return list(self._waiting.values())
+
+    def _try(self, waiter: _Waiter) -> None:
+        if waiter.handle.done():
+            return
+        try:
+            value = waiter.attempt()
+        except Exception as error:
+            self._forget(waiter)
+            waiter.handle.fail(error)
+            return
+        if value is not None:
+            self._forget(waiter)
+            if not waiter.handle.resolve(value) and waiter.undo is not None:
+                waiter.undo(value)
+
+    def _forget(self, waiter: _Waiter) -> None:
         with self._lock:
             self._waiting.pop(id(waiter.handle), None)
-        if error is not None:
-            waiter.handle.fail(error)
-        else:
-            waiter.handle.resolve(value)
 
     def _cancel(self, handle: Handle[Any], reason: str) -> None:
         with self._lock:
             self._waiting.pop(id(handle), None)
-        handle.fail(PoolError(f"the wait was cancelled: {reason}"))
+        handle.fail(PoolError(f"the wait was given up: {reason}"))
 
     def close(self) -> None:
         """Fail every open wait."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstore.errors import LeaseError, PoolFullError, WriteError
+from kvstore.errors import LeaseError, LeaseGoneError, PoolFullError, QuarantineFullError, WriteError
 from kvstore.pool import HandOver, RecordName
 from kvstore.spec import WHOLE, ChunkGrid, ReuseRule, Shard, UnitRange
 from kvstore.store import open_store
@@ -60,6 +60,7 @@ class LiveLease:
     salt: bytes
     ids: Ids
     prompt: Prompt
+    is_damaged: bool = False
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -158,14 +159,19 @@ class StoreMachine(RuleBasedStateMachine):
         lease = resume.lease if resume is not None else None
         try:
             writer = self.store.write(prompt, resume_at=lengths, resume=lease, grid=grid, shard=shard)
-        except PoolFullError:
+        except (PoolFullError, QuarantineFullError):
             assert not self._vanished(), "a refused write evicted something"
             assert self.model.records == before
             return
         except WriteError:
-            assert not path or self._is_torn(path, start, named), "a possible write was refused"
+            assert not path, "a possible write was refused"
+            return
+        except LeaseGoneError:
+            assert resume is not None
+            assert resume.is_damaged, "a good lease was refused"
             return
         assert path, "there was nothing to write"
+        assert resume is None or not resume.is_damaged, "a writer builds on damaged records"
         self._accept_evictions()
         reserved = [(prefix, copy) for prefix, copy in named if not self.model.find(prefix, copy)]
         found = {(r.header.end_tokens, r.name.group, r.name.units) for r in writer.transaction.records}
@@ -186,15 +192,6 @@ class StoreMachine(RuleBasedStateMachine):
                 if units is not None and wanted:
                     named.append((prefix, Copy(index, bounds_of(grid, len(prefix[1]), group.rule), units)))
         return named
-
-    def _is_torn(self, path: list[Prefix], start: int, named: list[tuple[Prefix, Copy]]) -> bool:
-        """Whether damage took the attention that a resuming writer builds on."""
-        first = start // self.spec.block_tokens
-        return first > 0 and any(
-            prefix == path[first] and not self.model.covers(path[first - 1], copy.group, range(*_span(copy)), None)
-            for prefix, copy in named
-            if self.spec.groups[copy.group].rule is ReuseRule.ATTENTION
-        )
 
     def _cut(self, data: st.DataObject, ids: Ids, lengths: tuple[int, ...], start: int) -> list[Put]:
         """The puts of a writer: each layer's tokens in chunks of its own, all in random order."""
@@ -423,6 +420,10 @@ class StoreMachine(RuleBasedStateMachine):
         """Damage was found: held or not, it goes, with all that it made reachable."""
         prefix = self._draw_prefix(data)
         self.condemned.update(self.model.below(prefix))
+        is_hit = bool(self.model.below(prefix) if rule_ is ReuseRule.ATTENTION else self.model.copies(prefix, rule_))
+        for live in self.leases:
+            path = prefixes(live.salt, live.ids, self.spec.block_tokens)
+            live.is_damaged |= is_hit and prefix in (path if rule_ is ReuseRule.ATTENTION else path[-1:])
         self.store.pool.condemn(self._key(prefix), is_state=rule_ is ReuseRule.STATE)
         self.model.drop(prefix, rule_)
         self.evicted = self.store.statistics().evicted_records
@@ -479,7 +480,7 @@ class StoreMachine(RuleBasedStateMachine):
                         resume_nodes=[len(prompt.path) - 1],
                         is_transient=True,
                     )
-                except PoolFullError:
+                except (PoolFullError, QuarantineFullError):
                     waiting.cancel()
                     return
                 self._accept_evictions()
@@ -490,7 +491,7 @@ class StoreMachine(RuleBasedStateMachine):
         arrival = waiting.result(0.0)
         assert arrival.handover == HandOver(ids[-1], payload)
         named = self._named(path, (len(ids),), 0, WHOLE, None)
-        with self.store.read(arrival.match) as lease:
+        with arrival.lease as lease:
             assert lease.tokens == len(ids)
             check_lease(lease, prompt)
             for prefix, copy in named:

@@ -18,7 +18,7 @@ from kvstore.errors import (
     TransferFullError,
 )
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, KIB, MIB
-from kvstore.transfer.frames import NO_TRANSFER, PIECE_ROW_BYTES, Kind
+from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, PIECE_ROW_BYTES, Kind
 from kvstore.transfer.greeting import check_hello, make_hello, uses_get
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import (
@@ -69,7 +69,7 @@ class Attachment:
         self._progress_deadline_s = owner.settings.progress_deadline_s
         self._frame_bytes_max = FRAME_BYTES
         self._is_one_sided = False
-        self._descriptors: list[bytes] = []
+        self._descriptors: dict[int, bytes] = {}
         # What the peer has said; guarded by the owner's condition.
         self._answer: tuple[FrameHeader, Want] | None = None
         self._again: list[Want] = []
@@ -110,10 +110,7 @@ class Attachment:
             self._generation = header.generation
             self._granted_bytes = want.granted_bytes
             pieces = owner.outgoing.want(want.ranges, is_again=False)
-            wanted = owner.outgoing.wanted_records()
         owner.wanted(pieces, is_again=False, is_one_sided=self._is_one_sided)
-        if self._is_one_sided:
-            self._expose(wanted)
         return self._stream()
 
     def _connect(self, deadline: Deadline) -> FrameLink:
@@ -138,10 +135,9 @@ class Attachment:
         self._frame_bytes_max = self._frame_bytes(peer)
         self._frame_pieces_ok(peer)
         self._is_one_sided = uses_get(hello, peer)
-        self._reader = threading.Thread(
-            target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True
-        )
-        self._reader.start()
+        reader = threading.Thread(target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True)
+        reader.start()
+        self._reader = reader
         return link
 
     def _frame_bytes(self, peer: Hello) -> int:
@@ -161,12 +157,16 @@ class Attachment:
             )
 
     def _expose(self, records: list[int]) -> None:
+        """Let the peer read these records, no byte beyond them, unless it may already."""
         link = self._need_link()
         exposures: list[Exposure] = []
         for record in records:
-            memory = self._owner.source.records[record].memory
+            if record in self._descriptors:
+                continue
+            source = self._owner.source.records[record]
+            memory = source.memory[: source.layout.record_bytes]
             descriptor = link.connection.expose(memory)
-            self._descriptors.append(descriptor)
+            self._descriptors[record] = descriptor
             exposures.append(Exposure(record, memory.nbytes, descriptor))
         for start in range(0, len(exposures), EXPOSURES_PER_FRAME):
             payload = Expose(tuple(exposures[start : start + EXPOSURES_PER_FRAME])).pack()
@@ -208,6 +208,8 @@ class Attachment:
     def _send_data(self, frame: DataFrame) -> None:
         link = self._need_link()
         owner = self._owner
+        if frame.header.flags & FLAG_REMOTE:
+            self._expose([record for record, _ in frame.parts])
         start_s = time.monotonic()
         link.send_frame(frame.header, frame.payload)
         end_s = time.monotonic()
@@ -365,12 +367,12 @@ class Attachment:
             return
         if self._abort is not None:
             self._acknowledge(link)
-        for descriptor in self._descriptors:
+        for descriptor in self._descriptors.values():
             try:
                 link.connection.withdraw(descriptor)
             except PeerGoneError:
                 break  # A closed connection has withdrawn everything.
-        self._descriptors = []
+        self._descriptors = {}
         link.close()
         if self._reader is not None:
             self._reader.join(self._progress_deadline_s)

@@ -131,7 +131,13 @@ class Endpoint:
             LOG.warning("%s closed a connection from %s: too many are open", self.address, connection.peer_address)
             connection.close()
             return
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            LOG.warning("%s closed a connection from %s: %s", self.address, connection.peer_address, error)
+            with self._lock:
+                del self._sessions[session]
+            connection.close()
 
     def _run(self, session: Session) -> None:
         try:

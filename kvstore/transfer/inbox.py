@@ -61,6 +61,11 @@ class _Entry:
     incoming: IncomingTransfer
     session: Session | None
 
+    @property
+    def is_detached(self) -> bool:
+        """Whether nobody works on it: its session said so, or has ended without a word."""
+        return self.incoming.detached_s is not None or (self.session is not None and self.session.ended.is_set())
+
 
 class Inbox:
     """State shared by an endpoint's sessions. Any thread.
@@ -145,6 +150,7 @@ class Inbox:
                 incoming.generation = next(self._generations)
                 incoming.detached_s = None
                 self._entries[transfer] = _Entry(incoming, session)
+                self._changed.notify_all()  # The janitor takes note of its deadline.
                 return incoming
         finally:
             with self._changed:
@@ -248,7 +254,7 @@ class Inbox:
         """Free what a transfer holds and remember why. False if there was nothing to free."""
         with self._changed:
             entry = self._entries.get(transfer)
-            if entry is not None and only_detached and entry.incoming.detached_s is None:
+            if entry is not None and only_detached and not entry.is_detached:
                 return False
             if entry is not None:
                 del self._entries[transfer]
@@ -272,7 +278,7 @@ class Inbox:
                 self._changed.notify_all()
 
     def _expire(self) -> None:
-        """The janitor: gives up what nobody resumed in time. Sleeps while no transfer is detached."""
+        """The janitor: gives up what nobody resumed in time. Sleeps until the next of these times."""
         while True:
             expired: list[tuple[TransferId, Abort]] = []
             with self._changed:
@@ -282,9 +288,12 @@ class Inbox:
                 nearest_s: float | None = None
                 for transfer, entry in self._entries.items():
                     detached_s = entry.incoming.detached_s
-                    if detached_s is None:
-                        continue
-                    until_s = min(detached_s + self.settings.resume_window_s, entry.incoming.deadline.at_s)
+                    until_s = entry.incoming.deadline.at_s
+                    if detached_s is not None:
+                        until_s = min(until_s, detached_s + self.settings.resume_window_s)
+                    elif until_s <= now and not entry.is_detached:
+                        # Its session holds the deadline, too, and is about to end; seen to anyhow.
+                        until_s = now + self.settings.progress_deadline_s
                     if until_s > now:
                         nearest_s = until_s if nearest_s is None else min(nearest_s, until_s)
                     elif entry.incoming.deadline.has_passed:
@@ -306,4 +315,5 @@ class Inbox:
             self._changed.notify_all()
         for transfer in transfers:
             self.give_up(transfer, Abort(AbortCode.CLOSING, "the node is closing"))
+        self._pool.unsubscribe(self._space_changed)
         self._janitor.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,8 +11,10 @@ import numpy as np
 
 from kvstore.clock import Deadline
 from kvstore.errors import ProtocolError
+from kvstore.limits import TRANSFER_DEADLINE_MAX_S
+from kvstore.record.array_view import address_of
 from kvstore.transfer.messages import WANT_RANGE, Commit, Committed
-from kvstore.transfer.pieces import address_of, id_ranges
+from kvstore.transfer.pieces import id_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,9 +88,8 @@ class IncomingTransfer:
         self.transaction = transaction
         self.generation = 0
         self.began_s = time.monotonic()
-        self.deadline = Deadline(self.began_s + offer.total_deadline_ms / 1000)
+        self.deadline = Deadline(self.began_s + min(offer.total_deadline_ms / 1000, TRANSFER_DEADLINE_MAX_S))
         self.detached_s: float | None = self.began_s
-        self.lock = threading.Lock()
         self.received_bytes = 0
         self.received_pieces = 0
         self.damaged_pieces = 0

@@ -108,10 +108,6 @@ class Outgoing:
             self._enqueue(record)
         return self._left - before
 
-    def wanted_records(self) -> list[int]:
-        """Records of which something is wanted, in sending order."""
-        return [record for record, count in enumerate(self._wanted_left) if count]
-
     def _check_due(self, record: int) -> None:
         if record in self._unsealed and record in self._costs_us and not self._wanted_left[record]:
             self._due.add(record)
@@ -131,12 +127,21 @@ class Outgoing:
     def next_frame(
         self, transfer: TransferId, generation: int, bytes_max: int, credit_bytes: int, *, is_remote: bool
     ) -> DataFrame | None:
-        """The next frame: at most `bytes_max` of pieces unless one is larger, and never above the credit."""
+        """The next frame: at most `bytes_max` of pieces unless one is larger, and never above the credit.
+
+        With `is_remote` the pieces of sealed records are named only. A record that is still being written is not
+        for the peer to read, since its slot holds what was there before: its pieces are carried by the frame.
+        """
         parts: list[tuple[int, Ids]] = []
         pieces = body_bytes = 0
+        names_only = False
         room = min(bytes_max, credit_bytes)
         while self._ready and pieces < FRAME_PIECES_MAX:
             record = self._ready[0]
+            is_exposable = is_remote and record in self._costs_us
+            if parts and is_exposable != names_only:
+                break
+            names_only = is_exposable
             ids = np.flatnonzero(self._whole[record] & self._wanted[record])
             sizes = np.cumsum(self.records[record].layout.piece_sizes[ids])
             fitting = int(np.searchsorted(sizes, room - body_bytes, "right"))
@@ -158,7 +163,7 @@ class Outgoing:
         if not pieces:
             return None
         self._left -= pieces
-        return self._frame(transfer, generation, parts, pieces, body_bytes, is_remote=is_remote)
+        return self._frame(transfer, generation, parts, pieces, body_bytes, is_remote=names_only)
 
     def _frame(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.settings import TransferSettings
     from kvstore.transfer.source import Ids, Source
 
+LOG = logging.getLogger("kvstore.transfer")
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Pauses before reconnecting; the last one repeats."""
 PROTOCOL_FAULTS_MAX = 3
@@ -109,10 +111,18 @@ class OutgoingTransfer:
         self._thread = threading.Thread(target=self._run, name=f"kvstore-send-{transfer.counter}", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises `TransferError` if the system has no thread for it; nothing runs then."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise TransferError(
+                f"no thread can be started for transfer {self.transfer}: {error}; send fewer at once, or raise the "
+                "limit on threads"
+            ) from error
 
     def join(self, deadline_s: float) -> None:
-        if self._thread is not threading.current_thread():
+        """Wait until its thread has ended; at once if that never began."""
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(deadline_s)
 
     def cancel(self, reason: str) -> None:
@@ -178,9 +188,13 @@ class OutgoingTransfer:
             self.handle.resolve(report)
 
     def _end(self) -> None:
-        """Memory and place are given back before the handle says so."""
-        self.source.close()
-        self._on_end(self)
+        """Memory and place are given back before the handle says so, which it does whatever becomes of this."""
+        for give_back in (self.source.close, lambda: self._on_end(self)):
+            try:
+                give_back()
+            except Exception:
+                # How the transfer went is decided; this is a fault of something that follows the pool's changes.
+                LOG.exception("transfer %s to %s has ended, and then something failed", self.transfer, self.address)
 
     def _send(self) -> TransferReport:
         faults = 0

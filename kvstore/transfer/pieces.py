@@ -1,4 +1,4 @@
-"""Piece ids of one record as memory: addresses, contiguous views, checksums."""
+"""Piece ids of one record as memory: contiguous ranges of bytes and of ids, layers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 def piece_layers(layout: RecordLayout) -> npt.NDArray[np.int64]:
     """Model layer of each piece."""
     return np.array([piece.layer for piece in layout.pieces], np.int64)
-
-
-def address_of(memory: memoryview) -> int:
-    """Address of the first byte."""
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 def contiguous_runs(layout: RecordLayout, ids: Ids) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.abc import TransportOptions
 from kvstore.errors import StoreClosedError, TransferError
+from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_MAX
 from kvstore.registry import transport_for
 from kvstore.transfer.frames import TransferId
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
@@ -74,7 +75,7 @@ class Sender:
             source: what to send; the transfer closes it, also when this raises.
             address: where the receiver listens, `tcp://host:port`.
             options: pacing and congestion control of the connection.
-            total_deadline_s: when to give up; by default from the bytes and the least rate.
+            total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
             priority: 0 (first) to 255, for receivers that queue.
             observer: told of each layer's bytes as they leave.
             find_transport: looks the transport up; for tests.
@@ -85,12 +86,14 @@ class Sender:
             `TransferAbortedError` (either side gave up) or another `TransferError`. `cancel` aborts.
 
         Raises:
-            TransferError: nothing to send, or too many transfers at once. StoreClosedError: closed.
+            TransferError: nothing to send, too many transfers at once, a priority or total deadline beyond its
+                limit, or the system has no thread for it. StoreClosedError: closed.
             WriteError: what writes the source has ended.
             AddressError, UnavailableError: no transport for this address.
         """
         try:
             check_source(source)
+            _check_options(priority, total_deadline_s)
             transfer = OutgoingTransfer(
                 TransferId(self.boot_epoch, next(self._counter)),
                 source,
@@ -105,22 +108,28 @@ class Sender:
                 on_end=self._ended,
             )
             with self._lock:
-                if self._is_closed:
-                    raise StoreClosedError("this sender was closed; open the store again")
+                self._check_open()
                 limit = self.settings.transfers_per_node_max
                 if len(self._transfers) >= limit:
                     raise TransferError(f"{limit} transfers are being sent already, the most; wait for one to end")
                 self._transfers.add(transfer)
             try:
                 source.start(transfer)
+                with self._lock:
+                    # A `close` between the two locks has cancelled it, and does not wait for what has not begun.
+                    self._check_open()
+                    transfer.start()
             except BaseException:
                 self._ended(transfer)
                 raise
         except BaseException:
             source.close()
             raise
-        transfer.start()
         return transfer.handle
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosedError("this sender was closed; open the store again")
 
     def _ended(self, transfer: OutgoingTransfer) -> None:
         with self._lock:
@@ -135,6 +144,19 @@ class Sender:
             transfer.cancel("the store is closing")
         for transfer in running:
             transfer.join(CLOSE_DEADLINE_S)
+
+
+def _check_options(priority: int, total_deadline_s: float | None) -> None:
+    """Raises `TransferError` for a value that an offer cannot carry."""
+    if not isinstance(priority, int) or not 0 <= priority <= TRANSFER_PRIORITY_MAX:
+        raise TransferError(
+            f"priority={priority!r} is no whole number from 0 (first) to {TRANSFER_PRIORITY_MAX} (last); give one"
+        )
+    if total_deadline_s is not None and not total_deadline_s <= TRANSFER_DEADLINE_MAX_S:
+        raise TransferError(
+            f"total_deadline_s={total_deadline_s} is more than receivers keep a transfer for, "
+            f"{TRANSFER_DEADLINE_MAX_S:g} s; give less, or send less at once"
+        )
 
 
 def send_lease(

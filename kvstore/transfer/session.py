@@ -93,6 +93,9 @@ class Session:
         except KVStoreError as error:
             # Nothing that follows on this connection can be trusted. The transfer may be resumed over another.
             self._inbox.refused(self._link.peer_address, error)
+        except Exception:
+            # A fault of this node, not of the peer, which sees a broken connection.
+            LOG.exception("the connection from %s ended by an error that nobody expected", self._link.peer_address)
         finally:
             self.close()
             self._detach()
@@ -192,18 +195,17 @@ class Session:
         payload = self._link.receive_payload(header)
         self._unread_bytes = header.body_bytes if header.kind is Kind.DATA else 0
         try:
-            with incoming.lock:
-                incoming.deadline.check("the transfer's end")
-                if header.kind is Kind.DATA:
-                    self._data(header, payload, attached)
-                elif header.kind is Kind.EXPOSE:
-                    self._expose(Expose.parse(payload), attached)
-                elif header.kind is Kind.SEAL:
-                    for record, _, cost_us in Seal.parse(payload).rows.tolist():
-                        incoming.seal(record, cost_us)
-                else:
-                    incoming.commit = Commit.parse(payload)
-                self._commit_when_complete(attached)
+            incoming.deadline.check("the transfer's end")
+            if header.kind is Kind.DATA:
+                self._data(header, payload, attached)
+            elif header.kind is Kind.EXPOSE:
+                self._expose(Expose.parse(payload), attached)
+            elif header.kind is Kind.SEAL:
+                for record, _, cost_us in Seal.parse(payload).rows.tolist():
+                    incoming.seal(record, cost_us)
+            else:
+                incoming.commit = Commit.parse(payload)
+            self._commit_when_complete(attached)
         except (WriteError, StoreClosedError) as error:
             # The transaction ended under the transfer: the store is closing, or a deadline has passed.
             self._give_up(AbortCode.CLOSING, str(error))
@@ -348,7 +350,8 @@ class Session:
         self._link.send(Kind.COMMITTED, incoming.transfer, attached.generation, answer.pack())
 
     def _aborted_by_peer(self, header: FrameHeader, abort: Abort) -> None:
-        self._attached = None
+        if self._attached is not None and header.transfer == self._attached.incoming.transfer:
+            self._attached = None
         self._inbox.give_up(header.transfer, Abort(abort.code, f"the sender gave up: {abort.reason}"))
         self._link.send(Kind.ABORTED, header.transfer, header.generation)
 

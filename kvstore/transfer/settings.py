@@ -10,6 +10,7 @@ from kvstore.limits import (
     CONNECTIONS_PER_NODE_MAX,
     CREDIT_BYTES_DEFAULT,
     PROGRESS_DEADLINE_S,
+    TRANSFER_DEADLINE_MAX_S,
     TRANSFER_RATE_MIN_BYTES_PER_S,
     TRANSFERS_PER_NODE_MAX,
     TRANSFERS_PER_PEER_MAX,
@@ -62,9 +63,9 @@ class TransferSettings:
                 raise ValueError(f"transfer setting {name}={value} must be positive")
 
     def total_deadline_s(self, total_bytes: int, *, is_complete: bool) -> float:
-        """The default total deadline of a transfer of so many bytes."""
+        """The default total deadline of a transfer of so many bytes, within the limit."""
         seconds = TOTAL_SLACK_S + total_bytes / self.rate_min_bytes_per_s
-        return seconds if is_complete else seconds + PRODUCER_SLACK_S
+        return min(seconds if is_complete else seconds + PRODUCER_SLACK_S, TRANSFER_DEADLINE_MAX_S)
 
 
 def new_boot_epoch() -> int:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore._native import crc32c
-from kvstore.errors import PeerMismatchError, ProtocolError, TransferError
+from kvstore.errors import PeerMismatchError, ProtocolError, TransferError, WriteError
 from kvstore.limits import FRAME_HEADER_BYTES, FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, RECORD_BYTES_MAX, TOKEN_ID_MAX
 from kvstore.pool import HandOver, NodePath, RecordName
 from kvstore.record import RecordHeader, record_layout
@@ -194,7 +194,7 @@ def test_a_commit_without_handover_carries_none_of_its_parts() -> None:
 
 
 def test_a_handover_token_must_fit() -> None:
-    with pytest.raises(ProtocolError, match="token"):
+    with pytest.raises(WriteError, match="token"):
         Commit(5, HandOver(-1)).pack()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -98,29 +99,53 @@ def call_all(calls: list[Callable[[], None]]) -> None:
         call()
 
 
-def test_an_abort_races_with_puts() -> None:
-    """Either a put is refused, or its bytes land in slots that wait for them."""
+class StopsAt:
+    """A write listener that holds the putting thread in the middle of a put."""
+
+    def __init__(self, pieces: int) -> None:
+        self._left = pieces
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def pieces_whole(self, record: int, pieces: object) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.reached.set()
+            assert self.go_on.wait(30)
+
+    def record_sealed(self, record: int, cost_us: int) -> None:
+        pass
+
+    def committed(self, upto_tokens: int, handover: object) -> None:
+        pass
+
+    def aborted(self, reason: str) -> None:
+        pass
+
+
+def test_an_abort_in_the_middle_of_a_put() -> None:
+    """The put is refused in the end, and its bytes land in slots that wait for it."""
     ids = [number % 50 for number in range(64)]
-    refused = 0
     with open_store(hybrid(B), dram=1 << 20) as store:
         for round_number in range(20):
             writer = store.write(ids)
+            stop = StopsAt(1 + 3 * round_number)
+            writer.subscribe(stop)
             putting = Background(partial(put_all, writer))
-            time.sleep(0.001 * (round_number % 5))
+            assert stop.reached.wait(30)
             writer.abort("the client is gone")
+            assert store.statistics().quarantined_bytes == writer.size_bytes
             other = [51 + round_number, *ids[:10]]
             with store.write(other) as next_writer:
                 put_all(next_writer)
                 next_writer.commit()
-            try:
+            stop.go_on.set()
+            with pytest.raises(WriteError, match="the client is gone"):
                 putting.result(30)
-            except WriteError as error:
-                refused += "the client is gone" in str(error)
             with store.read(store.match([*other, 1]), verify=True) as lease:
                 check_lease(lease, next_writer.prompt)
-        statistics = store.statistics()
-        assert (statistics.reserved_bytes, statistics.quarantined_bytes, statistics.aborts) == (0, 0, 20)
-        assert refused > 0
+            statistics = store.statistics()
+            assert (statistics.reserved_bytes, statistics.quarantined_bytes) == (0, 0)
+        assert statistics.aborts == 20
         store.pool.check()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from kvstore.errors import LeaseError, SpecError, TokenError, WriteError
 from kvstore.keys import ExtraInput
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX, HANDOVER_PAYLOAD_BYTES_MAX
 from kvstore.pool import HandOver
+from kvstore.pool.room import Room
 from kvstore.spec import ChunkGrid, Shard
 from kvstore.store import Store, Writer, open_store
 from kvstore.testing.specs import (
@@ -24,6 +25,9 @@ from kvstore.testing.specs import (
     state_values,
     token_values,
 )
+
+if TYPE_CHECKING:
+    from kvstore.abc import Slot
 
 B = 16
 IDS = [(11 * number) % 1000 for number in range(40)]
@@ -330,6 +334,27 @@ def test_two_writers_of_one_prefix(store: Store) -> None:
     third = store.write(IDS)
     assert third.size_bytes == 0
     third.commit()
+
+
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_what_is_given_back_while_nothing_moves_is_never_in_quarantine(
+    store: Store, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or duplicate commits of busy threads would look like dropped writers, and have others refused."""
+    seen = []
+    give_back = Room.give_back
+
+    def watch(self: Room, slot: Slot) -> None:
+        give_back(self, slot)
+        seen.append(store.pool._tier.quarantined_bytes)
+
+    with store.write(IDS) as first, store.write(IDS) as second:
+        for writer in (first, second):
+            put_all(writer)
+        first.commit()
+        monkeypatch.setattr(Room, "give_back", watch)
+        second.commit() if end == "commit" else second.abort()
+    assert seen == [0] * len(second.transaction.records)
 
 
 def test_a_writer_continues_in_a_tail(store: Store) -> None:

@@ -250,11 +250,9 @@ class CachedModel:
         arrival = self._arrival(prompt, deadline_s)
         started_s = time.monotonic()
         count = len(prompt)
-        match = self._prefiller.match_whole(prompt, arrival.handover.first_token)
-        # Without a match on the own grid the sender has computed on another, and its result is what is wanted.
-        with self.store.read(match if match.tokens == count else arrival.match, verify=self._verify_reads) as lease:
-            if lease.tokens != count:
-                raise LeaseGoneError(f"the state at {count} tokens was damaged or evicted; have it handed over again")
+        with arrival.lease as lease:
+            if self._verify_reads and lease.verify():
+                raise LeaseGoneError(f"what was handed over at {count} tokens is damaged; have it handed over again")
             cache = self.restore(lease)
         logits = unpack_logits(arrival.handover.payload, self.vocabulary)
         first = Step(arrival.handover.first_token, logits)

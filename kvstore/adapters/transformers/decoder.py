@@ -57,6 +57,11 @@ def find_cache(arguments: Mapping[str, Any]) -> Any:
     return None
 
 
+def _check_evaluates(model: torch.nn.Module) -> None:
+    if model.training:
+        raise UnsupportedModelError("the model is in training mode, where dropout makes caches random; call eval()")
+
+
 class Decoder:
     """Runs a model over a chunk of one sequence, starting at any position of a cache.
 
@@ -69,8 +74,7 @@ class Decoder:
     """
 
     def __init__(self, model: torch.nn.Module, *, explicit_positions: bool = True) -> None:
-        if model.training:
-            raise UnsupportedModelError("the model is in training mode, where dropout makes caches random; call eval()")
+        _check_evaluates(model)
         parameters = inspect.signature(model.forward).parameters
         names = [name for name in CACHE_ARGUMENTS if name in parameters]
         if not names:
@@ -103,6 +107,7 @@ class Decoder:
             The logits after the last token, `[vocabulary]`, or after each, `[n, vocabulary]`, on the
             model's device, in its type. The two need not agree bit for bit.
         """
+        _check_evaluates(self.model)
         ids = token_ids.to(self.device).view(1, -1)
         arguments: dict[str, Any] = {self._cache_argument: cache, "use_cache": True}
         if self._takes_positions:

@@ -58,7 +58,7 @@ def plan_prefill(
         strict_grid: readers insist on their own grid. The prompt's end is then no resume point for a
             longer prompt, unless it happens to lie on the grid.
         is_grid_known: the restored part was computed on this grid.
-        wanted: lengths at which states are wanted.
+        wanted: lengths at which states are wanted; those that are restored are there already.
         are_exact: take those lengths or fail, instead of the next possible length below.
         is_handover: the prompt's end is wanted, on the grid or not.
 
@@ -70,6 +70,7 @@ def plan_prefill(
     allowed = [end for end in ends if end == prompt_tokens or end % spec.block_tokens == 0]
     if strict_grid and not is_handover and not are_exact and prompt_tokens % chunk_tokens:
         allowed.remove(prompt_tokens)
+    wanted = [length for length in wanted if length > resume_tokens]
     if are_exact:
         surplus = sorted(set(wanted) - set(allowed))
         if surplus:

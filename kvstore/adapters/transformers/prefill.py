@@ -77,13 +77,6 @@ class Prefiller:
 
         return restore_cache(self._config, self._spec, lease.tokens, fill, self._decoder.device)
 
-    def match_whole(self, prompt: Prompt, next_token: int) -> Match:
-        """The resume point at a prompt's very end, if everything in it was computed on the own grid."""
-        count = len(prompt)
-        further = self.prompt([*prompt.token_ids.tolist(), next_token])
-        grid = ChunkGrid.every(self._settings.chunk_tokens, upto=count).extended_to(count + 1, 1)
-        return self._store.match(further, grid=grid)
-
     def run(
         self,
         token_ids: Any,
