@@ -256,6 +256,11 @@ class Store:
             )
         if grid is None:
             return
+        if self.spec.state_groups and not grid.has(resume.tokens):
+            raise WriteError(
+                f"the lease ends at {resume.tokens} tokens, which is no chunk boundary of grid=; the next is "
+                f"{grid.closing(resume.tokens)}"
+            )
         for record in resume.records:
             expected = grid_digest(self.spec, resume.path, record.name.node, record.name.group, grid)
             if record.header.grid != expected:

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.errors import LeaseError, LeaseGoneError, PoolFullError, QuarantineFullError, WriteError
 from kvstore.pool import HandOver, RecordName
-from kvstore.spec import WHOLE, ChunkGrid, ReuseRule, Shard, UnitRange
+from kvstore.spec import UNKNOWN_GRID, WHOLE, ChunkGrid, ReuseRule, Shard, UnitRange
 from kvstore.store import open_store
 from kvstore.testing.specs import check_lease, put_states, put_tokens, tensors_of
 from kvstore.testing.store_model import Copy, Ids, Prefix, StoreModel, bounds_of, prefixes
@@ -52,6 +52,7 @@ class LiveWriter:
     reserved: list[tuple[Prefix, Copy]]
     todo: list[Put]
     done: list[Put] = field(default_factory=list)
+    resume: LiveLease | None = None
 
 
 @dataclass
@@ -164,7 +165,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.model.records == before
             return
         except WriteError:
-            assert not path, "a possible write was refused"
+            is_off_grid = resume is not None and grid is not None and self._is_off_grid(resume.lease, grid)
+            assert not path or is_off_grid, "a possible write was refused"
             return
         except LeaseGoneError:
             assert resume is not None
@@ -177,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
         found = {(r.header.end_tokens, r.name.group, r.name.units) for r in writer.transaction.records}
         assert found == {(len(prefix[1]), copy.group, copy.units) for prefix, copy in reserved}
         todo = self._cut(data, ids, lengths, start)
-        self.writers.append(LiveWriter(writer, salt, ids, path, reserved, todo))
+        self.writers.append(LiveWriter(writer, salt, ids, path, reserved, todo, resume=resume))
 
     def _named(
         self, path: list[Prefix], lengths: tuple[int, ...], start: int, shard: Shard, grid: ChunkGrid | None
@@ -192,6 +194,18 @@ class StoreMachine(RuleBasedStateMachine):
                 if units is not None and wanted:
                     named.append((prefix, Copy(index, bounds_of(grid, len(prefix[1]), group.rule), units)))
         return named
+
+    @staticmethod
+    def _is_off_grid(lease: Lease, grid: ChunkGrid) -> bool:
+        """Whether a lease's records were not all computed on this grid."""
+        if lease.tokens not in grid.boundaries and lease.spec.state_groups:
+            return True
+        for held in lease.records:
+            bounds = bounds_of(grid, held.header.end_tokens, held.layout.group.rule)
+            expected = UNKNOWN_GRID if bounds is None else ChunkGrid(bounds).digest_at(bounds[-1])
+            if held.header.grid != expected:
+                return True
+        return False
 
     def _cut(self, data: st.DataObject, ids: Ids, lengths: tuple[int, ...], start: int) -> list[Put]:
         """The puts of a writer: each layer's tokens in chunks of its own, all in random order."""
@@ -290,7 +304,14 @@ class StoreMachine(RuleBasedStateMachine):
             except WriteError:
                 return
             raise AssertionError("an incomplete record was committed")
-        live.writer.commit(upto)
+        is_damaged = live.resume is not None and live.resume.is_damaged
+        try:
+            live.writer.commit(upto)
+        except LeaseGoneError:
+            assert is_damaged, "a good write was refused"
+            self.writers.remove(live)
+            return
+        assert not is_damaged, "what was computed from damaged records was committed"
         for prefix, copy in ready:
             if not self.model.find(prefix, copy) and self._is_reachable(live.path, prefix, copy):
                 self.model.add(prefix, copy)
@@ -421,7 +442,8 @@ class StoreMachine(RuleBasedStateMachine):
         prefix = self._draw_prefix(data)
         self.condemned.update(self.model.below(prefix))
         is_hit = bool(self.model.below(prefix) if rule_ is ReuseRule.ATTENTION else self.model.copies(prefix, rule_))
-        for live in self.leases:
+        resumed = [writer.resume for writer in self.writers if writer.resume is not None]
+        for live in {id(live): live for live in (*self.leases, *resumed)}.values():
             path = prefixes(live.salt, live.ids, self.spec.block_tokens)
             live.is_damaged |= is_hit and prefix in (path if rule_ is ReuseRule.ATTENTION else path[-1:])
         self.store.pool.condemn(self._key(prefix), is_state=rule_ is ReuseRule.STATE)

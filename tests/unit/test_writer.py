@@ -409,6 +409,29 @@ def test_resuming_from_what_is_no_beginning_of_the_prompt(store: Store) -> None:
     assert store.statistics().reserved_bytes == 0
 
 
+def test_resuming_on_another_grid(store: Store) -> None:
+    """A record's grid covers all chunks from token 0, so what a writer builds on must be of its grid."""
+    grid = ChunkGrid((8, 24, 40))
+    with store.write(IDS, grid=grid) as writer:
+        put_all(writer)
+        writer.commit()
+    longer = [*IDS, *range(20)]
+    with store.read(store.match(longer)) as lease:
+        for other, message in (
+            (ChunkGrid((16, 40, 60)), "other chunk boundaries"),
+            (ChunkGrid((32, 60)), "no chunk boundary of grid=; the next is 60"),
+        ):
+            with pytest.raises(WriteError, match=message):
+                store.write(longer, resume=lease, grid=other)
+        with store.write(longer, resume=lease, grid=ChunkGrid((8, 24, 40, 60))) as writer:
+            put_all(writer, start=40)
+            writer.commit()
+    match = store.match([*longer, 1], grid=ChunkGrid((8, 24, 40, 60, 61)))
+    with store.read(match, verify=True) as lease:
+        assert lease.tokens == 60
+        check_lease(lease, writer.prompt)
+
+
 def test_resuming_where_another_number_of_workers_wrote(store: Store) -> None:
     for index in range(2):
         with store.write(IDS, shard=Shard(index, 2)) as writer:
