@@ -228,9 +228,8 @@ class Pool:
                 return
             self._hold_nodes(hold.nodes, -1)
             self._room.unpin_all(record.slot for record in hold.records)
-            last = hold.nodes[-1] if hold.nodes else None
-            if last is not None and last.is_transient and last.handover is None and not last.attention_holds:
-                self._drop(last)
+            if hold.nodes:
+                self._drop_if_over(hold.nodes[-1])
         self._notify()
 
     def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], Hold] | None:
@@ -331,11 +330,12 @@ class Pool:
             self._room.pin_all(record.slot for record in (*held, *basis))
             nodes = self._index.ensure_path(path, salt)
             resume = frozenset(resume_nodes)
-            self._rely(nodes, resume, +1)
+            basis_tail = self._basis_tail(path, basis)
+            self._rely((*nodes, *basis_tail), resume, +1)
             try:
                 slots = self._room.reserve(sizes)
             except BaseException:
-                self._rely(nodes, resume, -1)
+                self._rely((*nodes, *basis_tail), resume, -1)
                 self._index.release_path(nodes, made=made)
                 self._room.unpin_all(record.slot for record in (*held, *basis))
                 raise
@@ -345,7 +345,21 @@ class Pool:
             )
             for record in records:
                 clear_padding(record.layout, record.memory, record.header.valid_tokens)
-            return Transaction(self, path, nodes, records, held, tuple(basis), resume, is_transient=is_transient)
+            return Transaction(
+                self, path, nodes, records, held, tuple(basis), basis_tail, resume, is_transient=is_transient
+            )
+
+    def _basis_tail(self, path: NodePath, basis: Sequence[HeldRecord]) -> tuple[PrefixNode, ...]:
+        """The tail that a write continues from, which its own path does not pass through; at most one node.
+
+        The caller may end its lease once it has restored, and what the write builds on must not be evicted then.
+        """
+        tails = {
+            node.key: node
+            for record in basis
+            if (node := self._index.get(record.header.key)) is not None and node.is_tail and node.key != path.tail_key
+        }
+        return tuple(tails.values())
 
     def _rely(self, nodes: Sequence[PrefixNode], resume_nodes: frozenset[int], change: int) -> None:
         for number in resume_nodes:
@@ -440,7 +454,13 @@ class Pool:
             transaction.nodes[number].pending -= 1
         self._index.release_path(transaction.nodes)
         if is_still:
-            self._rely(transaction.nodes, frozenset(), -1)
+            self._stop_relying(transaction)
+
+    def _stop_relying(self, transaction: Transaction) -> None:
+        """The nodes of a transaction may be evicted again, and so may the tail that it continued from."""
+        self._rely((*transaction.nodes, *transaction.basis_tail), frozenset(), -1)
+        for node in transaction.basis_tail:
+            self._drop_if_over(node)
 
     def _abandon(self, transaction: Transaction, uncommitted: list[TransactionRecord], *, is_still: bool) -> None:
         """For `Transaction.abort`; `is_still` as for `_commit`."""
@@ -461,7 +481,7 @@ class Pool:
         """
         with self._lock:
             if not self.is_closed:
-                self._rely(transaction.nodes, frozenset(), -1)
+                self._stop_relying(transaction)
                 self._room.unpin_all(transaction.slots)
 
     # Removing
@@ -507,6 +527,11 @@ class Pool:
             else:
                 self._room.evict(node, is_state=True)
         self._notify()
+
+    def _drop_if_over(self, node: PrefixNode) -> None:
+        """A tail that came for a hand-over goes once that was taken and nobody reads it or builds on it."""
+        if node.is_transient and node.handover is None and not node.attention_holds:
+            self._drop(node)
 
     def _drop(self, node: PrefixNode) -> None:
         self._room.evict(node, is_state=True)

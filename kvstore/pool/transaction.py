@@ -76,6 +76,7 @@ class Transaction:
         records: tuple[TransactionRecord, ...],
         held: tuple[HeldRecord, ...],
         basis: tuple[HeldRecord, ...],
+        basis_tail: tuple[PrefixNode, ...],
         resume_nodes: frozenset[int],
         *,
         is_transient: bool,
@@ -87,6 +88,7 @@ class Transaction:
         """The requested records that were there already, and those of the resume point that is continued."""
         self.basis = basis
         """All records of the resume point that is continued: what is computed from them is only as good as they are."""
+        self.basis_tail = basis_tail
         self.resume_nodes = resume_nodes
         self.is_transient = is_transient
         self.nodes = nodes

@@ -460,6 +460,22 @@ def test_a_hand_over_of_what_workers_wrote_on_different_grids() -> None:
             check_lease(lease, store.prompt(ids))
 
 
+def test_a_hand_overs_tail_stays_while_a_writer_builds_on_it() -> None:
+    ids = ids_of(40)
+    longer = [*ids, *range(20)]
+    with open_store(hybrid(B), dram="4MiB") as store:
+        arrived(store, ids, HandOver(7)).release()
+        arrival = store.accept(ids).result(0.0)
+        with arrival.lease as lease, store.write(longer, resume=lease) as writer:
+            lease.release()
+            assert store.match([*ids, 1]).tokens == 40
+            put_all(writer, start=40)
+            writer.commit()
+        assert store.match([*ids, 1]).tokens == 0
+        assert store.match([*longer, 1]).tokens == 60
+        store.pool.check()
+
+
 def test_the_tail_stays_until_the_hand_over_is_taken() -> None:
     ids = ids_of(40)
     with open_store(hybrid(B), dram="4MiB") as store:

@@ -375,6 +375,28 @@ def test_a_writer_continues_in_a_tail(store: Store) -> None:
     assert store.match([*IDS, 1, 2]).tokens == 40
 
 
+def test_what_a_writer_builds_on_outlives_the_lease(store: Store) -> None:
+    """An engine ends its lease once it has restored; the prefill that follows may take long."""
+    with store.write(IDS) as writer:
+        put_all(writer)
+        writer.commit()
+    tail = writer.prompt.path.key(2)
+    longer = [*IDS, *range(500, 530)]
+    with store.read(store.match(longer)) as lease:
+        writer = store.write(longer, resume=lease)
+    assert store.pool.evict(tail) == store.pool.evict(tail, states_only=True) == 0
+    put_all(writer, start=40)
+    writer.commit()
+    with store.read(store.match([*longer, 1]), verify=True) as lease:
+        assert lease.tokens == 70
+        check_lease(lease, writer.prompt)
+    assert store.pool.evict(tail) > 0
+    with store.read(store.match([*longer, 1])) as lease:
+        writer = store.write([*longer, 1, 2, 3], resume=lease)
+    writer.abort()
+    assert store.pool.evict(store.prompt(longer).path.key(4)) > 0
+
+
 def test_a_longer_tail_after_a_tail(store: Store) -> None:
     for length in (3, 5, 9):
         match = store.match([*IDS[:length], 1])

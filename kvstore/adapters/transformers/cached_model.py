@@ -108,8 +108,8 @@ class CachedModel:
 
         Args:
             token_ids: the prompt, `[tokens]` or `[1, tokens]`.
-            checkpoints: lengths at which to store states: ends of chunks that are still to be computed
-                and of blocks, or the prompt's end. By default those that the store suggests, each moved
+            checkpoints: lengths at which to store states: ends of chunks and of blocks, or the prompt's end;
+                those within the restored part are there already. By default those that the store suggests, each moved
                 down to the next possible length.
             send_to: also stream the stored prefix to the node at this address while it is computed.
             send_options: of `Writer.send`, such as `transport=TransportOptions(...)`.
