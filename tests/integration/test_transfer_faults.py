@@ -609,9 +609,9 @@ def test_the_receiver_holds_the_total_deadline_too(
         peer.data(500)
         begin = time.monotonic()
         while peer.link is not None and endpoint.transfer_count and time.monotonic() - begin < WITHIN_S:
-            peer.send(Kind.PING)
-            time.sleep(0.02)
             try:
+                peer.send(Kind.PING)
+                time.sleep(0.02)
                 peer.data(100)
             except PeerGoneError:
                 break
