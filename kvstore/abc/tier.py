@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvstore.errors import StaleSlotError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,59 @@ class Tier(ABC):
             NotImplementedError: `supports_views` is False.
         """
         raise NotImplementedError(f"tier {self.name!r} has no views; use read and write")
+
+    # In bulk: what a prompt needs, in one call. Overridden where one call is cheaper than many.
+
+    def allocate_all(self, sizes_bytes: Sequence[int]) -> list[Slot] | None:
+        """Space for several records, in order, or None and nothing taken.
+
+        Raises:
+            RecordTooLargeError: one of them could never fit.
+        """
+        slots: list[Slot] = []
+        try:
+            for size_bytes in sizes_bytes:
+                slot = self.allocate(size_bytes)
+                if slot is None:
+                    break
+                slots.append(slot)
+        except BaseException:
+            self.free_all(slots)
+            raise
+        if len(slots) == len(sizes_bytes):
+            return slots
+        self.free_all(slots)
+        return None
+
+    def would_fit(self, sizes_bytes: Sequence[int], freeing: Sequence[Slot] = ()) -> bool:
+        """Whether `allocate_all` would succeed if `freeing`, live and unpinned, were freed first. Changes nothing."""
+        freed_bytes = sum(slot.size_bytes for slot in freeing)
+        return self.used_bytes - freed_bytes + sum(sizes_bytes) <= self.capacity_bytes
+
+    def free_all(self, slots: Iterable[Slot]) -> None:
+        """`free` each; raises as it does, with those before freed."""
+        for slot in slots:
+            self.free(slot)
+
+    def pin_all(self, slots: Iterable[Slot]) -> None:
+        """`pin` each, all or none.
+
+        Raises:
+            StaleSlotError: one of them has been freed; none is pinned.
+        """
+        pinned: list[Slot] = []
+        try:
+            for slot in slots:
+                self.pin(slot)
+                pinned.append(slot)
+        except StaleSlotError:
+            self.unpin_all(pinned)
+            raise
+
+    def unpin_all(self, slots: Iterable[Slot]) -> None:
+        """`unpin` each."""
+        for slot in slots:
+            self.unpin(slot)
 
     @abstractmethod
     def close(self) -> None:

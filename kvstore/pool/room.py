@@ -63,19 +63,11 @@ class Room:
             PoolFullError: not enough may be evicted. Nothing was changed.
         """
         self._make_room(sum(sizes) + len(sizes) * ENTRY_BYTES)
-        slots: list[Slot] = []
-        try:
-            for size in sizes:
-                slot = self._tier.allocate(size)
-                if slot is None:
-                    raise PoolFullError(f"the {self._tier.name} tier has no slot of {size} bytes left; try again later")
-                slots.append(slot)
-        except BaseException:
-            for taken in slots:
-                self._tier.free(taken)
-            raise
+        slots = self._tier.allocate_all(sizes)
+        if slots is None:
+            raise PoolFullError(f"the {self._tier.name} tier has no {len(sizes)} slots left; try again later")
+        self._tier.pin_all(slots)
         for slot in slots:
-            self._tier.pin(slot)
             self._count_reserved(slot, +1)
         return slots
 
@@ -98,18 +90,13 @@ class Room:
         Raises:
             LeaseGoneError: one of them has been freed.
         """
-        pinned: list[Slot] = []
         try:
-            for slot in slots:
-                self._tier.pin(slot)
-                pinned.append(slot)
+            self._tier.pin_all(slots)
         except StaleSlotError as error:
-            self.unpin_all(pinned)
             raise LeaseGoneError(f"the resume point to continue from is not held any more: {error}") from error
 
     def unpin_all(self, slots: Iterable[Slot]) -> None:
-        for slot in slots:
-            self._tier.unpin(slot)
+        self._tier.unpin_all(slots)
 
     def _make_room(self, needed_bytes: int) -> None:
         """Evict until `needed_bytes` are free, or change nothing."""
