@@ -98,12 +98,17 @@ wheel: $(DEPENDENCIES) ## a wheel in dist/, with its import test in a bare envir
 	@rm -rf build/wheel-test
 	@ls dist/*.whl
 
-sanitize: $(DEPENDENCIES) ## C++ tests with address and undefined-behaviour sanitizers
-	@$(CMAKE) --fresh -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" \
+# The thread sanitizer excludes the others, so it has a build of its own; it runs the tests that have threads.
+SANITIZERS := address,undefined thread
+sanitize: $(addprefix sanitize-,$(SANITIZERS)) ## C++ tests under the address, undefined-behaviour and thread sanitizers
+
+sanitize-%: $(DEPENDENCIES)
+	@$(CMAKE) --fresh -S . -B 'build/sanitize-$*' -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVSTORE_BINDINGS=OFF -DKVSTORE_TESTS=ON -DKVSTORE_WERROR=ON \
-	  -DKVSTORE_SANITIZE=address,undefined
-	@$(CMAKE) --build build/sanitize
-	@$(VENV)/bin/ctest --test-dir build/sanitize --output-on-failure
+	  -DKVSTORE_SANITIZE='$*' > /dev/null
+	@$(CMAKE) --build 'build/sanitize-$*'
+	@$(VENV)/bin/ctest --test-dir 'build/sanitize-$*' --output-on-failure --no-tests=ignore \
+	  $(if $(filter thread,$*),--label-regex concurrent)
 
 clean: ## remove what was built, keep the virtual environment
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.native-*
