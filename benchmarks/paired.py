@@ -37,6 +37,14 @@ class Row:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A baseline that could not take part, and why."""
+
+    baseline_name: str
+    reason: str
+
+
 def compare(
     case: str,
     amount: float,
@@ -75,8 +83,8 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def report(title: str, rows: Sequence[Row], output: Path) -> None:
-    """Print the table and write the JSON."""
+def report(title: str, rows: Sequence[Row], output: Path, absent: Sequence[Absent] = ()) -> None:
+    """Print the table and write the JSON; baselines that are absent have a row that says so."""
     table = Table(title=title)
     for column in ("case", "unit", "ours", "baseline", "median ratio", "min ratio", "rounds"):
         table.add_column(column, justify="left" if column in ("case", "unit") else "right")
@@ -90,9 +98,14 @@ def report(title: str, rows: Sequence[Row], output: Path) -> None:
             f"{row.ratio_min:.2f}",
             str(row.rounds),
         )
+    for baseline in absent:
+        table.add_row("not compared", "", "", baseline.baseline_name, "", "", "")
     Console().print(table)
+    for baseline in absent:
+        Console().print(f"{baseline.baseline_name}: {baseline.reason}", markup=False)
     output.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": _machine(), "commit": _commit(), "rows": [asdict(row) for row in rows]}
+    every_row: tuple[Row | Absent, ...] = (*rows, *absent)
+    document = {"machine": _machine(), "commit": _commit(), "rows": [asdict(row) for row in every_row]}
     output.write_text(json.dumps(document, indent=2) + "\n")
     Console().print(f"written to {output}")
 

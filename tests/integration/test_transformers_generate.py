@@ -88,6 +88,30 @@ def test_reuse_changes_nothing_but_the_work(name: str) -> None:
     assert warm.prefilled.computed_tokens == 22
 
 
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_decoding_in_a_restored_cache_leaves_the_store_alone(name: str) -> None:
+    """Engines update states in place: what they restored must be theirs alone."""
+    model = build_tiny(name)
+    ids = prompt(70)
+    with open_store(spec_of(model), dram="64MiB") as store:
+        cached = CachedModel(model, store, chunk_tokens=CHUNK_TOKENS, strict_store=True)
+        cached.prefill(ids)
+        before = stored_bytes(store, ids)
+        first = cached.generate(ids, 3 * STEPS, keep_logits=True)
+        second = cached.generate(ids, 3 * STEPS, keep_logits=True)
+        assert first.resumed_tokens == second.resumed_tokens == 64
+        assert torch.equal(first.logits, second.logits)
+        assert stored_bytes(store, ids) == before
+
+
+def stored_bytes(store: Store, ids: Any) -> dict[tuple[int, str], bytes]:
+    """Every tensor of the resume point at 64 tokens, its checksums found to hold."""
+    with store.read(store.match(ids).at(64), verify=True) as lease:
+        return {
+            (layer.number, name): layer.read(name).tobytes() for layer in lease for name in layer.names
+        }  # fmt: skip
+
+
 def test_bfloat16_is_exact_too() -> None:
     model = build_tiny("qwen3_5", "bfloat16")
     ids = prompt(70)
