@@ -2,7 +2,7 @@
 # dependencies, the native module. Packages come from wherever your pip is configured to get them.
 #
 #   PYTHON=...   the Python to make .venv with (3.11 or later; found by itself otherwise)
-#   ARGS=...     more arguments for demo, test, bench
+#   ARGS=...     more arguments for demo, test, bench, fuzz
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ NATIVE := $(VENV)/.native-$(PLACE)
 WEIGHTS := $(VENV)/.smollm2-$(PLACE)
 NATIVE_SOURCES := $(shell find kvstore/csrc -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: help build demo test lint format bench wheel sanitize clean distclean
+.PHONY: help build demo test lint format bench fuzz wheel sanitize clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ format: $(DEPENDENCIES) ## put all Python files into the form that lint asks for
 bench: $(NATIVE) ## micro-benchmarks, then gather against memcpy
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest benchmarks --benchmark-only --timeout=600 $(ARGS)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m benchmarks.gather_vs_memcpy
+
+fuzz: $(NATIVE) ## damaged bytes against every parser, a minute each; ARGS="--seconds 600 --seed 7 record"
+	@$(RUN) -m tests.fuzz $(ARGS)
 
 # Built and installed as a user would: isolated build, bare environment, no torch.
 wheel: $(DEPENDENCIES) ## a wheel in dist/, with its import test in a bare environment

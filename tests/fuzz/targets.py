@@ -1,0 +1,123 @@
+"""What is fuzzed: every parser that takes bytes from a peer, another process or a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvstore._native import crc32c
+from kvstore.errors import KVStoreError, PeerMismatchError, ProtocolError, RecordError
+from kvstore.pool import HandOver
+from kvstore.record import read_record_stream, write_record_stream
+from kvstore.transfer.frames import FrameHeader, Kind, TransferId, parse_header
+from kvstore.transfer.messages import (
+    PIECE_ROW,
+    WANT_RANGE,
+    Abort,
+    AbortCode,
+    Commit,
+    Committed,
+    Credit,
+    Expose,
+    Exposure,
+    Hello,
+    Seal,
+    Want,
+    WantStatus,
+    parse_piece_table,
+)
+from kvstore.transfer.offer import Offer, check_offer
+from tests.format.records import RECORDS
+from tests.unit.test_messages import small_offer, small_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parser.
+
+    Attributes:
+        seeds: intact inputs to begin from.
+        parse: takes bytes; whatever it raises besides `refusals` is a bug.
+        refusals: the errors by which it may refuse.
+        mend: repairs the checksums of damaged bytes, so that what lies behind them is reached.
+    """
+
+    seeds: tuple[bytes, ...]
+    parse: Callable[[bytes], object]
+    refusals: tuple[type[KVStoreError], ...]
+    mend: Callable[[bytes], bytes] | None = None
+
+
+def _headers() -> Target:
+    transfer = TransferId(7, 9)
+    headers = (
+        FrameHeader(Kind.HELLO, payload_bytes=100),
+        FrameHeader(Kind.OFFER, transfer, 0, 4096, payload_crc32c=5),
+        FrameHeader(Kind.DATA, transfer, 3, 1 << 20, piece_count=17),
+        FrameHeader(Kind.PING),
+    )
+
+    def mend(data: bytes) -> bytes:
+        return data[:60] + crc32c(data[:60]).to_bytes(4, "little") if len(data) == 64 else data
+
+    return Target(tuple(header.pack() for header in headers), parse_header, (ProtocolError, PeerMismatchError), mend)
+
+
+def _message(kind: Any, *messages: Any) -> Target:
+    return Target(
+        tuple(message.pack() for message in messages), lambda data: kind.parse(memoryview(data)), (ProtocolError,)
+    )
+
+
+def _offers() -> Target:
+    spec = small_spec()
+
+    def parse(data: bytes) -> None:
+        check_offer(Offer.parse(memoryview(data)), spec)
+
+    return Target((small_offer(spec).pack(),), parse, (ProtocolError,))
+
+
+def _piece_tables() -> Target:
+    seed = np.zeros(5, PIECE_ROW).tobytes()
+    return Target((seed,), lambda data: parse_piece_table(memoryview(data), 5), (ProtocolError,))
+
+
+def _records() -> Target:
+    seeds = tuple(write_record_stream(make()) for make in RECORDS)
+    return Target(seeds, read_record_stream, (RecordError,))
+
+
+HELLO = Hello(
+    boot_epoch=5,
+    fingerprint=bytes(32),
+    model="model",
+    progress_deadline_ms=5000,
+    features=3,
+    frame_payload_bytes_max=1 << 24,
+    frame_pieces_max=4096,
+    version_min=1,
+    version_max=1,
+)
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "frame-header": _headers,
+    "hello": lambda: _message(Hello, HELLO),
+    "offer": _offers,
+    "want": lambda: _message(
+        Want, Want(WantStatus.PIECES, 9, np.array([(0, 0, 2)], WANT_RANGE)), Want(WantStatus.FULL, 0, reason="full")
+    ),
+    "expose": lambda: _message(Expose, Expose((Exposure(0, 9, b"descriptor"), Exposure(4, 2, b"d")))),
+    "seal": lambda: _message(Seal, Seal.of([(0, 1), (1, 2)])),
+    "credit": lambda: _message(Credit, Credit(1 << 20, 5)),
+    "commit": lambda: _message(Commit, Commit(64, HandOver(5, b"logits")), Commit(64, None)),
+    "committed": lambda: _message(Committed, Committed(True, 64, 2, 4096)),
+    "abort": lambda: _message(Abort, Abort(AbortCode.CANCELLED, "the user left")),
+    "piece-table": _piece_tables,
+    "record": _records,
+}
