@@ -49,12 +49,12 @@ def main() -> None:
             if answer.prefilled.error is not None:
                 print("the store did not help:", answer.prefilled.error)
             match = answer.prefilled.match
-            why = match.missing.reasons[0] if match else "nothing like it was stored"
             print(
                 f"{answer.prompt_tokens} tokens, resumed at {answer.resumed_tokens}, "
                 f"first token after {answer.ttft_s * 1e3:.0f} ms, tokens {answer.tokens}"
             )
-            print(f"  not deeper because: {why}")
+            if match is not None:
+                print(f"  not deeper because {match.missing.reasons[0]}")
         alone = CachedModel(model, empty, chunk_tokens=CHUNK_TOKENS).generate(
             document + questions[-1], max_new_tokens=8, keep_logits=True
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvstore.limits import BLOCK_TOKENS_MAX
 from kvstore.units import format_bytes, parse_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,6 +65,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
     prompt_tokens = given.prompt_tokens or (1200 if is_trained else 330 if is_tiny else 4000)
     block_tokens = given.block_tokens or (16 if is_tiny else 64)
     chunk_tokens = given.chunk_tokens or (64 if is_tiny else 256 if is_trained else 512)
+    if block_tokens > BLOCK_TOKENS_MAX:
+        parser.error(f"--block-tokens {block_tokens} is above the limit of {BLOCK_TOKENS_MAX}")
     if chunk_tokens % block_tokens:
         parser.error(
             f"--chunk-tokens {chunk_tokens} is no multiple of --block-tokens {block_tokens}: states are stored where "
@@ -77,6 +81,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Options:
         parser.error("--decode-tokens must be at least 2: the first token comes with the hand-over")
     if not given.text.is_file():
         parser.error(f"--text {given.text}: there is no such file")
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {given.output}: the folder cannot be made: {error.strerror}; name another")
+    if not os.access(given.output, os.W_OK):
+        parser.error(f"--output {given.output}: the folder is not writable; name another")
     return Options(
         model=given.model,
         size=given.size,

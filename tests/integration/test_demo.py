@@ -217,6 +217,8 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--chunk-tokens", "100"), "--chunk-tokens 100 is no multiple of --block-tokens 64"),
+        (("--block-tokens", "300"), "--block-tokens 300 is above the limit of 256"),
+        (("--output", "/dev/null/there"), "--output /dev/null/there: the folder cannot be made"),
         (("--prompt-tokens", "600"), "--prompt-tokens 600 is at most 4 chunks of 512"),
         (("--prompt-tokens", "-5"), "'-5' is not a number of tokens"),
         (("--pace", "fast"), "'fast' is not a size"),
