@@ -70,6 +70,10 @@ class QuarantineFullError(PoolError):
     retryable = True
 
 
+class ArenaError(PoolError):
+    """The memory of a tier cannot be had: too little room for all of it, or its name belongs to another process."""
+
+
 class StaleSlotError(PoolError):
     """A descriptor names a slot generation that has been freed."""
 

@@ -39,6 +39,11 @@ RECORD_ALIGN_BYTES = 4096
 RECORD_HEADER_BYTES_MAX = 256 * KIB
 """Schema and batch metadata of a record. A reader refuses more before it parses anything."""
 
+# Arena
+MEMORY_SPARE_FRACTION = 1 / 32
+"""Share of the memory that is available which an arena leaves to everything else on the machine."""
+ARENA_NAME_CHARACTERS_MAX = 128
+
 # Pool
 GHOSTS_MAX = 1 << 16
 """Prefix nodes kept after their records are gone, about 1.3 KB each."""

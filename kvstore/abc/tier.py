@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.errors import StaleSlotError
 
@@ -12,9 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """A descriptor of reserved space. It dies with its generation: every free makes it stale.
+
+    Where its bytes lie may change while it is not pinned; the descriptor does not. A tuple, because a prompt has
+    thousands and native code reads them.
 
     Attributes:
         index: the tier's own number for the space.
@@ -22,7 +23,7 @@ class Slot:
         size_bytes: the space's size, a multiple of `RECORD_ALIGN_BYTES`.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a slot
     generation: int
     size_bytes: int
 
@@ -101,7 +102,7 @@ class Tier(ABC):
         """Copy from the slot into `into`; raises as `write` does."""
 
     def view(self, slot: Slot) -> memoryview:
-        """The slot's own memory, writable. The caller pins it for as long as bytes move.
+        """The slot's own memory, writable. It stays the slot's only while the slot is pinned.
 
         Raises:
             StaleSlotError: the slot has been freed.
@@ -136,6 +137,10 @@ class Tier(ABC):
         """Whether `allocate_all` would succeed if `freeing`, live and unpinned, were freed first. Changes nothing."""
         freed_bytes = sum(slot.size_bytes for slot in freeing)
         return self.used_bytes - freed_bytes + sum(sizes_bytes) <= self.capacity_bytes
+
+    def fits_when_empty(self, sizes_bytes: Sequence[int]) -> bool:
+        """Whether `allocate_all` would succeed if the tier held nothing: what it can never hold, no eviction helps."""
+        return sum(sizes_bytes) <= self.capacity_bytes
 
     def free_all(self, slots: Iterable[Slot]) -> None:
         """`free` each; raises as it does, with those before freed."""

@@ -50,9 +50,10 @@ class Room:
                 "wait until their copies have ended"
             )
         needed_bytes = sum(sizes) + len(sizes) * ENTRY_BYTES + new_nodes * NODE_BYTES
-        if needed_bytes > self._tier.capacity_bytes:
+        if needed_bytes > self._tier.capacity_bytes or not self._tier.fits_when_empty(sizes):
             raise WriteTooLargeError(
-                f"{needed_bytes} bytes are needed and the {self._tier.name} tier has {self._tier.capacity_bytes}; "
+                f"{needed_bytes} bytes are needed and the {self._tier.name} tier has {self._tier.capacity_bytes}, in "
+                "slabs of one record class each; "
                 "write a shorter prompt or fewer checkpoints, or open the store with more memory"
             )
 
@@ -62,7 +63,7 @@ class Room:
         Raises:
             PoolFullError: not enough may be evicted. Nothing was changed.
         """
-        self._make_room(sum(sizes) + len(sizes) * ENTRY_BYTES)
+        self._make_room(sizes)
         slots = self._tier.allocate_all(sizes)
         if slots is None:
             raise PoolFullError(f"the {self._tier.name} tier has no {len(sizes)} slots left; try again later")
@@ -98,32 +99,62 @@ class Room:
     def unpin_all(self, slots: Iterable[Slot]) -> None:
         self._tier.unpin_all(slots)
 
-    def _make_room(self, needed_bytes: int) -> None:
-        """Evict until `needed_bytes` are free, or change nothing."""
+    def _make_room(self, sizes: Sequence[int]) -> None:
+        """Evict until slots of these sizes can be had, or change nothing."""
+        needed_bytes = sum(sizes) + len(sizes) * ENTRY_BYTES
         lacking = needed_bytes - self.free_bytes
-        if lacking <= 0:
-            return
-        victims: dict[tuple[bytes, bool], PrefixNode] = {}
-        freed = 0
+        victims = self._victims(sizes, lacking)
+        if victims is None:
+            raise PoolFullError(
+                f"{needed_bytes} bytes are needed and {self.free_bytes} are free; what may be evicted of "
+                f"{self._tier.capacity_bytes} is not enough, the rest is leased or being written; retry later, or open "
+                "the store with more memory"
+            )
+        for node, is_state in victims:
+            self.evict(node, is_state=is_state)
+
+    def _victims(self, sizes: Sequence[int], lacking: int) -> list[tuple[PrefixNode, bool]] | None:
+        """The first in the policy's order that suffice, in bytes and in slots; None when all do not."""
+        if lacking <= 0 and self._tier.would_fit(sizes):
+            return []
+        chosen: dict[tuple[bytes, bool], tuple[PrefixNode, bool]] = {}
+        steps = [(0, 0)]
+        """How many are chosen, and the bytes that they free, after each step of the order."""
+        tried = 0
         for item in self._index.ranked():
-            if freed >= lacking:
-                break
-            if (item.key, item.is_state) in victims:
+            if (item.key, item.is_state) in chosen:
                 continue
+            freed = steps[-1][1]
             for node, is_state in self._index.closure(item):
-                if (node.key, is_state) not in victims:
-                    victims[node.key, is_state] = node
+                if (node.key, is_state) not in chosen:
+                    chosen[node.key, is_state] = node, is_state
                     freed += evictable_bytes(node, is_state=is_state)
+            steps.append((len(chosen), freed))
+            # Twice as many before each further look, so that looking stays cheap; what is too many is found below.
+            if freed >= lacking and len(chosen) >= max(1, 2 * tried):
+                tried = len(chosen)
+                if self._tier.would_fit(sizes, _slots_of(chosen.values())):
+                    break
+        victims = list(chosen.values())
+        freed = steps[-1][1]
         if freed < lacking:
             ghosts = -(-(lacking - freed) // NODE_BYTES)
-            if ghosts > self._index.ghost_count or self._index.drop_ghosts(ghosts) < ghosts:
-                raise PoolFullError(
-                    f"{needed_bytes} bytes are needed and {self.free_bytes} are free; {freed} more may be evicted "
-                    f"of {self._tier.capacity_bytes}, the rest is leased or being written; retry later, or open the "
-                    "store with more memory"
-                )
-        for (_, is_state), node in victims.items():
-            self.evict(node, is_state=is_state)
+            if ghosts > self._index.ghost_count:
+                return None
+            if not self._tier.would_fit(sizes, _slots_of(victims)) or self._index.drop_ghosts(ghosts) < ghosts:
+                return None
+            return victims
+        low = next(step for step, (_, bytes_) in enumerate(steps) if bytes_ >= lacking)
+        high = len(steps) - 1
+        if not self._tier.would_fit(sizes, _slots_of(victims)):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self._tier.would_fit(sizes, _slots_of(victims[: steps[middle][0]])):
+                high = middle
+            else:
+                low = middle + 1
+        return victims[: steps[high][0]]
 
     def evict(self, node: PrefixNode, *, is_state: bool) -> None:
         """Drop a node's states or its attention. Below attention nothing may be left."""
@@ -131,6 +162,16 @@ class Room:
             self._tier.free(entry.slot)
             self._statistics.evicted_records += 1
             self._statistics.evicted_bytes += entry.slot.size_bytes
+
+
+def _slots_of(victims: Iterable[tuple[PrefixNode, bool]]) -> list[Slot]:
+    """What evicting these would free."""
+    return [
+        entry.slot
+        for node, is_state in victims
+        for entries in (node.states if is_state else node.attention).values()
+        for entry in entries
+    ]
 
 
 def evictable_bytes(node: PrefixNode, *, is_state: bool) -> int:

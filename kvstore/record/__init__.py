@@ -2,7 +2,7 @@
 
 from kvstore.record.columns import SegmentUnits, TensorColumn
 from kvstore.record.header import RecordHeader
-from kvstore.record.layout import Piece, RecordLayout, record_layout
+from kvstore.record.layout import Piece, RecordLayout, record_layout, slot_sizes_bytes
 from kvstore.record.record import Record
 from kvstore.record.stream import StreamedPiece, StreamedRecord, read_record_stream, write_record_stream
 
@@ -17,5 +17,6 @@ __all__ = [
     "TensorColumn",
     "read_record_stream",
     "record_layout",
+    "slot_sizes_bytes",
     "write_record_stream",
 ]

@@ -184,6 +184,16 @@ def record_layout(spec: ModelSpec, group_index: int, span_index: int, units: Uni
     return RecordLayout(spec, group_index, span_index, units)
 
 
+def slot_sizes_bytes(spec: ModelSpec) -> tuple[int, ...]:
+    """Sizes of the slots that unsharded records of a spec take, ascending; the last is the largest that any takes."""
+    sizes = {
+        record_layout(spec, group, span, spec.groups[group].all_units).slot_bytes
+        for group in range(len(spec.groups))
+        for span in range(len(spec.spans[group]))
+    }
+    return tuple(sorted(sizes))
+
+
 def _placeholder(name: str) -> bytes:
     width = FIELD_WIDTHS[name]
     return (f"<{name[8:]}>" + "." * width)[:width].encode()

@@ -13,11 +13,12 @@ from kvstore.errors import LeaseError, LeaseGoneError, SpecError, StoreClosedErr
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
 from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordName
 from kvstore.pool.plan import grid_digest
+from kvstore.record import slot_sizes_bytes
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.lease import Lease
 from kvstore.store.waiters import Waiters
 from kvstore.store.writer import Writer
-from kvstore.tiers import DramTier
+from kvstore.tiers import ArenaTier
 from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -59,16 +60,22 @@ def open_store(
 
     Args:
         spec: the model whose cache is kept.
-        dram: bytes of host memory that it may take, headers and index included: `"8GiB"`.
+        dram: bytes of host memory for records, headers and an estimate of the index: `"8GiB"`. All of it is
+            allocated here.
         eviction: ranks what may go; least recently used by default.
         checkpoints: suggests where to take states; a halving ladder by default.
 
     Raises:
-        RecordTooLargeError: not even one record fits.
+        ArenaError: there is too little memory. RecordTooLargeError: not even one record fits.
         ValueError: `dram` is not a size.
     """
-    tier = DramTier(parse_bytes(dram))
-    return Store(Pool(spec, tier, eviction=eviction, checkpoints=checkpoints))
+    sizes = slot_sizes_bytes(spec)
+    tier = ArenaTier(parse_bytes(dram), largest_slot_bytes=sizes[-1], slot_sizes_bytes=sizes)
+    try:
+        return Store(Pool(spec, tier, eviction=eviction, checkpoints=checkpoints))
+    except BaseException:
+        tier.close()
+        raise
 
 
 class Store:

@@ -11,6 +11,8 @@ A test module of the implementer's own:
         def peek(self, tier, slot):
             return what lies in the slot, found in another way than by `tier.read`
 
+A tier whose largest slot is smaller than its capacity says so by `largest_bytes`.
+
 `peek` goes round the tier, so that the tier is not its own oracle; without it those cases are skipped.
 Cases for views run where `supports_views` is true.
 """
@@ -36,9 +38,15 @@ TEST_S = 30.0
 
 
 class TierConformance:
-    """The cases; a subclass gives the tier, open and empty, with `capacity_bytes` of room."""
+    """The cases; a subclass gives the tier, open and empty, with `capacity_bytes` of room.
+
+    Attributes:
+        capacity_bytes: the tier's room.
+        largest_bytes: the largest slot that it gives, a divisor of the capacity; 8 pages or more.
+    """
 
     capacity_bytes: ClassVar[int] = 64 * PAGE
+    largest_bytes: ClassVar[int] = 64 * PAGE
 
     @pytest.fixture
     def tier(self) -> Iterator[Tier]:
@@ -80,7 +88,7 @@ class TierConformance:
         with pytest.raises(RecordTooLargeError, match=str(self.capacity_bytes)):
             tier.allocate(self.capacity_bytes + PAGE)
         assert tier.used_bytes == 0
-        assert tier.allocate(self.capacity_bytes) is not None
+        assert tier.allocate(self.largest_bytes) is not None
 
     @pytest.mark.parametrize("size_bytes", [0, -PAGE, PAGE + 1, PAGE // 2])
     def test_sizes_that_no_slot_has(self, tier: Tier, size_bytes: int) -> None:
@@ -90,12 +98,108 @@ class TierConformance:
 
     def test_sizes_may_change_over_time(self, tier: Tier) -> None:
         """What was given back in one size is room for every other."""
-        for size in (PAGE, 4 * PAGE, self.capacity_bytes, 2 * PAGE, PAGE):
+        for size in (PAGE, 4 * PAGE, self.largest_bytes, 2 * PAGE, PAGE):
             slots = fill(tier, size)
             assert len(slots) == self.capacity_bytes // size
             for slot in slots:
                 tier.free(slot)
             assert tier.used_bytes == 0
+
+    # In bulk
+
+    def test_all_in_one_call(self, tier: Tier) -> None:
+        sizes = [size * PAGE for size in (2, 1, 3, 1, 2)]
+        slots = tier.allocate_all(sizes)
+        assert slots is not None
+        assert [slot.size_bytes for slot in slots] == sizes
+        assert len({slot.index for slot in slots}) == len(slots)
+        assert tier.used_bytes == sum(sizes)
+        for number, slot in enumerate(slots):
+            tier.write(slot, memoryview(bytes([number + 1]) * slot.size_bytes))
+        assert [read(tier, slot)[:1] for slot in slots] == [bytes([number + 1]) for number in range(len(slots))]
+        tier.free_all(slots)
+        assert tier.used_bytes == 0
+        assert tier.allocate_all([]) == []
+
+    def test_all_or_none(self, tier: Tier) -> None:
+        slots = fill(tier, PAGE)
+        tier.free_all(slots[:5])
+        used = tier.used_bytes
+        assert tier.allocate_all([PAGE] * 6) is None
+        assert tier.used_bytes == used
+        with pytest.raises(RecordTooLargeError):
+            tier.allocate_all([PAGE, self.capacity_bytes + PAGE])
+        assert tier.used_bytes == used
+        assert tier.allocate_all([PAGE] * 5) is not None
+
+    def test_pins_in_bulk(self, tier: Tier) -> None:
+        slots = tier.allocate_all([PAGE] * 4)
+        assert slots is not None
+        tier.pin_all(slots)
+        tier.free_all(slots)
+        assert tier.quarantined_bytes == 4 * PAGE
+        tier.unpin_all(slots[:3])
+        assert (tier.quarantined_bytes, tier.used_bytes) == (PAGE, PAGE)
+        tier.unpin_all(slots[3:])
+        assert (tier.quarantined_bytes, tier.used_bytes) == (0, 0)
+
+    def test_a_stale_slot_among_many_pins_none(self, tier: Tier) -> None:
+        slots = tier.allocate_all([PAGE] * 4)
+        assert slots is not None
+        tier.free(slots[2])
+        with pytest.raises(StaleSlotError):
+            tier.pin_all(slots)
+        tier.free_all([slots[0], slots[1], slots[3]])
+        assert (tier.quarantined_bytes, tier.used_bytes) == (0, 0), "a pin was left behind"
+
+    def test_a_stale_slot_among_many_is_not_freed_twice(self, tier: Tier) -> None:
+        slots = tier.allocate_all([PAGE] * 3)
+        assert slots is not None
+        with pytest.raises(StaleSlotError):
+            tier.free_all([slots[0], slots[0], slots[1]])
+        assert tier.used_bytes == 2 * PAGE
+        tier.free_all(slots[1:])
+        assert tier.used_bytes == 0
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_would_fit_tells_what_happens(self, tier: Tier, seed: int) -> None:
+        """Whatever lies there: the answer is what allocating after freeing gives, and asking changes nothing."""
+        source = random.Random(seed)
+        live: list[tuple[Slot, bytes]] = []
+        pinned: list[Slot] = []
+        answers = set()
+        for _ in range(120):
+            sizes = [source.choice((1, 2, 3, 5, 8)) * PAGE for _ in range(source.randrange(1, 8))]
+            candidates = [slot for slot, _ in live if slot not in pinned]
+            freeing = source.sample(candidates, source.randrange(min(8, len(candidates)) + 1))
+            before = tier.used_bytes
+            promised = tier.would_fit(sizes, freeing)
+            assert tier.used_bytes == before
+            tier.free_all(freeing)
+            live = [(slot, content) for slot, content in live if slot not in freeing]
+            slots = tier.allocate_all(sizes)
+            assert (slots is not None) == promised, (sizes, freeing)
+            answers.add(promised)
+            for slot in slots or ():
+                content = source.randbytes(16) * (slot.size_bytes // 16)
+                tier.write(slot, memoryview(content))
+                live.append((slot, content))
+                if source.random() < 0.1:
+                    tier.pin(slot)
+                    pinned.append(slot)
+            while pinned and source.random() < 0.4:
+                tier.unpin(pinned.pop(source.randrange(len(pinned))))
+        assert answers == {True, False}
+        assert all(read(tier, slot) == content for slot, content in live)
+
+    def test_what_fits_when_empty(self, tier: Tier) -> None:
+        for sizes in ([PAGE] * 3, [PAGE] * (self.capacity_bytes // PAGE), [self.largest_bytes, PAGE], [5 * PAGE] * 20):
+            promised = tier.fits_when_empty(sizes)
+            slots = tier.allocate_all(sizes)
+            assert (slots is not None) == promised, sizes
+            assert tier.fits_when_empty(sizes) == promised
+            tier.free_all(slots or ())
+        assert not tier.fits_when_empty([PAGE] * (self.capacity_bytes // PAGE + 1))
 
     # Generations
 

@@ -1,5 +1,5 @@
 """Places where records lie."""
 
-from kvstore.tiers.dram import DramTier
+from kvstore.tiers.arena import ArenaTier, HugePages
 
-__all__ = ["DramTier"]
+__all__ = ["ArenaTier", "HugePages"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import shutil
 import threading
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,20 +16,48 @@ from kvstore.abc import Slot, Tier
 from kvstore.errors import RecordTooLargeError, StaleSlotError
 from kvstore.limits import RECORD_ALIGN_BYTES
 from kvstore.testing.tier import TierConformance
-from kvstore.tiers import DramTier
+from kvstore.tiers import ArenaTier
+from kvstore.tiers.arena import SHARED_MEMORY_DIRECTORY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
-class TestDram(TierConformance):
+class TestArena(TierConformance):
+    """In a memfd, looked at through a mapping of its own."""
+
+    largest_bytes = 8 * RECORD_ALIGN_BYTES
+
     @pytest.fixture
     def tier(self) -> Iterator[Tier]:
-        with closing(DramTier(self.capacity_bytes)) as tier:
+        with closing(ArenaTier(self.capacity_bytes, largest_slot_bytes=self.largest_bytes)) as tier:
             yield tier
+            if tier.used_bytes:  # not closed by the case
+                tier.check()
 
     def peek(self, tier: Tier, slot: Slot) -> bytes:
-        return bytes(tier.view(slot))
+        assert isinstance(tier, ArenaTier)
+        tier.pin(slot)
+        begin = tier.location(slot)
+        with mmap.mmap(tier.descriptor, len(tier.memory), mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+            content = mapping[begin : begin + slot.size_bytes]
+        tier.unpin(slot)
+        return content
+
+
+class TestNamedArena(TestArena):
+    """In /dev/shm."""
+
+    @pytest.fixture
+    def tier(self) -> Iterator[Tier]:
+        if not os.path.isdir(SHARED_MEMORY_DIRECTORY):
+            pytest.skip(f"there is no {SHARED_MEMORY_DIRECTORY}")
+        if shutil.disk_usage(SHARED_MEMORY_DIRECTORY).free < 2 * self.capacity_bytes:
+            pytest.skip(f"{SHARED_MEMORY_DIRECTORY} has no room")
+        name = f"test-{os.getpid()}"
+        with closing(ArenaTier(self.capacity_bytes, name=name, largest_slot_bytes=self.largest_bytes)) as tier:
+            yield tier
+        assert not os.path.exists(f"{SHARED_MEMORY_DIRECTORY}/kvstore-{name}")
 
 
 class DictTier(Tier):
@@ -134,12 +166,45 @@ class IgnoresPins(DictTier):
         pass
 
 
-class ForgetsGenerations(DramTier):
-    def _live(self, slot: Slot):  # type: ignore[no-untyped-def]
-        space = self._spaces.get(slot.index)
-        if space is None:
-            raise StaleSlotError("unmapped")
-        return space
+class ForgetsGenerations(DictTier):
+    def __init__(self, capacity_bytes: int) -> None:
+        super().__init__(capacity_bytes)
+        self._unused: list[int] = []
+
+    def allocate(self, size_bytes: int) -> Slot | None:
+        slot = super().allocate(size_bytes)
+        if slot is None or not self._unused:
+            return slot
+        index = self._unused.pop()
+        self.contents[index] = self.contents.pop(slot.index)
+        return Slot(index, 0, size_bytes)
+
+    def free(self, slot: Slot) -> None:
+        super().free(slot)
+        self._unused.append(slot.index)
+
+
+class KeepsAPart(DictTier):
+    def allocate_all(self, sizes_bytes: Sequence[int]) -> list[Slot] | None:
+        slots = [slot for size in sizes_bytes if (slot := self.allocate(size)) is not None]
+        return slots if len(slots) == len(sizes_bytes) else None
+
+
+class PinsAPart(DictTier):
+    def pin_all(self, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            self.pin(slot)
+
+
+class Promises(DictTier):
+    def would_fit(self, sizes_bytes: Sequence[int], freeing: Sequence[Slot] = ()) -> bool:
+        return True
+
+
+class FreesToSee(DictTier):
+    def would_fit(self, sizes_bytes: Sequence[int], freeing: Sequence[Slot] = ()) -> bool:
+        slots = self.allocate_all(sizes_bytes)
+        return slots is not None
 
 
 class WritesPastTheEnd(DictTier):
@@ -185,11 +250,15 @@ class SharesSlots(DictTier):
         (LeaksOnFree, TierConformance.test_every_byte_is_counted),
         (EvictsByItself, TierConformance.test_full_is_none_and_changes_nothing),
         (SharesSlots, TierConformance.test_slots_do_not_overlap),
+        (KeepsAPart, TierConformance.test_all_or_none),
+        (PinsAPart, TierConformance.test_a_stale_slot_among_many_pins_none),
+        (Promises, partial(TierConformance.test_would_fit_tells_what_happens, seed=0)),
+        (FreesToSee, partial(TierConformance.test_would_fit_tells_what_happens, seed=0)),
     ],
 )
 def test_the_kit_notices(broken: Callable[[int], Tier], case: Callable[[TierConformance, Tier], None]) -> None:
     kit = TierConformance()
-    case(kit, DictTier(kit.capacity_bytes) if broken is not ForgetsGenerations else DramTier(kit.capacity_bytes))
+    case(kit, DictTier(kit.capacity_bytes))
     with pytest.raises((AssertionError, StaleSlotError, pytest.fail.Exception)):
         case(kit, broken(kit.capacity_bytes))
 

@@ -17,7 +17,7 @@ def test_package_is_marked_as_typed() -> None:
 
 
 def test_names_match() -> None:
-    functions = {node.name for node in STUB.body if isinstance(node, ast.FunctionDef)}
+    functions = {node.name for node in STUB.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     variables = {ast.unparse(node.target) for node in STUB.body if isinstance(node, ast.AnnAssign)}
     public = {name for name in vars(_native) if not name.startswith("_")}
     assert functions == public
@@ -34,6 +34,24 @@ def test_signatures_match() -> None:
             assert parsed.returns is not None
             assert node.returns is not None
             assert ast.unparse(parsed.returns) == ast.unparse(node.returns), node.name
+
+
+def test_members_of_classes_match() -> None:
+    for node in STUB.body:
+        if isinstance(node, ast.ClassDef):
+            described = {member.name: member for member in node.body if isinstance(member, ast.FunctionDef)}
+            native = getattr(_native, node.name)
+            assert {name for name in described if name != "__init__"} == {
+                name for name in vars(native) if not name.startswith("_")
+            }
+            for name, member in described.items():
+                found = getattr(native, "__new__" if name == "__init__" else name)
+                if not isinstance(found, property):
+                    arguments = found.__nb_signature__[-1][0].partition(" -> ")[0]
+                    parsed = ast.parse(f"{arguments}: ...").body[0]
+                    assert isinstance(parsed, ast.FunctionDef)
+                    named = [argument.arg for argument in parsed.args.args][1:]
+                    assert named == [argument.arg for argument in member.args.args][1:], name
 
 
 def test_each_function_is_documented() -> None:

@@ -186,7 +186,7 @@ def test_a_lease_dropped_inside_the_pool_does_not_deadlock(store: Store) -> None
     """A finalizer may run at any allocation, also while this thread holds a lock."""
     lease = store.read(store.match([*IDS, 1]))
     writer = store.write([*IDS, 1, 2, 3])
-    with store.pool._lock, store._waiters._lock, store.pool._tier._lock:  # type: ignore[attr-defined]
+    with store.pool._lock, store._waiters._lock:
         del lease, writer
         gc.collect()
     statistics = store.statistics()

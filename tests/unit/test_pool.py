@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -26,7 +26,10 @@ from kvstore.store import Store, open_store
 from kvstore.testing.resources import Background
 from kvstore.testing.specs import check_lease, dense, hybrid, latent, pure_state, put_all, put_states, put_tokens
 from kvstore.testing.store_machine import receive
-from kvstore.tiers import DramTier
+from kvstore.tiers import ArenaTier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 B = 16
 SLOT = 8192
@@ -255,18 +258,11 @@ def test_states_may_come_before_their_attention() -> None:
 
 
 def test_a_refused_allocation_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
+    def fails(self: ArenaTier, sizes_bytes: Sequence[int]) -> Any:
+        raise MemoryError
 
-    def fails_late(self: DramTier, size_bytes: int) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise MemoryError
-        return allocate(self, size_bytes)
-
-    allocate = DramTier.allocate
     with open_store(dense(B), dram="4MiB") as store:
-        monkeypatch.setattr(DramTier, "allocate", fails_late)
+        monkeypatch.setattr(ArenaTier, "allocate_all", fails)
         with pytest.raises(MemoryError):
             store.write(ids_of(80))
         monkeypatch.undo()
@@ -671,7 +667,7 @@ def test_after_a_fork_the_childs_store_is_closed() -> None:
 
 
 def test_a_tier_without_views_is_refused() -> None:
-    class Blind(DramTier):
+    class Blind(ArenaTier):
         @property
         def supports_views(self) -> bool:
             return False

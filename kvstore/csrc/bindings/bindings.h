@@ -4,6 +4,7 @@
 
 namespace kvstore::bindings {
 
+void bind_arena(nanobind::module_& module);
 void bind_checksum(nanobind::module_& module);
 void bind_copy(nanobind::module_& module);
 void bind_cpu(nanobind::module_& module);

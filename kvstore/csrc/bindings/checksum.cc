@@ -4,6 +4,7 @@
 
 #include "array.h"
 #include "bindings.h"
+#include "buffer.h"
 
 namespace nb = nanobind;
 
@@ -12,24 +13,6 @@ namespace {
 
 // Below this size giving the GIL up costs more than the work: about a microsecond of checksum.
 constexpr std::size_t release_gil_bytes = 32 << 10;
-
-class BufferView {
-  public:
-    explicit BufferView(nb::handle object) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) {
-            throw nb::python_error();
-        }
-    }
-    ~BufferView() { PyBuffer_Release(&view_); }
-    BufferView(const BufferView&) = delete;
-    BufferView& operator=(const BufferView&) = delete;
-
-    const void* data() const { return view_.buf; }
-    std::size_t size_bytes() const { return static_cast<std::size_t>(view_.len); }
-
-  private:
-    Py_buffer view_{};
-};
 
 std::uint32_t checksum_of_buffer(nb::handle data, std::uint32_t value) {
     const BufferView buffer(data);

@@ -2,10 +2,11 @@
 #include "bindings.h"
 
 NB_MODULE(_native, module) {
-    module.doc() = "Checksums and strided copies: the parts of kvstore that touch every byte.";
+    module.doc() = "Arena, checksums and strided copies: the parts of kvstore that touch every byte or every record.";
     module.attr("__version__") = KVSTORE_VERSION;
     // A path forced by the environment that this CPU cannot run fails the import, not the first checksum.
     kvstore::active_crc32c_path();
+    kvstore::bindings::bind_arena(module);
     kvstore::bindings::bind_checksum(module);
     kvstore::bindings::bind_copy(module);
     kvstore::bindings::bind_cpu(module);
