@@ -1,5 +1,6 @@
 """The parts of kvstore that touch every byte or every record: arena, checksums and strided copies."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def crc32c_many(addresses: NDArray[np.uint64], sizes: NDArray[np.uint64]) -> NDA
         ValueError: the shapes differ or are not [n], or a range is null or wraps around.
     """
 
-def copy_rows(plan: NDArray[np.uint64]) -> None:
+def copy_rows(plan: NDArray[np.uint64], *, threads: int = 1, streams: bool | None = None) -> None:
     """Copies rows of bytes by a contiguous plan of shape [n, 6]; any thread may call, the GIL is released.
 
     Columns: destination, source, rows, row_bytes, destination_stride, source_stride. Addresses are absolute, strides
@@ -112,15 +113,54 @@ def copy_rows(plan: NDArray[np.uint64]) -> None:
     strides both equal row_bytes is one copy. The whole plan is checked before a byte moves. The caller keeps the
     memory alive and has checked that each region lies inside it.
 
+    Args:
+        threads: at most so many, the caller's included, share the work; those beside the caller's end with the call.
+            With more than one, destinations must not overlap. 1 to `kvstore.limits.COPY_THREADS_MAX`.
+        streams: store past the caches, for what is larger than they are. None decides by the plan's size; see
+            `copy_stream_bytes` of `cpu_features`.
+
     Raises:
         TypeError: not an array of uint64.
         ValueError: the shape is not [n, 6], or an entry has a null address, a stride smaller than its row, a region
-            past the end of the address space, or overlapping source and destination.
+            past the end of the address space, or overlapping source and destination; or `threads` is out of range.
     """
 
-def cpu_features() -> dict[str, str | bool]:
+def copy_rows_crc32c(plan: NDArray[np.uint64], *, threads: int = 1, streams: bool | None = None) -> None:
+    """As `copy_rows`, by a plan of shape [n, 7] that also says where checksums go.
+
+    Column 6 is the address of a uint32 of any alignment, or 0: it takes the CRC32C of the entry's bytes in the order of
+    its rows, computed while they are copied. Consecutive entries with the same address make one piece, whose checksum
+    runs on from entry to entry.
+
+    Raises:
+        TypeError, ValueError: as `copy_rows`.
+    """
+
+def crc32c_in_place(plan: NDArray[np.uint64], *, threads: int = 1) -> None:
+    """Stores the CRC32C of ranges of memory by a contiguous plan of shape [n, 3]; the GIL is released.
+
+    Columns: address, size in bytes, address of the uint32 of any alignment that takes the checksum. The caller keeps
+    the memory alive. Any thread may call.
+
+    Raises:
+        TypeError: not an array of uint64.
+        ValueError: the shape is not [n, 3], a range is null or wraps around, a checksum has no place, or `threads` is
+            out of range.
+    """
+
+def addresses_of(buffers: Sequence[Buffer]) -> NDArray[np.uint64]:
+    """Address of the first byte of each buffer, shape [n]. The caller keeps the buffers alive.
+
+    Raises:
+        TypeError: not a sequence of buffers.
+        BufferError: a buffer is not contiguous.
+    """
+
+def cpu_features() -> dict[str, str | bool | int]:
     """What this CPU offers, which code paths are in use and, where there is one, why not a better one.
 
-    `crc32c` is `sse42` or `portable`, `crc32c_why_not_better` is empty for the best one; the environment variable
-    `KVSTORE_CRC32C` forces a path, and the import fails where this CPU cannot run it.
+    `crc32c` is `avx512`, `sse42` or `portable`, `copy` is `avx512`, `avx2` or `portable`; `crc32c_why_not_better` and
+    `copy_why_not_better` are empty for the best. The environment variables `KVSTORE_CRC32C` and `KVSTORE_COPY` force a
+    path, and the import fails where this CPU cannot run it. `copy_is_fused`: whether a copy with checksum takes one
+    pass. `copy_stream_bytes`: plans of at least so many bytes are stored past the caches.
     """

@@ -1,6 +1,7 @@
 #include "../cpu.h"
 
 #include "../checksum/crc32c.h"
+#include "../copy/copy_kernels.h"
 #include "bindings.h"
 
 namespace nb = nanobind;
@@ -21,6 +22,7 @@ const char* compiler() {
 nb::dict describe() {
     const CpuFeatures cpu = detect_cpu_features();
     const Crc32cPath& path = active_crc32c_path();
+    const CopyPath& copy = active_copy_path();
     nb::dict features;
     features["version"] = KVSTORE_VERSION;
     features["compiler"] = compiler();
@@ -32,10 +34,15 @@ nb::dict describe() {
     features["architecture"] = cpu.architecture;
     features["sse42"] = cpu.sse42;
     features["pclmul"] = cpu.pclmul;
+    features["avx2"] = cpu.avx2;
+    features["avx512f"] = cpu.avx512f;
+    features["vpclmulqdq"] = cpu.vpclmulqdq;
     features["crc32c"] = path.name.c_str();
     features["crc32c_why_not_better"] = path.why_not_better.c_str();
-    features["copy"] = "memcpy";
-    features["copy_why_not_better"] = "";
+    features["copy"] = copy.name.c_str();
+    features["copy_why_not_better"] = copy.why_not_better.c_str();
+    features["copy_is_fused"] = active_copy_kernels().is_fused();
+    features["copy_stream_bytes"] = stream_bytes_min();
     return features;
 }
 
@@ -43,7 +50,7 @@ nb::dict describe() {
 
 void bind_cpu(nb::module_& module) {
     module.def("cpu_features", &describe,
-               nb::sig("def cpu_features() -> dict[str, str | bool]"),
+               nb::sig("def cpu_features() -> dict[str, str | bool | int]"),
                "What this CPU offers, which code paths are in use and, where there is one, why not a better one.");
 }
 

@@ -1,7 +1,8 @@
 #include "crc32c.h"
 
-#include <cstdlib>
-#include <stdexcept>
+#include <array>
+
+#include "../forced_path.h"
 
 namespace kvstore {
 namespace {
@@ -19,42 +20,41 @@ std::string missing_for_sse42(const CpuFeatures& cpu) {
     return "";
 }
 
-Crc32cPath sse42_path() {
-#if defined(__x86_64__)
-    return {"sse42", &crc32c_sse42, ""};
-#else
-    throw std::runtime_error("the sse42 path was not compiled for this architecture");
-#endif
+std::string missing_for_avx512(const CpuFeatures& cpu) {
+    if (std::string_view(cpu.architecture) != "x86_64") {
+        return std::string("the avx512 path needs x86_64, this is ") + cpu.architecture;
+    }
+    if (!cpu.avx512f) {
+        return "this CPU has no AVX-512F";
+    }
+    if (!cpu.vpclmulqdq) {
+        return "this CPU has no VPCLMULQDQ";
+    }
+    return missing_for_sse42(cpu);
 }
 
 }  // namespace
 
 Crc32cPath choose_crc32c_path(const CpuFeatures& cpu, std::optional<std::string_view> forced) {
-    const std::string missing = missing_for_sse42(cpu);
-    if (!forced) {
-        return missing.empty() ? sse42_path() : Crc32cPath{"portable", &crc32c_portable, missing};
+    const std::array<PathOffer, 3> offers{{
+        {"avx512", missing_for_avx512(cpu)},
+        {"sse42", missing_for_sse42(cpu)},
+        {"portable", ""},
+    }};
+    const PathChoice choice = choose_path(offers, "KVSTORE_CRC32C", "checksum", forced);
+#if defined(__x86_64__)
+    if (choice.name == "avx512") {
+        return {choice.name, &crc32c_avx512, choice.why_not_better};
     }
-    if (*forced == "portable") {
-        return {"portable", &crc32c_portable, "KVSTORE_CRC32C=portable forces it"};
+    if (choice.name == "sse42") {
+        return {choice.name, &crc32c_sse42, choice.why_not_better};
     }
-    if (*forced != "sse42") {
-        throw std::runtime_error("KVSTORE_CRC32C=" + std::string(*forced) +
-                                 " names no checksum path; use 'sse42' or 'portable', or unset it");
-    }
-    if (!missing.empty()) {
-        throw std::runtime_error("KVSTORE_CRC32C=sse42 cannot be used: " + missing +
-                                 "; use 'portable', or unset it to let kvstore choose");
-    }
-    return sse42_path();
+#endif
+    return {choice.name, &crc32c_portable, choice.why_not_better};
 }
 
 const Crc32cPath& active_crc32c_path() {
-    static const Crc32cPath path = [] {
-        const char* forced = std::getenv("KVSTORE_CRC32C");
-        const bool is_set = forced != nullptr && *forced != '\0';
-        return choose_crc32c_path(detect_cpu_features(),
-                                  is_set ? std::optional<std::string_view>(forced) : std::nullopt);
-    }();
+    static const Crc32cPath path = choose_crc32c_path(detect_cpu_features(), forced_by("KVSTORE_CRC32C"));
     return path;
 }
 

@@ -22,13 +22,17 @@ std::uint32_t crc32c_portable(const void* data, std::size_t size_bytes, std::uin
 // REQUIRES: a CPU with SSE4.2 and PCLMULQDQ. Where the compiler does not target x86-64 it is not defined.
 std::uint32_t crc32c_sse42(const void* data, std::size_t size_bytes, std::uint32_t value);
 
+// REQUIRES: a CPU with AVX-512F, VPCLMULQDQ, PCLMULQDQ and SSE4.2. Where the compiler does not target x86-64 it is not
+// defined.
+std::uint32_t crc32c_avx512(const void* data, std::size_t size_bytes, std::uint32_t value);
+
 struct Crc32cPath {
-    std::string name;  // "sse42" or "portable"
+    std::string name;  // "avx512", "sse42" or "portable"
     Crc32cFunction function;
     std::string why_not_better;  // empty when this is the best path there is
 };
 
-// The path for a CPU. `forced` ("sse42", "portable") overrides the choice.
+// The path for a CPU. `forced` ("avx512", "sse42", "portable") overrides the choice.
 // Throws std::runtime_error when the forced path is unknown or this CPU cannot run it.
 Crc32cPath choose_crc32c_path(const CpuFeatures& cpu, std::optional<std::string_view> forced);
 

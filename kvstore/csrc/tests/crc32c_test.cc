@@ -30,9 +30,13 @@ std::uint32_t crc32c_by_definition(const unsigned char* data, std::size_t size_b
 
 std::vector<Crc32cPath> paths_of_this_cpu() {
     const CpuFeatures cpu = detect_cpu_features();
-    std::vector<Crc32cPath> paths{choose_crc32c_path(cpu, "portable")};
-    if (choose_crc32c_path(cpu, std::nullopt).name == "sse42") {
-        paths.push_back(choose_crc32c_path(cpu, "sse42"));
+    std::vector<Crc32cPath> paths;
+    for (const char* name : {"portable", "sse42", "avx512"}) {
+        try {
+            paths.push_back(choose_crc32c_path(cpu, name));
+        } catch (const std::runtime_error& error) {
+            std::cout << "crc32c " << name << ": skipped, " << error.what() << "\n";
+        }
     }
     return paths;
 }
@@ -56,7 +60,8 @@ void rfc_3720_vectors(const Crc32cPath& path) {
 
 // The memory ends with the data, so that the address sanitizer sees a read past it.
 void agrees_with_definition(const Crc32cPath& path, std::mt19937_64& random) {
-    const std::vector<std::size_t> edges{1, 7, 8, 63, 191, 192, 193, 1535, 1536, 1537, 12287, 12288, 12289, 26000};
+    const std::vector<std::size_t> edges{1,    7,    8,    63,   191,  192,  193,   255,   256,   257,  1023,
+                                         1024, 1025, 1279, 1280, 1281, 1535, 1536, 12287, 12288, 12289, 26000};
     for (int round = 0; round < 200; ++round) {
         const auto case_number = static_cast<std::size_t>(round);
         const std::size_t size = case_number < edges.size() ? edges[case_number] : random() % 30000;
@@ -87,16 +92,23 @@ void powers_of_x() {
 }
 
 void choice_of_path() {
-    const CpuFeatures none{"x86_64", false, false};
-    const CpuFeatures no_multiply{"x86_64", true, false};
-    const CpuFeatures other{"aarch64", false, false};
-    check(choose_crc32c_path(none, std::nullopt).why_not_better == "this CPU has no SSE4.2", "reason: SSE4.2");
-    check(choose_crc32c_path(no_multiply, std::nullopt).why_not_better == "this CPU has no PCLMULQDQ",
-          "reason: PCLMULQDQ");
+    const CpuFeatures none{"x86_64"};
+    const CpuFeatures no_multiply{.architecture = "x86_64", .sse42 = true};
+    const CpuFeatures no_folding{.architecture = "x86_64", .sse42 = true, .pclmul = true, .avx512f = true};
+    const CpuFeatures other{"aarch64"};
+    check(choose_crc32c_path(none, std::nullopt).why_not_better ==
+              "this CPU has no AVX-512F; this CPU has no SSE4.2",
+          "reasons: AVX-512F, SSE4.2");
+    check(choose_crc32c_path(no_multiply, std::nullopt).name == "portable", "SSE4.2 alone is not enough");
+    check(choose_crc32c_path(no_folding, std::nullopt).name == "sse42", "AVX-512F alone is not enough");
+    check(choose_crc32c_path(no_folding, std::nullopt).why_not_better == "this CPU has no VPCLMULQDQ",
+          "reason: VPCLMULQDQ");
     check(choose_crc32c_path(other, std::nullopt).name == "portable", "other architectures use the portable path");
     for (const CpuFeatures& cpu : {none, no_multiply, other}) {
-        check(throws<std::runtime_error>([&] { choose_crc32c_path(cpu, "sse42"); }, "cannot be used"),
-              "a forced path that the CPU cannot run is refused");
+        for (const char* name : {"sse42", "avx512"}) {
+            check(throws<std::runtime_error>([&] { choose_crc32c_path(cpu, name); }, "cannot be used"),
+                  "a forced path that the CPU cannot run is refused");
+        }
     }
     check(throws<std::runtime_error>([&] { choose_crc32c_path(none, "sse"); }, "names no checksum path"),
           "an unknown path is refused");
