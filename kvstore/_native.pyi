@@ -156,6 +156,33 @@ def addresses_of(buffers: Sequence[Buffer]) -> NDArray[np.uint64]:
         BufferError: a buffer is not contiguous.
     """
 
+def frame_records(
+    header_template: Buffer,
+    record_class: NDArray[np.uint64],
+    gaps: NDArray[np.uint64],
+    addresses: NDArray[np.uint64],
+    digests: Buffer,
+    numbers: NDArray[np.uint64],
+) -> None:
+    """Writes the framing of records of one class where they lie; any thread may call, the GIL is released.
+
+    The piece checksums of each record are in place. The caller keeps the memory alive and has checked that records of
+    this class fit there.
+
+    Args:
+        header_template: the class's header with blank fields.
+        record_class: shape [10]: offsets of the fields key, parent, grid, end_tokens, valid_tokens, cost_us and
+            metadata_crc32c; checksum of the schema message; offset and bytes of the checksum column.
+        gaps: offset and bytes of each gap of the body, shape [g, 2].
+        addresses: of the records, shape [n].
+        digests: n times 96 bytes: key, parent, grid.
+        numbers: end_tokens, valid_tokens, cost_us, shape [n, 3]; what is too large for its field is cut to it.
+
+    Raises:
+        TypeError: another kind of array.
+        ValueError: shapes that contradict each other, a field outside of the header, a null address.
+    """
+
 def cpu_features() -> dict[str, str | bool | int]:
     """What this CPU offers, which code paths are in use and, where there is one, why not a better one.
 

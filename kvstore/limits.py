@@ -44,6 +44,14 @@ MEMORY_SPARE_FRACTION = 1 / 32
 """Share of the memory that is available which an arena leaves to everything else on the machine."""
 ARENA_NAME_CHARACTERS_MAX = 128
 
+# Copies
+COPY_THREADS_MAX = 16
+"""Threads that one native call may use, and helpers beside their callers that all calls of a process may have."""
+COPY_THREADS_DEFAULT = 4
+"""Threads that a large copy uses unless KVSTORE_COPY_THREADS says otherwise: a few saturate the memory of a socket."""
+COPY_BYTES_PER_THREAD_MIN = 4 * MIB
+"""A copy gets a thread for each so many bytes: starting one costs about as much as copying 500 KB."""
+
 # Pool
 GHOSTS_MAX = 1 << 16
 """Prefix nodes kept after their records are gone, about 1.3 KB each."""
@@ -88,3 +96,4 @@ assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
 assert FRAME_HEADER_BYTES % 16 == 0
 assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
 assert TRANSFERS_PER_PEER_MAX <= TRANSFERS_PER_NODE_MAX
+assert COPY_THREADS_DEFAULT <= COPY_THREADS_MAX

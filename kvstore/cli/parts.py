@@ -10,12 +10,27 @@ from importlib import metadata
 from kvstore import registry
 from kvstore.cli.finding import Finding
 from kvstore.errors import KVStoreError
+from kvstore.limits import COPY_THREADS_MAX
+from kvstore.units import format_bytes
 
 PACKAGES = {
     "torch": "pip install 'kvstore[torch]' to store and restore torch tensors on devices",
     "transformers": "pip install 'kvstore[transformers]' for the adapter and specs from configurations",
 }
 """Optional packages, and what for."""
+NATIVE_PATHS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "crc32c": {
+        "avx512": ("folding 256 bytes at a time", ("avx512f", "vpclmulqdq", "sse42", "pclmul")),
+        "sse42": ("three streams of SSE4.2, joined by PCLMUL", ("sse42", "pclmul")),
+        "portable": ("slicing by 8", ()),
+    },
+    "copy": {
+        "avx512": ("memcpy; large copies by 64-byte non-temporal stores", ("avx512f",)),
+        "avx2": ("memcpy; large copies by 32-byte non-temporal stores", ("avx2",)),
+        "portable": ("memcpy", ()),
+    },
+}
+"""Implementations of each native job from best to worst: what they are, and what of `cpu_features` they need."""
 REQUIRED_PACKAGES = ("pyarrow", "numpy")
 CONGESTION_CONTROLS = ("cubic", "bbr")
 """One for short round trips, one for long and lossy ones."""
@@ -26,37 +41,53 @@ def part_findings() -> list[Finding]:
 
 
 def _native() -> list[Finding]:
-    forced = os.environ.get("KVSTORE_CRC32C", "")
     try:
         from kvstore._native import cpu_features
+        from kvstore.record.threads import THREADS_ALLOWED
     except ImportError as error:
         return [Finding("native", False, str(error), is_demanded=True)]
     features = cpu_features()
-    path = str(features["crc32c"])
-    why = str(features["crc32c_why_not_better"])
     build = f"{features['compiler']}, {features['architecture']}, " + (
         "stable ABI" if features["stable_abi"] else "for this Python version only"
     )
+    passes = "one pass" if features["copy_is_fused"] else "a stretch at a time: checksummed, then copied from the cache"
+    can_stream = features["copy"] != "portable"
+    streams = f"past the caches from {format_bytes(int(features['copy_stream_bytes']))} on"
     return [
         Finding("native", True, build, in_use=f"version {features['version']}"),
-        Finding(
-            "crc32c.sse42",
-            path == "sse42" or bool(features["sse42"] and features["pclmul"]),
-            "three streams of SSE4.2, joined by PCLMUL",
-            in_use="yes" if path == "sse42" else "",
-            why_not_better="" if path == "sse42" else why,
-            is_demanded=forced == "sse42",
-        ),
-        Finding(
-            "crc32c.portable",
-            True,
-            "slicing by 8",
-            in_use="yes" if path == "portable" else "",
-            why_not_better="the other path is faster" if path == "sse42" else "",
-            is_demanded=forced == "portable",
-        ),
-        Finding("copy", True, str(features["copy"]), in_use="yes", why_not_better=str(features["copy_why_not_better"])),
+        *_paths("crc32c", features),
+        *_paths("copy", features),
+        Finding("copy.checksum", True, "copies with checksums", in_use=passes),
+        Finding("copy.streaming", can_stream, "non-temporal stores", in_use=streams if can_stream else ""),
+        Finding("copy.threads", True, f"1 to {COPY_THREADS_MAX}", in_use=f"up to {THREADS_ALLOWED} for large copies"),
     ]
+
+
+def _paths(job: str, features: dict[str, str | bool | int]) -> list[Finding]:
+    """Every path of one job, from best to worst."""
+    used = str(features[job])
+    forced = os.environ.get(f"KVSTORE_{job.upper()}", "")
+    findings = []
+    is_worse = False
+    for name, (offered, needs) in NATIVE_PATHS[job].items():
+        missing = [feature for feature in needs if not features[feature]]
+        why = ""
+        if missing:
+            why = f"this CPU has no {', '.join(missing)}"
+        elif name != used:
+            why = f"{used} is faster" if is_worse else str(features[f"{job}_why_not_better"])
+        findings.append(
+            Finding(
+                f"{job}.{name}",
+                not missing,
+                offered,
+                in_use="yes" if name == used else "",
+                why_not_better=why,
+                is_demanded=forced == name,
+            )
+        )
+        is_worse = is_worse or name == used
+    return findings
 
 
 def _transports() -> list[Finding]:

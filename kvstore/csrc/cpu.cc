@@ -1,8 +1,8 @@
 #include "cpu.h"
 
-#include <unistd.h>
-
 #include <algorithm>
+#include <fstream>
+#include <string>
 
 namespace kvstore {
 
@@ -22,13 +22,20 @@ CpuFeatures detect_cpu_features() {
 #endif
 }
 
+// From the kernel's own description rather than sysconf, which on some processors adds up caches that no core shares.
 std::size_t last_level_cache_bytes() {
     constexpr std::size_t assumed_bytes = 32 << 20;
-    long largest = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    largest = std::max(sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE));
-#endif
-    return largest > 0 ? static_cast<std::size_t>(largest) : assumed_bytes;
+    constexpr int levels_max = 8;
+    std::size_t largest = 0;
+    for (int index = 0; index < levels_max; ++index) {
+        std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+        std::size_t size = 0;
+        char unit = ' ';
+        if (file >> size >> unit) {
+            largest = std::max(largest, size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0));
+        }
+    }
+    return largest > 0 ? largest : assumed_bytes;
 }
 
 }  // namespace kvstore

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvstore._native import addresses_of
 from kvstore.errors import LeaseGoneError, StoreClosedError, WriteError
 from kvstore.pool.node import Entry
-from kvstore.record import Record
+from kvstore.record import seal_records
 from kvstore.spec import UNKNOWN_GRID
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from kvstore.abc import Slot
     from kvstore.pool.node import PrefixNode
@@ -156,14 +157,22 @@ class Transaction:
         Raises:
             StoreClosedError, WriteError: the transaction has ended.
         """
+        self.seal_all([index], [cost_us])
+
+    def seal_all(self, indices: Sequence[int], costs_us: Sequence[int]) -> None:
+        """As `seal`, for many records at once."""
         self._check_open()
-        record = self.records[index]
         with self._lock:
             self._check_open()
-            if index in self._costs_us:
-                return
-            Record(record.layout, record.memory).seal(replace(record.header, cost_us=cost_us))
-            self._costs_us[index] = cost_us
+            costs = {i: cost for i, cost in zip(indices, costs_us, strict=True) if i not in self._costs_us}
+            by_layout: dict[RecordLayout, list[int]] = {}
+            for i in costs:
+                by_layout.setdefault(self.records[i].layout, []).append(i)
+            for layout, members in by_layout.items():
+                records = [self.records[i] for i in members]
+                addresses = addresses_of([record.memory for record in records])
+                seal_records(layout, addresses, [record.header for record in records], [costs[i] for i in members])
+            self._costs_us.update(costs)
 
     def is_sealed(self, index: int) -> bool:
         return index in self._costs_us

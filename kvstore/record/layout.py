@@ -152,6 +152,13 @@ class RecordLayout:
         return tuple(gaps)
 
     @cached_property
+    def framing(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """For `frame_records`: the class's offsets, and its gaps as an array."""
+        fields = [self.field_offsets[name] for name in FIELD_WIDTHS]
+        record_class = [*fields, self.schema_checksum, self.checksum_offset, self.checksum_bytes]
+        return np.array(record_class, np.uint64), np.array(self.gaps, np.uint64).reshape(-1, 2)
+
+    @cached_property
     def piece_offsets(self) -> npt.NDArray[np.int64]:
         return np.array([piece.offset for piece in self.pieces], np.int64)
 
@@ -170,8 +177,17 @@ class RecordLayout:
 
     def tensor_pieces(self, layer: int, tensor: int) -> range:
         """Ids of the pieces of one tensor of one layer; empty if this shard holds no rows of it."""
-        ids = [piece for piece in self.layer_pieces(layer) if self.pieces[piece].tensor == tensor]
-        return range(ids[0], ids[-1] + 1) if ids else range(0)
+        first = self.layer_pieces(layer).start
+        within = self._tensor_ranges.get(tensor, range(0))
+        return range(first + within.start, first + within.stop) if within else within
+
+    @cached_property
+    def _tensor_ranges(self) -> dict[int, range]:
+        """Pieces of each tensor within those of a layer: a tensor's pieces follow one another."""
+        ranges: dict[int, range] = {}
+        for number, piece in enumerate(self.pieces[: self.pieces_per_layer]):
+            ranges[piece.tensor] = range(ranges.get(piece.tensor, range(number, 0)).start, number + 1)
+        return ranges
 
     def checksums(self, record: memoryview) -> npt.NDArray[np.uint32]:
         """The checksum column of a record in memory, in piece order; writable if the memory is."""

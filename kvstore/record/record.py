@@ -10,6 +10,7 @@ import pyarrow as pa
 from kvstore._native import crc32c, crc32c_many
 from kvstore.errors import ChecksumError, RecordError
 from kvstore.record.header import CHECKSUM_FIELD, FIELD_WIDTHS, RecordHeader, blank_field, checksum_field
+from kvstore.record.seal import seal_records
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -32,16 +33,8 @@ class Record:
 
     def seal(self, header: RecordHeader) -> None:
         """Write the framing. Every piece and its checksum must be in place."""
-        layout = self.layout
-        framed = bytearray(layout.header_template)
-        for name, value in header.to_fields().items():
-            offset = layout.field_offsets[name]
-            framed[offset : offset + FIELD_WIDTHS[name]] = value
-        offset = layout.field_offsets[CHECKSUM_FIELD]
-        framed[offset : offset + FIELD_WIDTHS[CHECKSUM_FIELD]] = checksum_field(self._metadata_checksum(framed))
-        self.memory[: layout.header_bytes] = framed
-        for offset, size in layout.gaps:
-            self.memory[offset : offset + size] = bytes(size)
+        address = np.array([np.frombuffer(self.memory, np.uint8).ctypes.data], np.uint64)
+        seal_records(self.layout, address, [header], [header.cost_us])
 
     def header(self) -> RecordHeader:
         """The per-record fields, after checking that the framing is that of this class.

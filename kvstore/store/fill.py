@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore._native import copy_rows, crc32c_many
-from kvstore.record.array_view import address_of
-from kvstore.record.copy import check_array, state_plan, token_plan
+from kvstore._native import addresses_of, copy_rows_crc32c, crc32c_in_place
+from kvstore.record.copy import CHECKSUM_BYTES, check_array, join_plans, plan_bytes, state_plan, token_plan
+from kvstore.record.threads import copy_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     import numpy.typing as npt
 
     from kvstore.errors import KVStoreError
     from kvstore.pool import Transaction, TransactionRecord
-    from kvstore.record import RecordLayout
     from kvstore.record.array_view import ArrayView
     from kvstore.spec import CacheGroup, Shard
 
@@ -55,80 +55,144 @@ class SpanRecords:
         address: address of each record, by node; 0 where nothing is reserved.
     """
 
-    def __init__(self, layout: RecordLayout, nodes: int) -> None:
-        self.layout = layout
+    def __init__(self, records: Sequence[tuple[int, TransactionRecord]], nodes: int) -> None:
+        self.layout = records[0][1].layout
         self.index = np.full(nodes, -1, np.int64)
         self.address = np.zeros(nodes, np.uint64)
+        own_nodes = [record.name.node for _, record in records]
+        self.index[own_nodes] = [number for number, _ in records]
+        self.address[own_nodes] = addresses_of([record.memory for _, record in records])
 
-    def add(self, number: int, record: TransactionRecord) -> None:
-        self.index[record.name.node] = number
-        self.address[record.name.node] = address_of(record.memory)
+    def reserved(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Those of the nodes `[first, stop)` at which a record is reserved."""
+        nodes = np.arange(first, min(stop, len(self.index)))
+        return nodes[self.index[nodes] >= 0]
+
+    def checksum_columns(self, nodes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Addresses of the checksum columns of the records at nodes."""
+        return self.address[nodes] + np.uint64(self.layout.checksum_offset)
 
 
 def spans_of(transaction: Transaction) -> dict[tuple[int, int], SpanRecords]:
     """The transaction's records by (group, span)."""
-    spans: dict[tuple[int, int], SpanRecords] = {}
+    grouped: dict[tuple[int, int], list[tuple[int, TransactionRecord]]] = {}
     for number, record in enumerate(transaction.records):
-        name = (record.name.group, record.name.span)
-        if name not in spans:
-            spans[name] = SpanRecords(record.layout, len(transaction.path))
-        spans[name].add(number, record)
-    return spans
+        grouped.setdefault((record.name.group, record.name.span), []).append((number, record))
+    return {name: SpanRecords(records, len(transaction.path)) for name, records in grouped.items()}
 
 
-def gather_tokens(
-    span: SpanRecords,
-    layer: int,
-    tensor: int,
-    shard: Shard,
-    view: ArrayView,
-    start: int,
-    stop: int,
-    block_tokens: int,
-) -> None:
-    """Copy tokens `[start, stop)` of one tensor of one layer into the reserved blocks that they lie in."""
-    nodes = np.arange(start // block_tokens, -(-stop // block_tokens))
-    nodes = nodes[nodes < len(span.index)]
-    nodes = nodes[span.index[nodes] >= 0]
-    if not nodes.size:
-        return
-    first = np.maximum(nodes * block_tokens, start)
-    last = np.minimum((nodes + 1) * block_tokens, stop)
-    plan = token_plan(
-        span.layout,
-        layer,
-        tensor,
-        shard,
-        view,
-        span.address[nodes],
-        first - nodes * block_tokens,
-        first - start,
-        last - first,
-        into_records=True,
-    )
-    copy_rows(plan)
+@dataclass(frozen=True)
+class TensorPut:
+    """One tensor of one layer on its way into the records of a span.
+
+    Attributes:
+        span: the records.
+        layer: model layer number.
+        group: the tensor's group.
+        tensor: its index in the group.
+        view: where it lies.
+        what: names it in errors.
+    """
+
+    span: SpanRecords
+    layer: int
+    group: int
+    tensor: int
+    view: ArrayView
+    what: str
+
+    @property
+    def pieces(self) -> range:
+        """Its pieces in each record."""
+        return self.span.layout.tensor_pieces(self.layer, self.tensor)
 
 
-def gather_state(span: SpanRecords, layer: int, tensor: int, shard: Shard, view: ArrayView, node: int) -> None:
-    """Copy one tensor of one layer's state, or of its window, into the record at a node."""
-    layout = span.layout
-    address = int(span.address[node])
-    if layout.capacity_tokens:
-        one = np.zeros(1, np.int64)
-        records = np.array([address], np.uint64)
-        counts = np.array([view.shape[1]], np.int64)
-        copy_rows(token_plan(layout, layer, tensor, shard, view, records, one, one, counts, into_records=True))
-    else:
-        copy_rows(state_plan(layout, layer, tensor, shard, view, address, into_records=True))
+def gather_tokens(puts: Sequence[TensorPut], shard: Shard, start: int, stop: int, block_tokens: int) -> None:
+    """Copy tokens `[start, stop)` of tensors into the reserved blocks that they lie in: one native call.
+
+    The pieces of whole blocks (`filled_blocks`) are checksummed on the way; others when the rest is there.
+    """
+    plans = []
+    for put in puts:
+        nodes = put.span.reserved(start // block_tokens, -(-stop // block_tokens))
+        first = np.maximum(nodes * block_tokens, start)
+        last = np.minimum((nodes + 1) * block_tokens, stop)
+        is_filled = last - first == block_tokens
+        plans.append(
+            token_plan(
+                put.span.layout,
+                put.layer,
+                put.tensor,
+                shard,
+                put.view,
+                put.span.address[nodes],
+                first - nodes * block_tokens,
+                first - start,
+                last - first,
+                checksums=np.where(is_filled, put.span.checksum_columns(nodes), np.uint64(0)),
+            )
+        )
+    _gather(plans)
 
 
-def checksum_pieces(span: SpanRecords, transaction: Transaction, nodes: npt.NDArray[np.int64], pieces: range) -> None:
-    """Checksum pieces where they lie and store the result in each record's checksum column."""
-    layout = span.layout
-    offsets = layout.piece_offsets[pieces.start : pieces.stop].astype(np.uint64)
-    sizes = layout.piece_sizes[pieces.start : pieces.stop].astype(np.uint64)
-    addresses = span.address[nodes][:, None] + offsets[None, :]
-    computed = crc32c_many(addresses.ravel(), np.tile(sizes, len(nodes))).reshape(len(nodes), len(pieces))
-    for node, checksums in zip(nodes.tolist(), computed, strict=True):
-        record = transaction.records[span.index[node]]
-        layout.checksums(record.memory)[pieces.start : pieces.stop] = checksums
+def filled_blocks(nodes: npt.NDArray[np.int64], start: int, stop: int, block_tokens: int) -> npt.NDArray[np.bool_]:
+    """Which nodes' blocks `gather_tokens` fills and checksums alone: whole ones, all of whose tokens are put."""
+    filled: npt.NDArray[np.bool_] = (nodes * block_tokens >= start) & ((nodes + 1) * block_tokens <= stop)
+    return filled
+
+
+def gather_states(puts: Sequence[TensorPut], shard: Shard, node: int) -> None:
+    """Copy tensors of one layer's states, or of its windows, into the records at a node and checksum their pieces."""
+    plans = []
+    padded = []
+    for put in puts:
+        layout = put.span.layout
+        column = put.span.checksum_columns(np.array([node]))
+        if not layout.capacity_tokens:
+            address = int(put.span.address[node])
+            plan = state_plan(layout, put.layer, put.tensor, shard, put.view, address, checksums=int(column[0]))
+            plans.append(plan)
+            continue
+        valid = put.view.shape[1]
+        is_filled = valid == layout.capacity_tokens
+        nothing = np.zeros(1, np.int64)
+        plans.append(
+            token_plan(
+                layout,
+                put.layer,
+                put.tensor,
+                shard,
+                put.view,
+                put.span.address[[node]],
+                nothing,
+                nothing,
+                np.array([valid]),
+                checksums=column if is_filled else np.zeros(1, np.uint64),
+            )
+        )
+        if not is_filled:
+            padded.append((put, np.array([node])))
+    _gather(plans)
+    checksum_pieces(padded)
+
+
+def _gather(plans: Sequence[npt.NDArray[np.uint64]]) -> None:
+    plan = join_plans(plans, 7)
+    copy_rows_crc32c(plan, threads=copy_threads(plan_bytes(plan)))
+
+
+def checksum_pieces(puts: Sequence[tuple[TensorPut, npt.NDArray[np.int64]]]) -> None:
+    """Checksum the pieces of tensors in the records at nodes where they lie, into the records' checksum columns."""
+    plans = []
+    for put, nodes in puts:
+        layout = put.span.layout
+        pieces = slice(put.pieces.start, put.pieces.stop)
+        plan = np.empty((len(nodes), len(put.pieces), 3), np.uint64)
+        plan[..., 0] = put.span.address[nodes][:, None] + layout.piece_offsets[pieces].astype(np.uint64)
+        plan[..., 1] = layout.piece_sizes[pieces].astype(np.uint64)
+        numbers = np.arange(put.pieces.start, put.pieces.stop, dtype=np.uint64)
+        plan[..., 2] = put.span.checksum_columns(nodes)[:, None] + np.uint64(CHECKSUM_BYTES) * numbers
+        plans.append(plan.reshape(-1, 3))
+    plan = join_plans(plans, 3)
+    if len(plan):
+        crc32c_in_place(plan, threads=copy_threads(int(plan[:, 1].sum())))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvstore._native import copy_rows
+from kvstore._native import addresses_of, copy_rows
 from kvstore.errors import ChecksumError, LeaseError, RecordError
 from kvstore.record import Record
-from kvstore.record.array_view import address_of
-from kvstore.record.copy import join_plans, state_plan, token_plan
+from kvstore.record.copy import join_plans, plan_bytes, state_plan, token_plan
 from kvstore.record.rows import local_rows, runs_of
+from kvstore.record.threads import copy_threads
 from kvstore.spec import ReuseRule
 from kvstore.store.fill import host_view
 
@@ -161,7 +161,7 @@ class _Column:
         self.records = records
         self.nodes = np.array([record.name.node for record in records], np.int64)
         self.valid = np.array([record.header.valid_tokens for record in records], np.int64)
-        self.addresses = np.array([address_of(record.memory) for record in records], np.uint64)
+        self.addresses = addresses_of([record.memory for record in records])
 
 
 class LayerView:
@@ -224,12 +224,13 @@ class LayerView:
             if not view.is_writable:
                 raise LeaseError(f"{what} is read-only")
             plans.append(self._plan(group, index, view))
-        plan = join_plans(plans)
+        plan = join_plans(plans, 6)
+        size_bytes = plan_bytes(plan)
         begin = time.perf_counter()
-        copy_rows(plan)
+        copy_rows(plan, threads=copy_threads(size_bytes))
         # Released by another thread meanwhile, the slots may have been reused: what was copied is not trusted.
         self._lease.check()
-        self._lease._account(int((plan[:, 2] * plan[:, 3]).sum()), time.perf_counter() - begin)
+        self._lease._account(size_bytes, time.perf_counter() - begin)
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A copy of one tensor, `[rows, tokens, *inner]` or `[rows, *inner]`, in the storage type.
@@ -282,7 +283,7 @@ class LayerView:
             layout = column.layout
             if not layout.capacity_tokens:
                 address = int(column.addresses[0])
-                plans.append(state_plan(layout, self.number, index, lease.shard, view, address, into_records=False))
+                plans.append(state_plan(layout, self.number, index, lease.shard, view, address))
                 continue
             is_attention = lease.spec.groups[group].rule is ReuseRule.ATTENTION
             view_tokens = column.nodes * block if is_attention else np.zeros_like(column.nodes)
@@ -297,10 +298,9 @@ class LayerView:
                     np.zeros_like(column.nodes),
                     view_tokens,
                     column.valid,
-                    into_records=False,
                 )
             )
-        return join_plans(plans)
+        return join_plans(plans, 6)
 
 
 class _LeasedMemory:

@@ -11,7 +11,16 @@ import numpy as np
 
 from kvstore.errors import WriteError
 from kvstore.spec import ReuseRule
-from kvstore.store.fill import SpanRecords, checksum_pieces, gather_state, gather_tokens, host_view, spans_of
+from kvstore.store.fill import (
+    SpanRecords,
+    TensorPut,
+    checksum_pieces,
+    filled_blocks,
+    gather_states,
+    gather_tokens,
+    host_view,
+    spans_of,
+)
 from kvstore.store.intervals import IntervalSet
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
     from kvstore.handle import Handle
     from kvstore.pool import HandOver, Prompt, Transaction
+    from kvstore.record.array_view import ArrayView
     from kvstore.spec import ModelSpec, Shard
     from kvstore.store.lease import Lease
     from kvstore.store.store import Store
@@ -79,7 +89,8 @@ class Writer:
         self._whole_pieces = np.zeros(len(transaction.records), np.int64)
         self._costs_s = np.zeros(len(transaction.records))
         self._listeners: list[WriteListener] = []
-        self._whole: list[tuple[int, npt.NDArray[np.int64]]] = []
+        # Records, and the pieces that became whole in each of them at once.
+        self._whole: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
     def __del__(self) -> None:
         transaction = getattr(self, "transaction", None)
@@ -101,7 +112,7 @@ class Writer:
         return sum(record.slot.size_bytes for record in self.transaction.records)
 
     def put(self, layer: int, *, tokens: slice, cost_s: float = 0.0, **tensors: Any) -> None:
-        """Store attention tensors of one layer for a range of tokens. One native call per tensor.
+        """Store attention tensors of one layer for a range of tokens. One native call copies all of them.
 
         All arrays are checked before the first is copied: after an error nothing has been put. Blocks that the
         store has already are skipped. The arrays may be reused when this returns.
@@ -125,12 +136,7 @@ class Writer:
                 view = host_view(array, self.spec.groups[group], index, self.shard, stop - start, what, WriteError)
                 checked.append((group, index, view, what))
             self._claim(layer, [(group, index, what) for group, index, _, what in checked], start, stop)
-            for group, index, view, _ in checked:
-                span = self._spans.get((group, self._span_of_layer[group, layer]))
-                if span is None:
-                    continue
-                gather_tokens(span, layer, index, self.shard, view, start, stop, self.spec.block_tokens)
-                self._tokens_arrived(span, layer, group, index, start, stop, cost_s / len(checked))
+            self._put_tokens(self._reserved(layer, checked), start, stop, cost_s / max(1, len(checked)))
 
     def put_state(self, layer: int, *, at: int, cost_s: float = 0.0, **tensors: Any) -> None:
         """Store state tensors of one layer after exactly `at` tokens.
@@ -162,14 +168,12 @@ class Writer:
                     if (layer, group, index, at) in self._claimed_states:
                         raise WriteError(f"{what} was put before; each state is put once")
                 self._claimed_states.update((layer, group, index, at) for group, index, _, _ in checked)
-            for group, index, view, _ in checked:
-                span = self._spans.get((group, self._span_of_layer[group, layer]))
-                if span is None or span.index[node] < 0:
-                    continue
-                gather_state(span, layer, index, self.shard, view, node)
-                nodes = np.array([node])
-                with self._lock:
-                    self._pieces_arrived(span, layer, index, nodes, np.array([cost_s / len(checked)]))
+            puts = [put for put in self._reserved(layer, checked) if put.span.index[node] >= 0]
+            gather_states(puts, self.shard, node)
+            with self._lock:
+                for put in puts:
+                    self._costs_s[put.span.index[node]] += cost_s / len(checked)
+                    self._pieces_arrived(put, np.array([node]))
 
     def _range(self, tokens: slice) -> tuple[int, int]:
         try:
@@ -204,58 +208,68 @@ class Writer:
             for claimed in claims:
                 claimed.add(start, stop)
 
-    def _tokens_arrived(
-        self, span: SpanRecords, layer: int, group: int, tensor: int, start: int, stop: int, cost_s: float
-    ) -> None:
-        """Tokens of one tensor have been copied: checksum and report the pieces that are whole now."""
-        block = self.spec.block_tokens
-        with self._lock:
-            filled = self._filled.setdefault((layer, group, tensor), IntervalSet())
-            left, right = filled.add(start, stop)
-            end = self.transaction.path.tokens
-            nodes = np.arange(start // block, -(-min(stop, end) // block))
-            nodes = nodes[nodes < len(span.index)]
-            nodes = nodes[span.index[nodes] >= 0]
-            first, last = nodes * block, np.minimum((nodes + 1) * block, end)
-            shares = (np.minimum(last, stop) - np.maximum(first, start)) / (stop - start) * cost_s
-            self._costs_s[span.index[nodes]] += shares
-            whole = nodes[(first >= left) & (last <= right)]
-            self._pieces_arrived(span, layer, tensor, whole, np.zeros(len(whole)))
+    def _reserved(self, layer: int, checked: list[tuple[int, int, ArrayView, str]]) -> list[TensorPut]:
+        """Those of a put's tensors that lie in a span of which anything is reserved."""
+        puts = []
+        for group, index, view, what in checked:
+            span = self._spans.get((group, self._span_of_layer[group, layer]))
+            if span is not None:
+                puts.append(TensorPut(span, layer, group, index, view, what))
+        return puts
 
-    def _pieces_arrived(
-        self,
-        span: SpanRecords,
-        layer: int,
-        tensor: int,
-        nodes: npt.NDArray[np.int64],
-        costs_s: npt.NDArray[np.float64],
-    ) -> None:
-        pieces = span.layout.tensor_pieces(layer, tensor)
+    def _put_tokens(self, puts: list[TensorPut], start: int, stop: int, cost_s: float) -> None:
+        """Copy tokens that have been claimed; checksum and report the pieces that are whole now."""
+        block = self.spec.block_tokens
+        gather_tokens(puts, self.shard, start, stop, block)
+        with self._lock:
+            whole = [(put, self._tokens_arrived(put, start, stop, cost_s)) for put in puts]
+        # A piece becomes whole by one put only, so no other thread checksums or counts it.
+        checksum_pieces([(put, nodes[~filled_blocks(nodes, start, stop, block)]) for put, nodes in whole])
+        with self._lock:
+            for put, nodes in whole:
+                self._pieces_arrived(put, nodes)
+
+    def _tokens_arrived(self, put: TensorPut, start: int, stop: int, cost_s: float) -> npt.NDArray[np.int64]:
+        """Tokens of one tensor have been copied: the nodes whose blocks have all of theirs now, and had not before."""
+        block = self.spec.block_tokens
+        filled = self._filled.setdefault((put.layer, put.group, put.tensor), IntervalSet())
+        left, right = filled.add(start, stop)
+        end = self.transaction.path.tokens
+        nodes = put.span.reserved(start // block, -(-min(stop, end) // block))
+        first, last = nodes * block, np.minimum((nodes + 1) * block, end)
+        shares = (np.minimum(last, stop) - np.maximum(first, start)) / (stop - start) * cost_s
+        self._costs_s[put.span.index[nodes]] += shares
+        whole: npt.NDArray[np.int64] = nodes[(first >= left) & (last <= right)]
+        return whole
+
+    def _pieces_arrived(self, put: TensorPut, nodes: npt.NDArray[np.int64]) -> None:
+        """The pieces of one tensor at nodes are whole and checksummed: report them, seal what is complete."""
+        pieces = put.pieces
         if not nodes.size or not pieces:
             return
-        checksum_pieces(span, self.transaction, nodes, pieces)
+        records = put.span.index[nodes]
         ids = np.arange(pieces.start, pieces.stop)
-        for node, cost_s in zip(nodes.tolist(), costs_s.tolist(), strict=True):
-            record = int(span.index[node])
-            self._costs_s[record] += cost_s
-            self._whole_pieces[record] += len(pieces)
-            self._whole.append((record, ids))
+        self._whole_pieces[records] += len(pieces)
+        self._whole.append((records, ids))
+        complete = records[self._whole_pieces[records] == len(put.span.layout.pieces)].tolist()
+        costs_us = [round(cost_s * 1e6) for cost_s in self._costs_s[complete].tolist()]
+        if self._listeners:
+            for record in records.tolist():
+                for listener in self._listeners:
+                    listener.pieces_whole(record, ids)
+        if not complete:
+            return
+        self.transaction.seal_all(complete, costs_us)
+        for record, cost_us in zip(complete, costs_us, strict=True):
             for listener in self._listeners:
-                listener.pieces_whole(record, ids)
-            if self._whole_pieces[record] == len(span.layout.pieces):
-                self._seal(record)
-
-    def _seal(self, record: int) -> None:
-        cost_us = round(self._costs_s[record] * 1e6)
-        self.transaction.seal(record, cost_us)
-        for listener in self._listeners:
-            listener.record_sealed(record, cost_us)
+                listener.record_sealed(record, cost_us)
 
     def subscribe(self, listener: WriteListener) -> None:
         """Report to `listener` what is whole by now, and from here on everything that becomes so."""
         with self._lock:
-            for record, pieces in self._whole:
-                listener.pieces_whole(record, pieces)
+            for records, pieces in self._whole:
+                for record in records.tolist():
+                    listener.pieces_whole(record, pieces)
             for record in range(len(self.transaction.records)):
                 if self.transaction.is_sealed(record):
                     listener.record_sealed(record, round(self._costs_s[record] * 1e6))
@@ -280,8 +294,8 @@ class Writer:
                             array, self.spec.groups[group], index, self.shard, lease.tokens - start, what, WriteError
                         )
                         self._claim(layer, [(group, index, what)], start, lease.tokens)
-                        gather_tokens(span, layer, index, self.shard, view, start, lease.tokens, block)
-                        self._tokens_arrived(span, layer, group, index, start, lease.tokens, 0.0)
+                        put = TensorPut(span, layer, group, index, view, what)
+                        self._put_tokens([put], start, lease.tokens, 0.0)
 
     def send(self, address: str, **options: Any) -> Handle[TransferReport]:
         """Stream the prompt's resume point to another node while it is written; see `Store.send`."""

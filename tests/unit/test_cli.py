@@ -95,8 +95,9 @@ def test_doctor_shows_every_finding() -> None:
     findings = {finding["name"]: finding for finding in document["findings"]}
     assert len(findings) == len(document["findings"])
     for name in (
-        "python", "cpu", "memory", "shm", "hugepages", "limit.memlock", "limit.nofile", "native", "crc32c.sse42",
-        "crc32c.portable", "copy", "transport.memory", "transport.tcp", "transport.ucx", "congestion.cubic",
+        "python", "cpu", "memory", "shm", "hugepages", "limit.memlock", "limit.nofile", "native", "crc32c.avx512",
+        "crc32c.sse42", "crc32c.portable", "copy.avx512", "copy.avx2", "copy.portable", "copy.checksum",
+        "copy.streaming", "copy.threads", "transport.memory", "transport.tcp", "transport.ucx", "congestion.cubic",
         "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers", "cuda",
     ):  # fmt: skip
         assert name in findings
@@ -104,6 +105,7 @@ def test_doctor_shows_every_finding() -> None:
     from kvstore._native import cpu_features
 
     assert used == [f"crc32c.{cpu_features()['crc32c']}"]
+    assert findings[f"copy.{cpu_features()['copy']}"]["in_use"] == "yes"
     assert not findings["transport.ucx"]["is_available"]
     assert "no UCX transport" in findings["transport.ucx"]["why_not_better"]
     assert findings["transport.tcp"]["is_available"]

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore import _native
+from kvstore.limits import COPY_THREADS_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +26,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FEATURES = _native.cpu_features()
-PATHS = ["portable", "sse42"]
-HAS_SSE42 = bool(FEATURES["sse42"] and FEATURES["pclmul"])
+NEEDS = {
+    "crc32c": {
+        "portable": (),
+        "sse42": ("sse42", "pclmul"),
+        "avx512": ("avx512f", "vpclmulqdq", "sse42", "pclmul"),
+    },
+    "copy": {"portable": (), "avx2": ("avx2",), "avx512": ("avx512f",)},
+}
+"""What each path of each job needs of the CPU, from worst to best."""
+VARIABLES = {"crc32c": "KVSTORE_CRC32C", "copy": "KVSTORE_COPY"}
+
+
+def can_run(job: str, path: str) -> bool:
+    return all(FEATURES[feature] for feature in NEEDS[job][path])
+
+
+def skip_unless(job: str, path: str) -> None:
+    missing = [feature for feature in NEEDS[job][path] if not FEATURES[feature]]
+    if missing:
+        pytest.skip(f"this CPU cannot run the {path} path of {job}: it has no {', '.join(missing)}")
+
+
+def best_path(job: str) -> str:
+    return [path for path in NEEDS[job] if can_run(job, path)][-1]
+
 
 RFC_3720_VECTORS = [
     (bytes(32), 0x8A9136AA),
@@ -44,6 +68,8 @@ RFC_3720_VECTORS = [
 
 # Edges of the streams that the SSE4.2 path joins: 3 x 64, 3 x 512 and 3 x 4096 bytes.
 EDGES = [0, 1, 7, 8, 9, 63, 64, 191, 192, 193, 383, 384, 1535, 1536, 1537, 12287, 12288, 12289, 12288 + 1536 + 192 + 15]
+# Edges of folding: steps of 256 bytes, from 1024 on.
+EDGES += [255, 256, 257, 1023, 1024, 1025, 1279, 1280, 1281]
 
 # Printed as JSON by a process of its own, because a process chooses its path once.
 CHECKSUMS_OF_CASES = """
@@ -61,6 +87,8 @@ for size in {edges} + [int(n) for n in random.integers(0, 20_000, 40)]:
     results.append([skip, size, value, whole])
 print(json.dumps([_native.cpu_features(), results]))
 """
+
+PRINT_FEATURES = "from kvstore import _native; import json; print(json.dumps(_native.cpu_features()))"
 
 
 def crc32c_by_definition(data: bytes, value: int = 0) -> int:
@@ -80,8 +108,10 @@ def _byte_state(state: int) -> int:
 BYTE_STATES = [_byte_state(byte) for byte in range(256)]
 
 
-def run_python(code: str, path: str) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ, KVSTORE_CRC32C=path, PYTHONPATH=os.pathsep.join(sys.path))
+def run_python(code: str, **paths: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, with paths forced by job."""
+    forced = {VARIABLES[job]: path for job, path in paths.items()}
+    environment = dict(os.environ, **forced, PYTHONPATH=os.pathsep.join(sys.path))
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
@@ -97,40 +127,16 @@ class TestCrc32c:
         assert _native.crc32c(data) == expected
         assert crc32c_by_definition(data) == expected
 
-    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("path", NEEDS["crc32c"])
     def test_each_path_follows_the_definition(self, path: str) -> None:
-        if path == "sse42" and not HAS_SSE42:
-            pytest.skip(f"not on this CPU: {FEATURES['crc32c_why_not_better']}")
-        run = run_python(CHECKSUMS_OF_CASES.format(edges=EDGES), path)
+        skip_unless("crc32c", path)
+        run = run_python(CHECKSUMS_OF_CASES.format(edges=EDGES), crc32c=path)
         assert run.returncode == 0, run.stderr
         features, results = json.loads(run.stdout)
         assert features["crc32c"] == path
         memory = np.random.default_rng(3720).integers(0, 256, 40_000, dtype=np.uint8).tobytes()
         for skip, size, value, found in results:
             assert found == crc32c_by_definition(memory[skip : skip + size], value), (skip, size, value)
-
-    def test_the_best_path_is_chosen(self) -> None:
-        code = "from kvstore import _native; import json; print(json.dumps(_native.cpu_features()))"
-        run = run_python(code, "")
-        assert run.returncode == 0, run.stderr
-        features = json.loads(run.stdout)
-        assert features["crc32c"] == ("sse42" if HAS_SSE42 else "portable")
-        assert (features["crc32c_why_not_better"] == "") == HAS_SSE42
-
-    def test_a_forced_worse_path_says_so(self) -> None:
-        code = "from kvstore import _native; print(_native.cpu_features()['crc32c_why_not_better'])"
-        assert run_python(code, "portable").stdout == "KVSTORE_CRC32C=portable forces it\n"
-
-    def test_an_unknown_path_fails_the_import(self) -> None:
-        run = run_python("import kvstore._native", "avx9")
-        assert run.returncode == 1
-        assert "ImportError: KVSTORE_CRC32C=avx9 names no checksum path; use 'sse42' or 'portable'" in run.stderr
-
-    @pytest.mark.skipif(HAS_SSE42, reason="this CPU can run every path")
-    def test_a_path_that_the_cpu_lacks_fails_the_import(self) -> None:
-        run = run_python("import kvstore._native", "sse42")
-        assert run.returncode == 1
-        assert "ImportError: KVSTORE_CRC32C=sse42 cannot be used" in run.stderr
 
     @settings(deadline=None, max_examples=200, derandomize=True)
     @given(parts=st.lists(st.binary(max_size=700), max_size=5), value=st.integers(0, (1 << 32) - 1))
@@ -316,6 +322,180 @@ class TestCopyRows:
         assert not destination.any()
 
 
+# Run by a process of its own for each pair of paths. The reference is NumPy's copy; the checksum that is fused with a
+# copy is compared with that of the same bytes alone, which other tests compare with the definition.
+COPIES_OF_RANDOM_PLANS = """
+import json, numpy as np
+from kvstore import _native
+random = np.random.default_rng(46)
+memory = random.integers(0, 256, 3 << 20, dtype=np.uint8)
+plans = 0
+for row_bytes_max in (3, 90, 300, 3000, 9000, 200_000):
+    for _ in range(8):
+        entries, expected, pieces, at = [], np.zeros(1 << 22, np.uint8), [], int(random.integers(0, 99))
+        destination = np.zeros(1 << 22, np.uint8)
+        checksums = np.zeros(64, np.uint32)
+        while len(entries) < 12 and at < 2 << 20:
+            rows, row_bytes = int(random.integers(0, 12)), int(random.integers(0, row_bytes_max))
+            source_stride = row_bytes + int(random.integers(0, 2) * random.integers(0, 70))
+            target_stride = row_bytes + int(random.integers(0, 2) * random.integers(0, 70))
+            if rows * target_stride > 1 << 20 or rows * source_stride > 2 << 20:
+                continue
+            begin = int(random.integers(0, 999))
+            for row in range(rows):
+                taken = memory[begin + row * source_stride :][:row_bytes]
+                expected[at + row * target_stride :][:row_bytes] = taken
+            in_order = b"".join(memory[begin + row * source_stride :][:row_bytes].tobytes() for row in range(rows))
+            kind = int(random.integers(0, 3)) if pieces and entries[-1][6] else int(random.integers(0, 2))
+            if kind == 1:
+                pieces.append(b"")
+            if kind:
+                pieces[-1] += in_order
+            place = checksums.ctypes.data + 4 * (len(pieces) - 1) if kind else 0
+            addresses = (destination.ctypes.data + at, memory.ctypes.data + begin)
+            entries.append((*addresses, rows, row_bytes, target_stride, source_stride, place))
+            at += rows * target_stride + int(random.integers(0, 130))
+        plan = np.array(entries, np.uint64)
+        first, place = destination.ctypes.data, checksums.ctypes.data
+        in_place = np.array([(first + 64 * i, 7 * i, place + 4 * i) for i in range(64)], np.uint64)
+        for threads in (1, 2, 3):
+            for streams in (False, True, None):
+                case = (row_bytes_max, threads, streams)
+                destination[:] = 0
+                _native.copy_rows(np.ascontiguousarray(plan[:, :6]), threads=threads, streams=streams)
+                assert np.array_equal(destination, expected), case
+                destination[:] = 0
+                checksums[:] = 0
+                _native.copy_rows_crc32c(plan, threads=threads, streams=streams)
+                assert np.array_equal(destination, expected), case
+                assert checksums[: len(pieces)].tolist() == [_native.crc32c(piece) for piece in pieces], case
+                assert not checksums[len(pieces) :].any()
+            _native.crc32c_in_place(in_place, threads=threads)
+            assert checksums.tolist() == [_native.crc32c(destination[64 * i :][: 7 * i]) for i in range(64)]
+        plans += 1
+print(json.dumps([_native.cpu_features(), plans]))
+"""
+
+
+class TestCopyPaths:
+    @pytest.mark.parametrize("checksum", NEEDS["crc32c"])
+    @pytest.mark.parametrize("path", NEEDS["copy"])
+    def test_each_pair_of_paths_copies_as_numpy_does(self, path: str, checksum: str) -> None:
+        skip_unless("copy", path)
+        skip_unless("crc32c", checksum)
+        run = run_python(COPIES_OF_RANDOM_PLANS, copy=path, crc32c=checksum)
+        assert run.returncode == 0, run.stderr
+        features, plans = json.loads(run.stdout)
+        assert (features["copy"], features["crc32c"], plans) == (path, checksum, 48)
+        assert features["copy_is_fused"] == (path == checksum == "avx512")
+
+    def test_large_plans_stream_of_themselves_and_agree(self) -> None:
+        size = 2 * int(FEATURES["copy_stream_bytes"])
+        source = np.random.default_rng(4).integers(0, 256, size, dtype=np.uint8)
+        for threads in (1, 2, 3):
+            destination, checksum = np.zeros(size, np.uint8), np.zeros(1, np.uint32)
+            entry = (destination.ctypes.data, source.ctypes.data, 1, size, size, size, checksum.ctypes.data)
+            _native.copy_rows_crc32c(np.array([entry], np.uint64), threads=threads)
+            assert np.array_equal(destination, source)
+            assert int(checksum[0]) == _native.crc32c(source)
+            destination[:] = 0
+            _native.copy_rows(plan_of(entry[:6]), threads=threads)
+            assert np.array_equal(destination, source)
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [
+            ((0, 64, 1, 8, 8, 8, 64), "has a null destination"),
+            ((64, 71, 1, 8, 8, 8, 64), "has overlapping source and destination"),
+            ((64, 4096, 1, 8, 8, 8, 2**64 - 2), "has a place for its checksum that runs past the end"),
+        ],
+    )
+    def test_a_bad_entry_stops_the_plan_before_any_byte(self, entry: tuple[int, ...], message: str) -> None:
+        source, destination, checksum = np.ones(8, np.uint8), np.zeros(8, np.uint8), np.zeros(1, np.uint32)
+        good = (destination.ctypes.data, source.ctypes.data, 1, 8, 8, 8, checksum.ctypes.data)
+        with pytest.raises(ValueError, match=f"copy_rows_crc32c: entry 1 of the plan {message}"):
+            _native.copy_rows_crc32c(np.array([good, entry], np.uint64))
+        assert not destination.any()
+        assert not checksum.any()
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [((0, 8, 64), "is null"), ((2**64 - 4, 8, 64), "runs past the end"), ((64, 8, 0), "has no place")],
+    )
+    def test_a_bad_piece_is_refused(self, entry: tuple[int, ...], message: str) -> None:
+        with pytest.raises(ValueError, match=f"crc32c_in_place: entry 0 of the plan .*{message}"):
+            _native.crc32c_in_place(np.array([entry], np.uint64))
+
+    @pytest.mark.parametrize("threads", [0, COPY_THREADS_MAX + 1])
+    def test_threads_are_limited(self, threads: int) -> None:
+        for call, columns in ((_native.copy_rows, 6), (_native.copy_rows_crc32c, 7), (_native.crc32c_in_place, 3)):
+            plan = np.zeros((0, columns), np.uint64)
+            with pytest.raises(ValueError, match=f"threads must be 1 to {COPY_THREADS_MAX}, not {threads}"):
+                call(plan, threads=threads)
+            call(plan, threads=COPY_THREADS_MAX)
+
+    def test_a_forked_child_copies(self) -> None:
+        """Threads do not survive a fork; a call in the child starts its own."""
+        code = """if True:
+            import os, numpy as np, threading
+            from kvstore import _native
+            source, destination = np.ones(32 << 20, np.uint8), np.zeros(32 << 20, np.uint8)
+            entry = (destination.ctypes.data, source.ctypes.data, 1, source.size, source.size, source.size)
+            plan = np.array([entry], np.uint64)
+            _native.copy_rows(plan, threads=3)
+            busy = threading.Thread(target=lambda: [_native.copy_rows(plan, threads=3) for _ in range(20)])
+            busy.start()
+            child = os.fork()
+            if child == 0:
+                destination[:] = 0
+                _native.copy_rows(plan, threads=3)
+                os._exit(0 if destination.all() else 1)
+            _, status = os.waitpid(child, 0)
+            busy.join()
+            print(os.waitstatus_to_exitcode(status))
+        """
+        run = run_python(code)
+        assert (run.stdout, run.stderr) == ("0\n", "")
+
+    def test_addresses(self) -> None:
+        arrays = [np.zeros(10, np.uint8), np.zeros(3, np.uint32)]
+        assert _native.addresses_of(arrays).tolist() == [array.ctypes.data for array in arrays]
+        assert _native.addresses_of([]).shape == (0,)
+        with pytest.raises(TypeError):
+            _native.addresses_of([3])  # type: ignore[list-item]
+        with pytest.raises(BufferError):
+            _native.addresses_of([memoryview(b"12345678")[::2]])
+
+
+class TestChoiceOfPaths:
+    @pytest.mark.parametrize("job", VARIABLES)
+    def test_the_best_path_is_chosen(self, job: str) -> None:
+        run = run_python(PRINT_FEATURES, **{job: ""})
+        assert run.returncode == 0, run.stderr
+        features = json.loads(run.stdout)
+        assert features[job] == best_path(job)
+        assert (features[f"{job}_why_not_better"] == "") == (best_path(job) == list(NEEDS[job])[-1])
+
+    @pytest.mark.parametrize("job", VARIABLES)
+    def test_a_forced_worse_path_says_so(self, job: str) -> None:
+        features = json.loads(run_python(PRINT_FEATURES, **{job: "portable"}).stdout)
+        assert features[f"{job}_why_not_better"] == f"{VARIABLES[job]}=portable forces it"
+
+    @pytest.mark.parametrize(("job", "noun"), [("crc32c", "checksum"), ("copy", "copy")])
+    def test_an_unknown_path_fails_the_import(self, job: str, noun: str) -> None:
+        run = run_python("import kvstore._native", **{job: "avx9"})
+        assert run.returncode == 1
+        assert f"ImportError: {VARIABLES[job]}=avx9 names no {noun} path; use one of '" in run.stderr
+
+    @pytest.mark.parametrize(("job", "path"), [(job, path) for job, paths in NEEDS.items() for path in paths])
+    def test_a_path_that_the_cpu_lacks_fails_the_import(self, job: str, path: str) -> None:
+        if can_run(job, path):
+            pytest.skip("this CPU can run it")
+        run = run_python("import kvstore._native", **{job: path})
+        assert run.returncode == 1
+        assert f"ImportError: {VARIABLES[job]}={path} cannot be used" in run.stderr
+
+
 class TestGil:
     """With thread switches forbidden, another thread moves only while the native call has given the GIL up."""
 
@@ -357,6 +537,13 @@ class TestGil:
         addresses, sizes = addresses_of(memory), np.array([memory.size], dtype=np.uint64)
         assert self.progress_during(lambda: _native.crc32c_many(addresses, sizes)) > 0
 
+    def test_released_by_copy_rows_crc32c(self) -> None:
+        source, destination = np.zeros(self.BYTES, dtype=np.uint8), np.zeros(self.BYTES, dtype=np.uint8)
+        checksum = np.zeros(1, np.uint32)
+        addresses = (destination.ctypes.data, source.ctypes.data)
+        plan = np.array([(*addresses, 1, self.BYTES, self.BYTES, self.BYTES, checksum.ctypes.data)], np.uint64)
+        assert self.progress_during(lambda: _native.copy_rows_crc32c(plan)) > 0
+
     def test_released_by_copy_rows(self) -> None:
         source = np.zeros(self.BYTES, dtype=np.uint8)
         destination = np.zeros(self.BYTES, dtype=np.uint8)
@@ -366,10 +553,11 @@ class TestGil:
 
 def test_features_name_everything_in_use() -> None:
     text = {"version", "compiler", "architecture", "crc32c", "crc32c_why_not_better", "copy", "copy_why_not_better"}
-    flags = {"stable_abi", "sse42", "pclmul"}
-    assert FEATURES.keys() == text | flags
+    flags = {"stable_abi", "sse42", "pclmul", "avx2", "avx512f", "vpclmulqdq", "copy_is_fused"}
+    assert FEATURES.keys() == text | flags | {"copy_stream_bytes"}
     assert all(isinstance(FEATURES[name], str) for name in text)
     assert all(isinstance(FEATURES[name], bool) for name in flags)
+    assert int(FEATURES["copy_stream_bytes"]) >= 1 << 20
 
 
 def test_addresses_are_those_of_ctypes() -> None:

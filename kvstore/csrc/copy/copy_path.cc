@@ -57,7 +57,8 @@ const CopyPath& active_copy_path() {
 
 std::size_t stream_bytes_min() {
     constexpr std::size_t least_bytes = 1 << 20;
-    static const std::size_t bytes = std::max(least_bytes, last_level_cache_bytes() / 8);
+    constexpr std::size_t most_bytes = 4 << 20;
+    static const std::size_t bytes = std::clamp(last_level_cache_bytes() / 8, least_bytes, most_bytes);
     return bytes;
 }
 

@@ -40,8 +40,9 @@ CopyPath choose_copy_path(const CpuFeatures& cpu, std::optional<std::string_view
 // The path of this process: chosen on the first call from the CPU and the environment variable KVSTORE_COPY.
 const CopyPath& active_copy_path();
 
-// Plans of at least this many bytes stream unless the caller says otherwise: an eighth of the last-level cache. Less may
-// still lie there when it is read again; more pushes out what others have there, and its own beginning with it.
+// Plans of at least this many bytes stream unless the caller says otherwise: an eighth of the last-level cache, and from
+// 1 to 4 MiB. Less may still lie there when it is read again; more pushes out what others have there. The upper bound is
+// for large processors, whose cache has as many users as cores.
 std::size_t stream_bytes_min();
 
 }  // namespace kvstore
