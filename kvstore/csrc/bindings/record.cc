@@ -4,7 +4,7 @@
 #include "../record/framing.h"
 #include "array.h"
 #include "bindings.h"
-#include "buffer_view.h"
+#include "buffer.h"
 
 namespace nb = nanobind;
 
