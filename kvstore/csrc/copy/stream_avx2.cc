@@ -1,4 +1,5 @@
 #include "copy_path.h"
+#include "prefetch_ahead.h"
 
 #if defined(__x86_64__)
 
@@ -22,6 +23,7 @@ __attribute__((target("avx2"))) void stream_avx2(std::byte* destination, const s
         const auto* from = reinterpret_cast<const __m256i*>(source + at);
         auto* to = reinterpret_cast<__m256i*>(destination + at);
         static_assert(2 * vector_bytes == line_bytes);
+        prefetch_ahead(source + at);
         const __m256i low = _mm256_loadu_si256(from);
         const __m256i high = _mm256_loadu_si256(from + 1);
         _mm256_stream_si256(to, low);

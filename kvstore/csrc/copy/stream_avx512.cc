@@ -1,4 +1,5 @@
 #include "copy_path.h"
+#include "prefetch_ahead.h"
 
 #if defined(__x86_64__)
 
@@ -21,6 +22,9 @@ __attribute__((target("avx512f"))) void stream_avx512(std::byte* destination, co
     for (; size_bytes - at >= step_bytes; at += step_bytes) {
         const std::byte* from = source + at;
         auto* to = reinterpret_cast<__m512i*>(destination + at);
+        for (std::size_t line = 0; line < step_bytes; line += line_bytes) {
+            prefetch_ahead(from + line);
+        }
         const __m512i first = _mm512_loadu_si512(from);
         const __m512i second = _mm512_loadu_si512(from + line_bytes);
         const __m512i third = _mm512_loadu_si512(from + 2 * line_bytes);
