@@ -6,9 +6,14 @@ import os
 import platform
 import shutil
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from kvstore.cli.finding import Finding
+from kvstore.errors import KVStoreError
+from kvstore.tiers import ArenaTier
+from kvstore.tiers.arena import SHARED_MEMORY_DIRECTORY
+from kvstore.tiers.available_memory import memory_limit_bytes
 from kvstore.units import format_bytes
 
 CPU_FLAGS = (
@@ -26,12 +31,12 @@ CPU_FLAGS = (
 """What the data path uses now or could."""
 MEMLOCK_WANTED_BYTES = 64 << 20
 NOFILE_WANTED = 4096
-UNLIMITED_BYTES = 1 << 60
-"""Control groups write "no limit" as a number near 2^63."""
+ARENA_PROBE_BYTES = 4 << 20
+"""Large enough that huge pages can hold it."""
 
 
 def machine_findings() -> list[Finding]:
-    return [_python(), _cpu(), *_memory(), _shared_memory(), _huge_pages(), *_limits()]
+    return [_python(), _cpu(), *_memory(), _shared_memory(), _arena(), _huge_pages(), *_limits()]
 
 
 def _python() -> Finding:
@@ -57,7 +62,7 @@ def _memory() -> list[Finding]:
     if "MemTotal" not in fields:
         return [Finding("memory", True, "unknown: there is no /proc/meminfo")]
     total, free = fields["MemTotal"], fields.get("MemAvailable", 0)
-    limit = _memory_limit()
+    limit = memory_limit_bytes()
     offered = f"{format_bytes(total)}, of which {format_bytes(free)} are available"
     if limit is not None and limit < total:
         return [
@@ -69,7 +74,7 @@ def _memory() -> list[Finding]:
                 why_not_better="the control group of this process limits it; keep dram= below",
             )
         ]
-    return [Finding("memory", True, offered, in_use="what dram= says, page by page as it fills")]
+    return [Finding("memory", True, offered, in_use="what dram= says, all of it at open")]
 
 
 def _meminfo() -> dict[str, int]:
@@ -83,42 +88,42 @@ def _meminfo() -> dict[str, int]:
     return fields
 
 
-def _memory_limit() -> int | None:
-    """The smallest limit of this process's control group, version 2 or 1."""
-    group = next((line[3:] for line in read_text("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
-    paths = [f"/sys/fs/cgroup{parent}/memory.max" for parent in (group, *map(str, Path(group).parents))]
-    limits = []
-    for path in (*paths, "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = read_text(path).strip()
-        if text.isdigit() and int(text) < UNLIMITED_BYTES:
-            limits.append(int(text))
-    return min(limits, default=None)
-
-
 def _shared_memory() -> Finding:
     try:
-        usage = shutil.disk_usage("/dev/shm")
+        usage = shutil.disk_usage(SHARED_MEMORY_DIRECTORY)
     except OSError as error:
-        return Finding("shm", False, f"/dev/shm cannot be used: {error.strerror}")
+        return Finding("shm", False, f"{SHARED_MEMORY_DIRECTORY} cannot be used: {error.strerror}")
     return Finding(
         "shm",
         True,
-        f"/dev/shm of {format_bytes(usage.total)}, {format_bytes(usage.free)} free",
-        why_not_better="this version keeps a store in the memory of one process",
+        f"{SHARED_MEMORY_DIRECTORY} of {format_bytes(usage.total)}, {format_bytes(usage.free)} free",
+        in_use="arenas with a name; without one they are memfds, which it does not limit",
     )
+
+
+def _arena() -> Finding:
+    """What an arena would be made of, seen by opening a small one."""
+    try:
+        with closing(ArenaTier(ARENA_PROBE_BYTES)) as tier:
+            huge_pages, kind = tier.huge_pages, tier.kind
+    except KVStoreError as error:
+        return Finding("arena", False, "", why_not_better=str(error))
+    pages = "huge pages" if huge_pages.in_use else "small pages"
+    return Finding("arena", True, f"{kind}, {pages}", in_use="dram=", why_not_better=huge_pages.why_not)
 
 
 def _huge_pages() -> Finding:
     fields = _meminfo()
     total, free = fields.get("HugePages_Total", 0), fields.get("HugePages_Free", 0)
     size = format_bytes(fields["Hugepagesize"]) if "Hugepagesize" in fields else "unknown size"
-    transparent = read_text("/sys/kernel/mm/transparent_hugepage/enabled")
+    transparent = read_text("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
     mode = transparent.partition("[")[2].partition("]")[0] or "unknown"
     return Finding(
         "hugepages",
         total > 0,
-        f"{free} of {total} reserved pages of {size} free; transparent huge pages: {mode}",
-        why_not_better="this version asks for none; slots are mapped one by one",
+        f"{free} of {total} reserved pages of {size} free; transparent huge pages for shared memory: {mode}",
+        in_use="an arena, where enough are free" if total else "",
+        why_not_better="" if total else "reserve them: sysctl vm.nr_hugepages",
     )
 
 

@@ -17,7 +17,7 @@ from kvstore.limits import (
     RECORD_BYTES_MAX,
     RECORD_HEADER_BYTES_MAX,
 )
-from kvstore.tiers.available_memory import available_memory
+from kvstore.tiers.available_memory import available_memory, free_huge_page_bytes
 from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class ArenaTier(Tier):
             raise ValueError(
                 f"an arena's name is 1 to {ARENA_NAME_CHARACTERS_MAX} letters, digits, '.', '_' and '-', got {name!r}"
             )
-        _check_available(capacity_bytes)
+        _check_available(capacity_bytes, may_be_huge=name is None)
         self._capacity_bytes = capacity_bytes
         self._largest_slot_bytes = min(largest_slot_bytes, capacity_bytes)
         self._arena = Arena(capacity_bytes, self._largest_slot_bytes, list(slot_sizes_bytes), directory, name or "")
@@ -246,9 +246,9 @@ class ArenaTier(Tier):
         self._memory = None
 
 
-def _check_available(capacity_bytes: int) -> None:
+def _check_available(capacity_bytes: int, *, may_be_huge: bool) -> None:
     available = available_memory()
-    if available is None:
+    if available is None or (may_be_huge and capacity_bytes + RECORD_ALIGN_BYTES <= free_huge_page_bytes()):
         return
     usable = int(available.bytes * (1 - MEMORY_SPARE_FRACTION))
     if capacity_bytes > usable:

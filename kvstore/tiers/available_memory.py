@@ -47,6 +47,16 @@ def memory_limit_bytes(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
+def free_huge_page_bytes(root: Path = Path("/")) -> int:
+    """Reserved huge pages that nobody has taken; they count neither as available memory nor against control groups."""
+    found = {"HugePages_Free": 0, "HugePages_Rsvd": 0, "Hugepagesize": 0}
+    for line in _text(root / "proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        if name in found:
+            found[name] = int(rest.split()[0])
+    return max(0, found["HugePages_Free"] - found["HugePages_Rsvd"]) * found["Hugepagesize"] * 1024
+
+
 def _of_machine(root: Path) -> AvailableMemory | None:
     for line in _text(root / "proc/meminfo").splitlines():
         name, _, rest = line.partition(":")

@@ -95,7 +95,7 @@ def test_doctor_shows_every_finding() -> None:
     findings = {finding["name"]: finding for finding in document["findings"]}
     assert len(findings) == len(document["findings"])
     for name in (
-        "python", "cpu", "memory", "shm", "hugepages", "limit.memlock", "limit.nofile", "native", "crc32c.avx512",
+        "python", "cpu", "memory", "shm", "arena", "hugepages", "limit.memlock", "limit.nofile", "native", "crc32c.avx512",
         "crc32c.sse42", "crc32c.portable", "copy.avx512", "copy.avx2", "copy.portable", "copy.checksum",
         "copy.streaming", "copy.threads", "transport.memory", "transport.tcp", "transport.ucx", "congestion.cubic",
         "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers", "cuda",
@@ -181,17 +181,25 @@ def test_a_machine_without_anything_is_described(monkeypatch: pytest.MonkeyPatch
 def test_memory_limits_of_control_groups_count(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 524288 kB\nHugePages_Total: 4\nHugePages_Free: 3\n",
-        "/proc/self/cgroup": "0::/a/b\n",
-        "/sys/fs/cgroup/a/b/memory.max": "max\n",
-        "/sys/fs/cgroup/a/memory.max": f"{256 << 20}\n",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
     }
     monkeypatch.setattr(machine, "read_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 256 << 20)
     findings = {finding.name: finding for finding in machine.machine_findings()}
     assert findings["memory"].offered == "1.00 GiB, of which 512.00 MiB are available"
     assert findings["memory"].in_use == "at most 256.00 MiB"
     assert findings["hugepages"].is_available
     assert findings["hugepages"].offered.startswith("3 of 4")
+
+
+def test_the_arena_says_what_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.name: finding for finding in machine.machine_findings()}["arena"]
+    assert found.is_available
+    assert found.offered in ("memfd, huge pages", "memfd, small pages")
+    assert ("small" in found.offered) == bool(found.why_not_better)
+    monkeypatch.setattr(machine, "ARENA_PROBE_BYTES", 1 << 60)
+    found = {finding.name: finding for finding in machine.machine_findings()}["arena"]
+    assert not found.is_available
+    assert "less memory" in found.why_not_better
 
 
 def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
