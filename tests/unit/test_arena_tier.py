@@ -223,7 +223,9 @@ def name(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("there is no /dev/shm")
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"test-{os.getpid()}-{request.node.name}")
     yield name
-    assert not os.path.exists(path_of(name)), "left behind"
+    if os.path.exists(path_of(name)):
+        os.unlink(path_of(name))
+        pytest.fail(f"{path_of(name)} was left behind")
 
 
 def path_of(name: str) -> str:
