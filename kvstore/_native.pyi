@@ -114,7 +114,7 @@ def copy_rows(plan: NDArray[np.uint64], *, threads: int = 1, streams: bool | Non
     memory alive and has checked that each region lies inside it.
 
     Args:
-        threads: at most so many, the caller's included, share the work; those beside the caller's end with the call.
+        threads: at most so many, the caller's included, share the work, on threads of their own.
             With more than one, destinations must not overlap. 1 to `kvstore.limits.COPY_THREADS_MAX`.
         streams: store past the caches, for what is larger than they are. None decides by the plan's size; see
             `copy_stream_bytes` of `cpu_features`.

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 namespace kvstore {
 namespace {
@@ -20,23 +22,43 @@ void forget_helpers_in_children() {
     static_cast<void>(registered);
 }
 
-// A number of helper threads that no other call can take.
-class HelperClaim {
-  public:
-    explicit HelperClaim(unsigned wanted) {
-        unsigned used = helpers_in_use.load();
-        do {
-            count_ = std::min(wanted, helper_threads_max - std::min(used, helper_threads_max));
-        } while (!helpers_in_use.compare_exchange_weak(used, used + count_));
+// Takes up to `wanted` of the helper threads that no other call has.
+unsigned claim_helpers(unsigned wanted) {
+    unsigned used = helpers_in_use.load();
+    unsigned count = 0;
+    do {
+        count = std::min(wanted, helper_threads_max - std::min(used, helper_threads_max));
+    } while (!helpers_in_use.compare_exchange_weak(used, used + count));
+    return count;
+}
+
+// The shares of one call. A helper that the system runs late may outlive the call: it finds no share left, and looks at
+// nothing but this.
+struct SharedWork {
+    const std::size_t shares;
+    const std::function<void(std::size_t)>* const work;  // valid while a share is left or being worked on
+    std::atomic<std::size_t> next{0};
+    std::atomic<std::size_t> done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+
+    SharedWork(std::size_t share_count, const std::function<void(std::size_t)>& function)
+        : shares(share_count), work(&function) {}
+
+    void take_shares() {
+        for (std::size_t share = next.fetch_add(1); share < shares; share = next.fetch_add(1)) {
+            (*work)(share);
+            if (done.fetch_add(1) + 1 == shares) {
+                const std::lock_guard lock(mutex);
+                all_done.notify_all();
+            }
+        }
     }
-    ~HelperClaim() { helpers_in_use.fetch_sub(count_); }
-    HelperClaim(const HelperClaim&) = delete;
-    HelperClaim& operator=(const HelperClaim&) = delete;
 
-    unsigned count() const { return count_; }
-
-  private:
-    unsigned count_ = 0;
+    void wait() {
+        std::unique_lock lock(mutex);
+        all_done.wait(lock, [this] { return done.load() == shares; });
+    }
 };
 
 // Threads begin with their creator's mask: signals go to threads that know what to do with them.
@@ -58,35 +80,33 @@ class SignalsBlocked {
 }  // namespace
 
 void run_shares(std::size_t shares, unsigned threads, const std::function<void(std::size_t)>& work) {
-    std::atomic<std::size_t> next{0};
-    const auto take_shares = [&] {
-        for (std::size_t share = next.fetch_add(1); share < shares; share = next.fetch_add(1)) {
-            work(share);
-        }
-    };
     const std::size_t useful = std::min<std::size_t>(threads, shares);
     if (useful < 2) {
-        take_shares();
+        for (std::size_t share = 0; share < shares; ++share) {
+            work(share);
+        }
         return;
     }
     forget_helpers_in_children();
-    const HelperClaim claim(static_cast<unsigned>(useful - 1));
-    std::vector<std::thread> helpers;
-    helpers.reserve(claim.count());
+    const auto shared = std::make_shared<SharedWork>(shares, work);
+    unsigned claimed = claim_helpers(static_cast<unsigned>(useful - 1));
     {
         const SignalsBlocked blocked;
         try {
-            while (helpers.size() < claim.count()) {
-                helpers.emplace_back(take_shares);
+            for (; claimed > 0; --claimed) {
+                // Not joined: on a busy machine the rest of the work may be done before a helper first runs.
+                std::thread([shared] {
+                    shared->take_shares();
+                    helpers_in_use.fetch_sub(1);
+                }).detach();
             }
         } catch (const std::system_error&) {
             // The system gives no more threads; those there are do the work.
+            helpers_in_use.fetch_sub(claimed);
         }
     }
-    take_shares();
-    for (std::thread& helper : helpers) {
-        helper.join();
-    }
+    shared->take_shares();
+    shared->wait();
 }
 
 }  // namespace kvstore
