@@ -54,7 +54,11 @@ COPY_BYTES_PER_THREAD_MIN = 4 * MIB
 
 # Pool
 GHOSTS_MAX = 1 << 16
-"""Prefix nodes kept after their records are gone, about 1.3 KB each."""
+"""Prefix nodes kept after their records are gone, about 130 bytes each."""
+VICTIMS_AHEAD = 256
+"""Victims that an eviction policy names at a time, before they are needed."""
+VICTIMS_AHEAD_MIN = 64
+"""With fewer left, the policy is asked again after the next commit."""
 CANDIDATES_MAX = 64
 """Candidates that one match reports, deepest first."""
 CHECKPOINTS_PER_WRITE_MAX = 64
@@ -95,5 +99,6 @@ assert SPAN_BYTES_MAX <= RECORD_BYTES_MAX
 assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
 assert FRAME_HEADER_BYTES % 16 == 0
 assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
+assert VICTIMS_AHEAD_MIN <= VICTIMS_AHEAD
 assert TRANSFERS_PER_PEER_MAX <= TRANSFERS_PER_NODE_MAX
 assert COPY_THREADS_DEFAULT <= COPY_THREADS_MAX

@@ -1,14 +1,16 @@
 """The pool: which records are kept, found and let go."""
 
 from kvstore.pool.checkpoints import LadderCheckpoints
+from kvstore.pool.held import HeldRecord, TransactionRecord
 from kvstore.pool.hold import Hold
 from kvstore.pool.lru import LRUPolicy
 from kvstore.pool.match import Candidate, Match, Missing
 from kvstore.pool.path import HandOver, NodePath, RecordName
 from kvstore.pool.pool import Pool
 from kvstore.pool.prompt import Prompt
+from kvstore.pool.rows import RecordNames
 from kvstore.pool.statistics import PoolStatistics
-from kvstore.pool.transaction import HeldRecord, Transaction, TransactionRecord
+from kvstore.pool.transaction import Transaction, commit_together
 
 __all__ = [
     "Candidate",
@@ -24,6 +26,8 @@ __all__ = [
     "PoolStatistics",
     "Prompt",
     "RecordName",
+    "RecordNames",
     "Transaction",
     "TransactionRecord",
+    "commit_together",
 ]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvstore.errors import LeaseError, StoreClosedError
-from kvstore.pool.path import RecordName
-from kvstore.pool.search import covering_span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvstore.pool.index import PrefixIndex
-    from kvstore.pool.node import Entry, PrefixNode
+    from kvstore._native import HeldRows
+    from kvstore.pool.held import HeldRecord, PlacedRows
     from kvstore.pool.path import HandOver, NodePath
     from kvstore.pool.pool import Pool
-    from kvstore.pool.search import Needs
-    from kvstore.pool.transaction import HeldRecord
 
 
 class Hold:
@@ -25,30 +20,36 @@ class Hold:
 
     Attributes:
         path: the resume point's nodes.
-        records: by group, span and node, the order in which a model needs them.
+        salt: whose prefix it is.
         handover: what waits there for a decode process.
+        placed: its records as arrays, in the order of `records`.
     """
 
     def __init__(
         self,
         pool: Pool,
         path: NodePath,
-        records: tuple[HeldRecord, ...],
-        nodes: list[PrefixNode],
+        salt: bytes,
+        held: HeldRows,
+        placed: PlacedRows,
         handover: HandOver | None,
+        damages: int,
     ) -> None:
         self.path = path
-        self.records = records
+        self.salt = salt
         self.handover = handover
-        self.nodes = nodes
+        self.placed = placed
+        self.held = held
+        self.damages = damages
+        """How often damage had been found when the records were last known to be good."""
         self._pool = pool
         self._lock = threading.Lock()
         self._is_released = False
 
-    @property
-    def salt(self) -> bytes:
-        """Whose prefix it is."""
-        return self.nodes[0].root.salt
+    @cached_property
+    def records(self) -> tuple[HeldRecord, ...]:
+        """The records one by one, by group, span and node: the order in which a model needs them."""
+        return self.placed.held()
 
     @property
     def is_released(self) -> bool:
@@ -84,44 +85,3 @@ class Hold:
         """As `release`, for finalizers: no lock is taken here, and the pool acts in its next call."""
         if not self._is_released:
             self._pool.settle_later(self.release)
-
-
-def collect_held(
-    index: PrefixIndex, path: NodePath, needs: Needs, digest_of: Callable[[int, int, int], bytes | None]
-) -> tuple[list[tuple[RecordName, Entry]] | None, list[PrefixNode]]:
-    """Every record of a resume point and the path's nodes; None if one record is not there.
-
-    Args:
-        digest_of: chunk grid digest that the record of a (node, group, span) must carry; None takes any.
-    """
-    nodes: list[PrefixNode] = []
-    entries: list[tuple[RecordName, Entry]] = []
-    for number in range(len(path)):
-        node = index.get(path.key(number))
-        if (
-            node is None
-            or node.end_tokens != path.end_tokens(number)
-            or not _collect(entries, number, node.attention, needs.attention, digest_of)
-        ):
-            return None, []
-        nodes.append(node)
-    if not nodes or not _collect(entries, len(nodes) - 1, nodes[-1].states, needs.states, digest_of):
-        return None, []
-    entries.sort(key=lambda item: (item[0].group, item[0].span, item[0].node, item[0].units))
-    return entries, nodes
-
-
-def _collect(
-    entries: list[tuple[RecordName, Entry]],
-    number: int,
-    records: dict[tuple[int, int], list[Entry]],
-    needs: tuple[tuple[int, int, frozenset[int]], ...],
-    digest_of: Callable[[int, int, int], bytes | None],
-) -> bool:
-    for group, spans, units in needs:
-        for span in range(spans):
-            chosen = covering_span(records, group, span, units, digest_of(number, group, span))
-            if chosen is None:
-                return False
-            entries.extend((RecordName(number, group, span, entry.units), entry) for entry in chosen)
-    return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from kvstore.pool.lazy import LazyFields
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(LazyFields):
     """A resume point that is there.
 
     Attributes:
@@ -49,7 +51,7 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Match:
+class Match(LazyFields):
     """The answer to "how much of this prompt is there?". True if anything is.
 
     Attributes:
@@ -61,6 +63,9 @@ class Match:
         shard: whose share was asked for.
         grid: the chunk boundaries that were asked for; None if any would do.
         grids: chunk grid digests of the records that a hand-over consists of; None otherwise.
+        seconds_per_byte: what copying has cost in this store; None before any.
+
+    Candidates, what is missing and the suggestions are computed when they are first looked at.
     """
 
     tokens: int
@@ -71,11 +76,23 @@ class Match:
     shard: Shard
     grid: ChunkGrid | None = None
     grids: Mapping[RecordPlace, bytes] | None = field(default=None, compare=False)
-    expected_load_s: float | None = field(default=None, compare=False)
-    """Time to copy the deepest candidate out, from what copying has cost in this store; None before any."""
+    seconds_per_byte: float | None = field(default=None, compare=False)
 
     def __bool__(self) -> bool:
         return self.tokens > 0
+
+    @property
+    def expected_load_s(self) -> float | None:
+        """Time to copy the deepest candidate out, from what copying has cost in this store; None before any."""
+        if self.seconds_per_byte is None or self.best is None:
+            return None
+        return self.best.size_bytes * self.seconds_per_byte
+
+    def timed(self, seconds_per_byte: float) -> Match:
+        """The same answer, with what copying costs; nothing is computed for it."""
+        match = Match.__new__(Match)
+        match.__dict__.update(self.__dict__, seconds_per_byte=seconds_per_byte)
+        return match
 
     @property
     def best(self) -> Candidate | None:
@@ -94,6 +111,6 @@ class Match:
         for number, candidate in enumerate(self.candidates):
             if candidate.tokens == tokens:
                 rest = self.candidates[number:]
-                return replace(self, tokens=tokens, candidates=rest, grids=None, expected_load_s=None)
+                return replace(self, tokens=tokens, candidates=rest, grids=None)
         lengths = ", ".join(str(candidate.tokens) for candidate in self.candidates) or "none"
         raise ValueError(f"no resume point of {tokens} tokens was found; found: {lengths}")

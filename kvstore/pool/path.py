@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+
 from kvstore.errors import WriteError
+from kvstore.keys import KEY_BYTES
 from kvstore.limits import HANDOVER_PAYLOAD_BYTES_MAX, TOKEN_ID_MAX
 
 if TYPE_CHECKING:
     from kvstore.spec import UnitRange
+
+PackedPath: TypeAlias = tuple[bytes, int, bytes, "bytes | None", bytes]
+"""Root, tokens per block, all keys, the tail's key, the tail's ids as 32-bit integers: what native calls take."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,12 @@ class NodePath:
     def tokens(self) -> int:
         """Length of the prefix at the last node."""
         return len(self.keys) * self.block_tokens + len(self.tail_ids)
+
+    @cached_property
+    def packed(self) -> PackedPath:
+        """The path as the native index takes it."""
+        tail_ids = np.array(self.tail_ids, np.uint32).tobytes()
+        return self.root, self.block_tokens, b"".join(self.keys), self.tail_key, tail_ids
 
     def is_tail(self, node: int) -> bool:
         return node >= len(self.keys)
@@ -67,7 +80,14 @@ class NodePath:
         """The path of the first `nodes` nodes."""
         if nodes >= len(self):
             return self
-        return NodePath(self.root, self.block_tokens, self.keys[:nodes])
+        path = NodePath(self.root, self.block_tokens, self.keys[:nodes])
+        # Cut from this path's bytes rather than joined anew.
+        path.__dict__["packed"] = (self.root, self.block_tokens, self.packed[2][: nodes * KEY_BYTES], None, b"")
+        return path
+
+    def with_tail(self, nodes: int, tail_key: bytes, tail_ids: tuple[int, ...]) -> NodePath:
+        """The path of the first `nodes` whole blocks and a tail."""
+        return NodePath(self.root, self.block_tokens, self.keys[:nodes], tail_key, tail_ids)
 
 
 @dataclass(frozen=True, order=True)

@@ -1,45 +1,23 @@
-"""What a write has to reserve: pure functions over the index. The pool holds its lock."""
+"""What a write provides: names of records, and the chunk boundaries that each was computed with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvstore.errors import WriteError
-from kvstore.pool.path import RecordName
-from kvstore.pool.search import attention_grid
-from kvstore.record import RecordHeader, record_layout
+import numpy as np
+
+from kvstore.keys import KEY_BYTES
 from kvstore.spec import UNKNOWN_GRID, ReuseRule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Mapping
 
-    from kvstore.pool.index import PrefixIndex
-    from kvstore.pool.node import Entry
-    from kvstore.pool.path import NodePath
+    import numpy.typing as npt
+
+    from kvstore.pool.path import NodePath, RecordName
+    from kvstore.pool.rows import RecordNames
     from kvstore.record import RecordLayout
     from kvstore.spec import ChunkGrid, ModelSpec
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """A record that is missing: its name, its metadata but for the cost, and where its pieces go."""
-
-    name: RecordName
-    header: RecordHeader
-    layout: RecordLayout
-
-
-@dataclass(frozen=True)
-class WritePlan:
-    """What to reserve, and what is there already."""
-
-    reservations: tuple[Reservation, ...]
-    held: tuple[tuple[RecordName, Entry], ...]
-
-    @property
-    def slot_sizes(self) -> list[int]:
-        return [item.layout.slot_bytes for item in self.reservations]
 
 
 def grid_digest(spec: ModelSpec, path: NodePath, node: int, group: int, grid: ChunkGrid | None) -> bytes:
@@ -48,63 +26,50 @@ def grid_digest(spec: ModelSpec, path: NodePath, node: int, group: int, grid: Ch
         return UNKNOWN_GRID
     end_tokens = path.end_tokens(node)
     if spec.groups[group].rule is ReuseRule.ATTENTION:
-        return attention_grid(grid, end_tokens) or UNKNOWN_GRID
+        closing = grid.closing(end_tokens)
+        return UNKNOWN_GRID if closing is None else grid.digest_at(closing)
     return grid.digest_at(end_tokens)
 
 
-def find_records(index: PrefixIndex, path: NodePath, name: RecordName, digest: bytes) -> list[Entry] | None:
-    """Committed records that cover a name. A writer that does not know its grid takes any."""
-    return index.find(path, name, None if digest == UNKNOWN_GRID else digest)
-
-
-def plan_write(
-    index: PrefixIndex, path: NodePath, names: Sequence[RecordName], digest_of: Callable[[RecordName], bytes]
-) -> WritePlan:
-    """Sort the records that a writer provides into missing ones and those that are there.
+def name_table(
+    spec: ModelSpec,
+    path: NodePath,
+    names: RecordNames,
+    grid: ChunkGrid | None,
+    grid_digests: Mapping[RecordName, bytes] | None,
+) -> tuple[npt.NDArray[np.uint64], bytes]:
+    """Names with the number of the digest that each record carries, shape [n, 6], and the digests.
 
     Raises:
-        WriteError: attention records would not be contiguous from the root.
+        SpecError: a state ends at no chunk boundary.
     """
-    spec = index.spec
-    reservations: list[Reservation] = []
-    held: list[tuple[RecordName, Entry]] = []
-    for name in names:
-        digest = digest_of(name)
-        entries = find_records(index, path, name, digest)
-        if entries is None:
-            layout = record_layout(spec, name.group, name.span, name.units)
-            reservations.append(Reservation(name, _header(spec, path, name, digest), layout))
-        else:
-            held.extend((replace(name, units=entry.units), entry) for entry in entries)
-    _check_contiguous(index, path, names)
-    return WritePlan(tuple(reservations), tuple(held))
+    table = np.zeros((len(names), 6), np.uint64)
+    table[:, :5] = names.table
+    if grid_digests:
+        known: dict[bytes, int] = {}
+        table[:, 5] = [known.setdefault(grid_digests[name], len(known)) for name in names]
+        return table, b"".join(known)
+    if grid is None:
+        return table, UNKNOWN_GRID
+    nodes = table[:, 0].astype(np.int64)
+    ends = (nodes + 1) * path.block_tokens
+    ends[nodes >= len(path.keys)] = path.tokens
+    closing = np.searchsorted(np.array(grid.boundaries, np.int64), ends)
+    for row in np.flatnonzero(np.isin(table[:, 1], spec.state_groups)).tolist():
+        grid.digest_at(int(ends[row]))
+    # Number 0 is the unknown grid, 1 the digest at 0, and so on.
+    table[:, 5] = np.where(closing < len(grid.boundaries), closing + 2, 0)
+    return table, UNKNOWN_GRID + grid.packed[1]
 
 
-def _header(spec: ModelSpec, path: NodePath, name: RecordName, digest: bytes) -> RecordHeader:
-    end_tokens = path.end_tokens(name.node)
-    return RecordHeader(
-        key=path.key(name.node),
-        parent=path.parent(name.node),
-        end_tokens=end_tokens,
-        valid_tokens=spec.groups[name.group].valid_tokens(spec.block_tokens, end_tokens),
-        grid=digest,
-    )
-
-
-def _check_contiguous(index: PrefixIndex, path: NodePath, names: Sequence[RecordName]) -> None:
-    named = set(names)
-    for name in names:
-        if name.node == 0 or index.spec.groups[name.group].rule is not ReuseRule.ATTENTION:
-            continue
-        above = RecordName(name.node - 1, name.group, name.span, name.units)
-        if above not in named and index.find(path, above, None) is None:
-            raise WriteError(
-                f"attention up to {path.end_tokens(name.node)} tokens cannot be written: the block before it is "
-                "neither stored nor part of this write; write from the resume point that was matched"
-            )
-
-
-def clear_padding(layout: RecordLayout, memory: memoryview, valid_tokens: int) -> None:
+def clear_padding(layout: RecordLayout, memory: memoryview) -> None:
     """Zero a record that will be filled in part: its padding is stored, sent and checksummed."""
-    if layout.capacity_tokens and valid_tokens < layout.capacity_tokens:
-        memory[layout.header_bytes : layout.record_bytes] = bytes(layout.body_bytes)
+    memory[layout.header_bytes : layout.record_bytes] = bytes(layout.body_bytes)
+
+
+def place_table(grids: Mapping[tuple[int, int, int], bytes]) -> tuple[npt.NDArray[np.uint64], bytes]:
+    """Places with the number of the digest that a record there must carry, shape [n, 4], and the digests."""
+    known: dict[bytes, int] = {}
+    rows = [(*place, known.setdefault(digest, len(known))) for place, digest in grids.items()]
+    assert all(len(digest) == KEY_BYTES for digest in known)
+    return np.array(rows, np.uint64).reshape(-1, 4), b"".join(known)

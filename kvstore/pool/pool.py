@@ -6,22 +6,23 @@ Decisions are made under the lock; bytes move outside of it, in slots that are p
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections import deque
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
 from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
-from kvstore.pool.hold import Hold, collect_held
-from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES, PrefixIndex, units_within
-from kvstore.pool.lru import LRUPolicy
-from kvstore.pool.match import Candidate, Match, Missing
-from kvstore.pool.plan import clear_padding, find_records, grid_digest, plan_write
-from kvstore.pool.room import Room, evictable_bytes
-from kvstore.pool.search import Query, needs_of, search
+from kvstore.pool.held import PlacedRows
+from kvstore.pool.hold import Hold
+from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
+from kvstore.pool.plan import clear_padding, name_table, place_table
+from kvstore.pool.room import Room
+from kvstore.pool.rows import RecordNames, Rows, slot_table
+from kvstore.pool.search import Query, answer, search
 from kvstore.pool.statistics import PoolStatistics
-from kvstore.pool.transaction import HeldRecord, Transaction, TransactionRecord
+from kvstore.pool.transaction import Transaction, commit_together, merge_grids
 from kvstore.record import record_layout
 from kvstore.spec import ReuseRule
 from kvstore.spec.shard import WHOLE
@@ -29,10 +30,13 @@ from kvstore.spec.shard import WHOLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from kvstore._native import HeldRows, WriteSet
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
-    from kvstore.pool.node import Entry, PrefixNode
+    from kvstore.pool.held import HeldRecord
+    from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
     from kvstore.pool.prompt import Prompt
+    from kvstore.pool.transaction import PreparedCommit
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
 
@@ -63,7 +67,7 @@ class Pool:
             for group in range(len(spec.groups))
             for span in range(len(spec.spans[group]))
         )
-        if largest + NODE_BYTES + ENTRY_BYTES > tier.capacity_bytes:
+        if largest + 2 * NODE_BYTES + RECORD_BYTES > tier.capacity_bytes:
             raise RecordTooLargeError(
                 f"the {tier.name} tier of {tier.capacity_bytes} bytes is too small for one record of this spec "
                 f"({largest} bytes); open the store with more memory, or use smaller blocks"
@@ -74,13 +78,14 @@ class Pool:
         self._tier = tier
         self._lock = threading.RLock()
         ghosts_max = min(GHOSTS_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
-        self._index = PrefixIndex(spec, eviction or LRUPolicy(), ghosts_max)
+        self._index = PrefixIndex(spec, eviction, ghosts_max)
         self._checkpoints = checkpoints or LadderCheckpoints()
         self._listeners: list[Callable[[], None]] = []
         self._settling = threading.local()
         self._dropped: deque[Callable[[], None]] = deque()
         self._statistics = PoolStatistics()
         self._room = Room(tier, self._index, self._statistics)
+        self._damages = 0
         self.is_closed = False
 
     def settle_later(self, end: Callable[[], None]) -> None:
@@ -120,35 +125,21 @@ class Pool:
         Raises:
             StoreClosedError: the pool is closed.
         """
-        self._settle()
+        if self._dropped:
+            self._settle()
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
-        query = Query(prompt, cap, needs_of(self.spec, shard), grid)
+        query = Query(self.spec, prompt, cap, shard, grid)
         with self._lock:
             self._check_open()
-            found = search(self._index, query)
+            found = search(self._index.native, query)
             self._statistics.matches += 1
-            self._statistics.hits += bool(found.candidates)
-            suggested = self._checkpoints.suggest(
-                len(prompt),
-                found.candidates[0].tokens if found.candidates else 0,
-                found.branch_points,
-                self.spec.block_tokens,
-            )
-        if grid is not None:
-            suggested = _on_grid(suggested, found.candidates[0].tokens if found.candidates else 0, prompt, grid)
-        candidates = tuple(
-            Candidate(path.tokens, path, self.spec.bytes_by_group(path.tokens, shard), self._tier.name)
-            for path in found.candidates
-        )
-        return Match(
-            tokens=candidates[0].tokens if candidates else 0,
-            candidates=candidates,
-            missing=Missing(cap, found.attention_tokens, found.reasons),
-            pending_tokens=found.pending_tokens,
-            suggested=suggested,
-            shard=shard,
-            grid=grid,
-        )
+            self._statistics.hits += found.tokens > 0
+
+        def suggest(resume_tokens: int, branch_points: Sequence[int]) -> tuple[int, ...]:
+            with self._lock:
+                return self._checkpoints.suggest(len(prompt), resume_tokens, branch_points, self.spec.block_tokens)
+
+        return answer(query, found, self._tier.name, suggest)
 
     def hold(
         self,
@@ -167,39 +158,35 @@ class Pool:
         Raises:
             LeaseGoneError: a record is not there any more; nothing is held.
         """
-
-        def digest_of(node: int, group: int, span: int) -> bytes | None:
-            if grids is not None:
-                return grids.get((node, group, span))
-            if grid is None:
-                return None
-            return grid_digest(self.spec, path, node, group, grid)
-
         self._settle()
+        if grid is not None and grids is None and self.spec.state_groups:
+            grid.digest_at(path.tokens)  # states exist at boundaries only
         with self._lock:
             self._check_open()
-            entries, nodes = collect_held(self._index, path, needs_of(self.spec, shard), digest_of)
-            if entries is None:
+            held = self._index.native.collect(
+                path.packed,
+                needs_of(self.spec, shard),
+                None if grid is None else grid.packed,
+                None if grids is None else place_table(grids),
+            )
+            if held is None:
                 raise LeaseGoneError(
                     f"the resume point of {path.tokens} tokens was evicted since it was matched; match again"
                 )
-            return self._make_hold(path, entries, nodes)
+            return self._make_hold(path, held)
 
-    def _make_hold(self, path: NodePath, entries: Sequence[tuple[RecordName, Entry]], nodes: list[PrefixNode]) -> Hold:
-        self._hold_nodes(nodes, +1)
-        self._room.pin_all(entry.slot for _, entry in entries)
-        self._index.touch(nodes)
-        records = tuple(self._held(name, entry) for name, entry in entries)
-        return Hold(self, path, records, nodes, nodes[-1].handover)
+    def _make_hold(self, path: NodePath, held: HeldRows) -> Hold:
+        rows = Rows(self.spec, path, *held.rows())
+        slots = rows.slots()
+        self._room.pin_all(slots)
+        self._index.hold(held)
+        waiting = self._index.handovers(held.last_node)
+        handover = waiting[0][0] if waiting else None
+        placed = PlacedRows(rows, slots, self._views(slots))
+        return Hold(self, path, self._index.native.salt(held.last_node), held, placed, handover, self._damages)
 
-    def _held(self, name: RecordName, entry: Entry) -> HeldRecord:
-        return HeldRecord(name, entry.layout, self._tier.view(entry.slot), entry.header, entry.slot)
-
-    def _hold_nodes(self, nodes: Sequence[PrefixNode], change: int) -> None:
-        for node in nodes:
-            node.attention_holds += change
-        if nodes:
-            nodes[-1].state_holds += change
+    def _views(self, slots: Sequence[Slot]) -> list[memoryview]:
+        return [self._tier.view(slot) for slot in slots]
 
     def check_current(self, hold: Hold) -> None:
         """Raise unless the records of a hold are still what the index would give out.
@@ -212,24 +199,23 @@ class Pool:
         """
         with self._lock:
             self._check_open()
-            for record in hold.records:
-                try:
-                    self._tier.view(record.slot)
-                except StaleSlotError as error:
-                    raise LeaseGoneError(
-                        f"the resume point of {hold.path.tokens} tokens was found damaged since it was leased; "
-                        "match again"
-                    ) from error
+            if hold.damages == self._damages:
+                return
+            try:
+                self._views(hold.placed.slots)
+            except StaleSlotError as error:
+                raise LeaseGoneError(
+                    f"the resume point of {hold.path.tokens} tokens was found damaged since it was leased; match again"
+                ) from error
+            hold.damages = self._damages
 
     def release(self, hold: Hold) -> None:
         """End a hold; for `Hold` itself."""
         with self._lock:
             if self.is_closed:
                 return
-            self._hold_nodes(hold.nodes, -1)
-            self._room.unpin_all(record.slot for record in hold.records)
-            if hold.nodes:
-                self._drop_if_over(hold.nodes[-1])
+            self._room.unpin_all(hold.placed.slots)
+            self._room.freed(self._index.release(hold.held))
         self._notify()
 
     def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], Hold] | None:
@@ -237,24 +223,27 @@ class Pool:
         self._settle()
         with self._lock:
             self._check_open()
-            node = self._index.get(path.key(len(path) - 1))
-            if node is None or not node.handovers:
+            node = self._end_of(path)
+            waiting = self._index.handovers(node) if node is not None else []
+            if node is None or not waiting:
                 return None
-            grids = node.handovers[0][1]
-            entries, nodes = collect_held(
-                self._index, path, needs_of(self.spec, WHOLE), lambda *place: grids.get(place)
-            )
-            taken = self._index.take_handover(node) if entries is not None else None
-            if entries is None or taken is None:
+            places = place_table(waiting[0][1])
+            held = self._index.native.collect(path.packed, needs_of(self.spec, WHOLE), None, places)
+            if held is None:
                 return None
-            return (*taken, self._make_hold(path, entries, nodes))
+            taken = self._index.take_handover(node)
+            assert taken is not None
+            return (*taken, self._make_hold(path, held))
+
+    def _end_of(self, path: NodePath) -> int | None:
+        return self._index.native.find(path.key(len(path) - 1))
 
     def return_handover(self, path: NodePath, handover: HandOver, grids: Mapping[RecordPlace, bytes]) -> None:
         """Put back what was accepted and is not wanted; without effect if its records have gone."""
         with self._lock:
             self._check_open()
-            node = self._index.get(path.key(len(path) - 1))
-            if node is not None and (node.attention or node.states):
+            node = self._end_of(path)
+            if node is not None and self._index.native.holds_records(node):
                 self._index.add_handover(node, handover, grids)
 
     def take_handover(self, path: NodePath) -> HandOver | None:
@@ -262,7 +251,7 @@ class Pool:
         self._settle()
         with self._lock:
             self._check_open()
-            node = self._index.get(path.key(len(path) - 1))
+            node = self._end_of(path)
             taken = self._index.take_handover(node) if node is not None else None
             return taken[0] if taken is not None else None
 
@@ -270,15 +259,11 @@ class Pool:
 
     def missing(self, path: NodePath, names: Iterable[RecordName], grid: ChunkGrid | None = None) -> list[RecordName]:
         """Those of the named records that are not committed."""
+        named = RecordNames.of(names)
+        table = name_table(self.spec, path, named, grid, None)
         with self._lock:
             self._check_open()
-            return [name for name in names if not self._is_there(path, name, self._digest(path, name, grid))]
-
-    def _digest(self, path: NodePath, name: RecordName, grid: ChunkGrid | None) -> bytes:
-        return grid_digest(self.spec, path, name.node, name.group, grid)
-
-    def _is_there(self, path: NodePath, name: RecordName, digest: bytes) -> bool:
-        return find_records(self._index, path, name, digest) is not None
+            return [named[number] for number in self._index.native.missing(path.packed, *table)]
 
     def begin(
         self,
@@ -287,7 +272,7 @@ class Pool:
         *,
         salt: bytes,
         grid: ChunkGrid | None = None,
-        grid_digests: dict[RecordName, bytes] | None = None,
+        grid_digests: Mapping[RecordName, bytes] | None = None,
         resume_nodes: Iterable[int] = (),
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,
@@ -309,169 +294,168 @@ class Pool:
             LeaseGoneError: a record of `basis` is not held any more.
         """
         self._settle()
+        named = RecordNames.of(names)
+        table, digests = name_table(self.spec, path, named, grid, grid_digests)
         with self._lock:
             self._check_open()
-            plan = plan_write(
-                self._index,
-                path,
-                names,
-                lambda name: grid_digests[name] if grid_digests else self._digest(path, name, grid),
-            )
-            sizes = plan.slot_sizes
-            made = self._index.count_missing(path)
-            self._room.check(sizes, made)
-            first = min((name.node for name in names), default=0)
+            writes = self._index.native.plan(path.packed, table, digests)
+            self._check_plan(path, writes)
+            rows = Rows(self.spec, path, *writes.missing())
+            held_rows = Rows(self.spec, path, *writes.held())
+            sizes = rows.slot_sizes
+            self._room.check(sizes, writes.new_nodes)
+            first = int(named.table[:, 0].min()) if len(named) else 0
             inherited = tuple(
                 record
                 for record in basis
                 if record.name.node < first and self.spec.groups[record.name.group].rule is ReuseRule.ATTENTION
             )
-            held = (*inherited, *(self._held(name, entry) for name, entry in plan.held))
-            self._room.pin_all(record.slot for record in (*held, *basis))
-            nodes = self._index.ensure_path(path, salt)
-            resume = frozenset(resume_nodes)
-            basis_tail = self._basis_tail(path, basis)
-            self._rely((*nodes, *basis_tail), resume, +1)
+            held_slots = held_rows.slots()
+            pinned = [*held_slots, *(record.slot for records in (inherited, basis) for record in records)]
+            self._room.pin_all(pinned)
             try:
-                slots = self._room.reserve(sizes)
+                self._index.native.enter(
+                    writes, path.packed, salt, self._basis_tail(path, basis), sorted(set(resume_nodes))
+                )
+                try:
+                    slots = self._room.reserve(sizes)
+                except BaseException:
+                    self._index.native.undo(writes)
+                    raise
             except BaseException:
-                self._rely((*nodes, *basis_tail), resume, -1)
-                self._index.release_path(nodes, made=made)
-                self._room.unpin_all(record.slot for record in (*held, *basis))
+                self._room.unpin_all(pinned)
                 raise
-            records = tuple(
-                TransactionRecord(item.name, item.layout, self._tier.view(slot), item.header, slot)
-                for item, slot in zip(plan.reservations, slots, strict=True)
-            )
-            for record in records:
-                clear_padding(record.layout, record.memory, record.header.valid_tokens)
+            writes.set_slots(slot_table(slots))
+            placed = PlacedRows(rows, slots, self._views(slots))
+            layouts, classes = rows.classes
+            for row in rows.padded():
+                clear_padding(layouts[classes[row]], placed.memories[row])
+            placed_held = PlacedRows(held_rows, held_slots, self._views(held_slots))
             return Transaction(
-                self, path, nodes, records, held, tuple(basis), basis_tail, resume, is_transient=is_transient
+                self,
+                path,
+                writes,
+                placed,
+                placed_held,
+                inherited,
+                tuple(basis),
+                self._damages,
+                is_transient=is_transient,
             )
 
-    def _basis_tail(self, path: NodePath, basis: Sequence[HeldRecord]) -> tuple[PrefixNode, ...]:
+    @staticmethod
+    def _check_plan(path: NodePath, writes: WriteSet) -> None:
+        if writes.is_wrong_path:
+            raise WriteError("a prefix key of this path names another prefix; compute the keys as docs/keys.md says")
+        if writes.gap_node is not None:
+            raise WriteError(
+                f"attention up to {path.end_tokens(writes.gap_node)} tokens cannot be written: the block before it is "
+                "neither stored nor part of this write; write from the resume point that was matched"
+            )
+
+    def _basis_tail(self, path: NodePath, basis: Sequence[HeldRecord]) -> list[int]:
         """The tail that a write continues from, which its own path does not pass through; at most one node.
 
         The caller may end its lease once it has restored, and what the write builds on must not be evicted then.
         """
-        tails = {
-            node.key: node
-            for record in basis
-            if (node := self._index.get(record.header.key)) is not None and node.is_tail and node.key != path.tail_key
-        }
-        return tuple(tails.values())
+        keys = {record.header.key for record in basis} - {path.tail_key}
+        nodes = (self._index.native.find(key) for key in keys)
+        return [node for node in nodes if node is not None and self._index.native.is_tail(node)]
 
-    def _rely(self, nodes: Sequence[PrefixNode], resume_nodes: frozenset[int], change: int) -> None:
-        for number in resume_nodes:
-            nodes[number].pending += change
-        for node in nodes:
-            node.attention_holds += change
-            node.state_holds += change
+    def commit_together(self, commits: Sequence[tuple[Transaction, int | None, HandOver | None]]) -> None:
+        """Several transactions become visible in one step, or none; see `kvstore.pool.commit_together`.
 
-    def _commit(
-        self,
-        transaction: Transaction,
-        ready: list[int],
-        *,
-        is_final: bool,
-        is_still: bool,
-        handover: HandOver | None,
-    ) -> None:
-        """For `Transaction.commit`: make sealed records visible, in one step.
+        Raises:
+            WriteError, StoreClosedError, LeaseGoneError: as `Transaction.commit`.
+        """
+        commit_together(self, commits)
+
+    def _commit(self, commits: Sequence[PreparedCommit]) -> None:
+        """For `commit_together`: make sealed records visible, in one step. All is checked before anything changes."""
+        with self._lock:
+            self._check_open()
+            for commit in commits:
+                self._check_basis(commit.transaction)
+            self._check_handovers(commits)
+            native = self._index.native
+            was_empty = [not native.holds_records(commit.transaction.writes.last_node) for commit in commits]
+            for commit in commits:
+                self._apply(commit)
+            for commit, is_new in zip(commits, was_empty, strict=True):
+                if commit.is_final:
+                    self._finish(commit, commits, is_new=is_new)
+            for commit in commits:
+                if commit.is_final:
+                    native.leave(commit.transaction.writes)
+                    if commit.is_still:
+                        self._room.freed(self._index.let_go(commit.transaction.writes))
+            self._statistics.commits += len(commits)
+            self._index.look_ahead()
+
+    def _apply(self, commit: PreparedCommit) -> None:
+        transaction = commit.transaction
+        if commit.is_still:
+            self._room.unpin_all(transaction.slots)
+        slots = transaction.placed.slots
+        given_back = self._index.commit(transaction.writes, commit.ready, commit.costs_us)
+        transaction.given_back(given_back)
+        kept = np.setdiff1d(commit.ready, np.array(given_back, np.uint64), assume_unique=True)
+        self._room.keep_all([slots[number] for number in kept.tolist()])
+        self._room.give_back_all([slots[number] for number in given_back])
+
+    def _check_handovers(self, commits: Sequence[PreparedCommit]) -> None:
+        added: dict[int, int] = {}
+        for commit in commits:
+            if commit.handover is None:
+                continue
+            node = commit.transaction.writes.last_node
+            added[node] = added.get(node, len(self._index.handovers(node))) + 1
+            if added[node] > HANDOVERS_PER_PROMPT_MAX:
+                raise WriteError(
+                    f"{HANDOVERS_PER_PROMPT_MAX} hand-overs of this prompt wait to be taken, which is the limit; take "
+                    "them, or commit without one"
+                )
+
+    def _check_basis(self, transaction: Transaction) -> None:
+        """What was computed from records that were found damaged must not become visible."""
+        if transaction.damages == self._damages:
+            return  # only damage takes records from under who holds them
+        try:
+            self._views([record.slot for record in transaction.basis])
+        except StaleSlotError as error:
+            raise LeaseGoneError(
+                "the resume point that this write continues from was found damaged since; nothing more of it was "
+                "committed. Match again and compute anew"
+            ) from error
+        transaction.damages = self._damages
+
+    def _finish(self, commit: PreparedCommit, commits: Sequence[PreparedCommit], *, is_new: bool) -> None:
+        """The whole path is there: whether its tail stays, and what waits at its end."""
+        native, last = self._index.native, commit.transaction.writes.last_node
+        if not commit.transaction.is_transient or not native.is_tail(last):
+            # Somebody stores this tail for good, whatever brought it here first.
+            native.set_transient(last, False)
+        elif is_new:
+            native.set_transient(last, any(each.handover is not None for each in commits))
+        if commit.handover is not None and native.holds_records(last):
+            same = [each.transaction for each in commits if each.transaction.writes.last_node == last]
+            self._index.add_handover(last, commit.handover, merge_grids(same))
+
+    def _abandon(self, transaction: Transaction, uncommitted: Sequence[Slot], *, is_still: bool) -> None:
+        """For `Transaction.abort`.
 
         Args:
             is_still: nothing moves in its slots any more: what is given back of them needs no quarantine.
         """
         with self._lock:
-            self._check_open()
-            self._check_basis(transaction)
-            if handover is not None and len(transaction.nodes[-1].handovers) >= HANDOVERS_PER_PROMPT_MAX:
-                raise WriteError(
-                    f"{HANDOVERS_PER_PROMPT_MAX} hand-overs of this prompt wait to be taken, which is the limit; take "
-                    "them, or commit without one"
-                )
-            if is_still:
-                self._room.unpin_all(transaction.slots)
-            changed: dict[tuple[bytes, bool], PrefixNode] = {}
-            was_empty = not (transaction.nodes[-1].attention or transaction.nodes[-1].states)
-            # Ancestors first: a block is reachable only through the one before it.
-            for index in sorted(ready, key=lambda number: transaction.records[number].name.node):
-                record = transaction.records[index]
-                node = transaction.nodes[record.name.node]
-                is_there = self._is_there(transaction.path, record.name, record.header.grid)
-                if is_there or not self._is_reachable(node, record.name):
-                    self._room.give_back(record.slot)
-                    transaction.given_back(index)
-                    continue
-                self._room.keep(record.slot)
-                self._index.add(node, record.name.group, record.name.span, transaction.entry(index))
-                is_state = self.spec.groups[record.name.group].rule is ReuseRule.STATE
-                changed[node.key, is_state] = node
-            for (_, is_state), node in changed.items():
-                self._index.refresh_evictable(node, is_state=is_state)
-            # From the deepest up: the policy must never rank an ancestor, committed earlier, before what depends on it.
-            deepest = max((record.name.node for record in (transaction.records[i] for i in ready)), default=-1)
-            self._index.touch(transaction.nodes[: deepest + 1])
-            if is_final:
-                self._finish(transaction, handover, is_new=was_empty)
-                self._leave(transaction, is_still=is_still)
-            self._statistics.commits += 1
-
-    def _check_basis(self, transaction: Transaction) -> None:
-        """What was computed from records that were found damaged must not become visible."""
-        for record in transaction.basis:
-            try:
-                self._tier.view(record.slot)
-            except StaleSlotError as error:
-                raise LeaseGoneError(
-                    "the resume point that this write continues from was found damaged since; nothing more of it was "
-                    "committed. Match again and compute anew"
-                ) from error
-
-    def _is_reachable(self, node: PrefixNode, name: RecordName) -> bool:
-        """Whether the attention that a block builds on is still there; a damaged block may have taken it.
-
-        States need not wait for it: another worker of the same prompt may bring the attention later.
-        """
-        if self.spec.groups[name.group].rule is ReuseRule.STATE or node.parent is None:
-            return True
-        above = [entry.units for entry in node.parent.attention.get((name.group, name.span), ())]
-        return units_within(name.units, above)
-
-    def _finish(self, transaction: Transaction, handover: HandOver | None, *, is_new: bool) -> None:
-        """The whole path is there: whether its tail stays, and what waits at its end."""
-        last = transaction.nodes[-1]
-        if not transaction.is_transient or not last.is_tail:
-            # Somebody stores this tail for good, whatever brought it here first.
-            last.is_transient = False
-        elif is_new:
-            last.is_transient = handover is not None
-        if handover is not None and (last.attention or last.states):
-            self._index.add_handover(last, handover, transaction.grids())
-
-    def _leave(self, transaction: Transaction, *, is_still: bool) -> None:
-        for number in transaction.resume_nodes:
-            transaction.nodes[number].pending -= 1
-        self._index.release_path(transaction.nodes)
-        if is_still:
-            self._stop_relying(transaction)
-
-    def _stop_relying(self, transaction: Transaction) -> None:
-        """The nodes of a transaction may be evicted again, and so may the tail that it continued from."""
-        self._rely((*transaction.nodes, *transaction.basis_tail), frozenset(), -1)
-        for node in transaction.basis_tail:
-            self._drop_if_over(node)
-
-    def _abandon(self, transaction: Transaction, uncommitted: list[TransactionRecord], *, is_still: bool) -> None:
-        """For `Transaction.abort`; `is_still` as for `_commit`."""
-        with self._lock:
             if self.is_closed:
                 return
             if is_still:
                 self._room.unpin_all(transaction.slots)
-            for record in uncommitted:
-                self._room.give_back(record.slot)
-            self._leave(transaction, is_still=is_still)
+            self._room.give_back_all(uncommitted)
+            self._index.native.leave(transaction.writes)
+            if is_still:
+                self._room.freed(self._index.let_go(transaction.writes))
             self._statistics.aborts += 1
 
     def _let_go(self, transaction: Transaction) -> None:
@@ -481,8 +465,8 @@ class Pool:
         """
         with self._lock:
             if not self.is_closed:
-                self._stop_relying(transaction)
                 self._room.unpin_all(transaction.slots)
+                self._room.freed(self._index.let_go(transaction.writes))
 
     # Removing
 
@@ -494,15 +478,13 @@ class Pool:
         self._settle()
         with self._lock:
             self._check_open()
-            node = self._index.get(key)
+            node = self._index.native.find(key)
             if node is None:
                 return 0
-            closure = self._index.closure(node.evictable(is_state=states_only))
-            freed = sum(evictable_bytes(member, is_state=is_state) for member, is_state in closure)
-            for member, is_state in closure:
-                self._room.evict(member, is_state=is_state)
+            freed = self._index.evict(node, states_only=states_only)
+            freed_bytes = self._room.freed(freed) + len(freed) * RECORD_BYTES
         self._notify()
-        return freed
+        return freed_bytes
 
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         """A record of this node is damaged: forget it and all that only it made reachable, held or not.
@@ -514,28 +496,17 @@ class Pool:
         """
         with self._lock:
             self._check_open()
-            node = self._index.get(key)
+            node = self._index.native.find(key)
             if node is None:
                 return
-            records = node.states if is_state else node.attention
-            if slot is not None and all(entry.slot != slot for entries in records.values() for entry in entries):
+            if slot is not None and not self._index.native.has_slot(
+                node, is_state, slot.index, slot.generation, slot.size_bytes
+            ):
                 return
             self._statistics.damaged_records += 1
-            if not is_state:
-                for member in (*node.below(), node):
-                    self._drop(member)
-            else:
-                self._room.evict(node, is_state=True)
+            self._damages += 1
+            self._room.freed(self._index.condemn(node, is_state=is_state))
         self._notify()
-
-    def _drop_if_over(self, node: PrefixNode) -> None:
-        """A tail that came for a hand-over goes once that was taken and nobody reads it or builds on it."""
-        if node.is_transient and node.handover is None and not node.attention_holds:
-            self._drop(node)
-
-    def _drop(self, node: PrefixNode) -> None:
-        self._room.evict(node, is_state=True)
-        self._room.evict(node, is_state=False)
 
     # The pool itself
 
@@ -559,13 +530,13 @@ class Pool:
         with self._lock:
             return self._statistics.snapshot(
                 capacity_bytes=self._tier.capacity_bytes,
-                committed_bytes=self._index.committed_bytes,
+                committed_bytes=self._index.native.committed_bytes,
                 reserved_bytes=self._room.reserved_bytes,
                 quarantined_bytes=self._tier.quarantined_bytes,
                 index_bytes=self._index.memory_bytes,
-                bytes_by_salt=self._index.bytes_by_salt,
-                nodes=len(self._index),
-                ghosts=self._index.ghost_count,
+                bytes_by_salt=self._index.native.bytes_by_salt,
+                nodes=len(self._index.native),
+                ghosts=self._index.native.ghost_count,
             )
 
     def check(self) -> None:
@@ -573,7 +544,7 @@ class Pool:
         self._settle()
         with self._lock:
             self._index.check()
-            accounted = self._index.committed_bytes + self._room.reserved_bytes + self._tier.quarantined_bytes
+            accounted = self._index.native.committed_bytes + self._room.reserved_bytes + self._tier.quarantined_bytes
             assert accounted == self._tier.used_bytes, (accounted, self._tier.used_bytes)
             # A hand-over's payload is made room for by the next write.
             assert self.is_closed or self._room.free_bytes + self._index.payload_bytes >= 0, "the budget is exceeded"
@@ -585,7 +556,7 @@ class Pool:
                 return
             self.is_closed = True
             self._tier.close()
-            self._index = PrefixIndex(self.spec, LRUPolicy())
+            self._index = PrefixIndex(self.spec)
             self._room = Room(self._tier, self._index, self._statistics)
         self._notify()
 
@@ -597,15 +568,3 @@ class Pool:
     def _check_open(self) -> None:
         if self.is_closed:
             raise StoreClosedError("the store is closed; open it again")
-
-
-def _on_grid(lengths: Sequence[int], resume_tokens: int, prompt: Prompt, grid: ChunkGrid) -> tuple[int, ...]:
-    """Checkpoints moved back to chunk boundaries, since a state exists only between chunks."""
-    block = prompt.path.block_tokens
-    possible = [
-        boundary
-        for boundary in grid.boundaries
-        if resume_tokens < boundary <= len(prompt) and (boundary % block == 0 or boundary == len(prompt))
-    ]
-    positions = {bisect_right(possible, length) for length in lengths}
-    return tuple(possible[position - 1] for position in sorted(positions) if position)

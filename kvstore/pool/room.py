@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from kvstore.errors import LeaseGoneError, PoolFullError, QuarantineFullError, StaleSlotError, WriteTooLargeError
 from kvstore.limits import QUARANTINE_FRACTION_MAX
-from kvstore.pool.index import ENTRY_BYTES, NODE_BYTES
+from kvstore.pool.index import NODE_BYTES
+from kvstore.pool.rows import slots_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from kvstore.abc import Slot, Tier
     from kvstore.pool.index import PrefixIndex
-    from kvstore.pool.node import PrefixNode
     from kvstore.pool.statistics import PoolStatistics
 
 
@@ -34,7 +34,7 @@ class Room:
     @property
     def free_bytes(self) -> int:
         """Bytes that can be reserved without evicting anything."""
-        index_bytes = self._index.memory_bytes + self._reserved_records * ENTRY_BYTES
+        index_bytes = self._index.memory_bytes + self._reserved_records * self._index.record_bytes
         return self._tier.capacity_bytes - self._tier.used_bytes - index_bytes
 
     def check(self, sizes: Sequence[int], new_nodes: int) -> None:
@@ -49,7 +49,7 @@ class Room:
                 f"{self._tier.quarantined_bytes} bytes wait for dropped writers, the limit is {limit}; "
                 "wait until their copies have ended"
             )
-        needed_bytes = sum(sizes) + len(sizes) * ENTRY_BYTES + new_nodes * NODE_BYTES
+        needed_bytes = sum(sizes) + len(sizes) * self._index.record_bytes + new_nodes * NODE_BYTES
         if needed_bytes > self._tier.capacity_bytes or not self._tier.fits_when_empty(sizes):
             raise WriteTooLargeError(
                 f"{needed_bytes} bytes are needed and the {self._tier.name} tier has {self._tier.capacity_bytes}, in "
@@ -68,22 +68,19 @@ class Room:
         if slots is None:
             raise PoolFullError(f"the {self._tier.name} tier has no {len(sizes)} slots left; try again later")
         self._tier.pin_all(slots)
-        for slot in slots:
-            self._count_reserved(slot, +1)
+        self._reserved_records += len(slots)
+        self.reserved_bytes += sum(slot.size_bytes for slot in slots)
         return slots
 
-    def keep(self, slot: Slot) -> None:
-        """A reserved slot holds a committed record now."""
-        self._count_reserved(slot, -1)
+    def keep_all(self, slots: Sequence[Slot]) -> None:
+        """Reserved slots hold committed records now."""
+        self._reserved_records -= len(slots)
+        self.reserved_bytes -= sum(slot.size_bytes for slot in slots)
 
-    def give_back(self, slot: Slot) -> None:
-        """A reserved slot is not needed; while it is pinned it stays in quarantine."""
-        self._count_reserved(slot, -1)
-        self._tier.free(slot)
-
-    def _count_reserved(self, slot: Slot, change: int) -> None:
-        self.reserved_bytes += change * slot.size_bytes
-        self._reserved_records += change
+    def give_back_all(self, slots: Sequence[Slot]) -> None:
+        """Reserved slots are not needed; while one is pinned it stays in quarantine."""
+        self.keep_all(slots)
+        self._tier.free_all(slots)
 
     def pin_all(self, slots: Iterable[Slot]) -> None:
         """Pin slots that somebody holds, all or none.
@@ -100,81 +97,73 @@ class Room:
         self._tier.unpin_all(slots)
 
     def _make_room(self, sizes: Sequence[int]) -> None:
-        """Evict until slots of these sizes can be had, or change nothing."""
-        needed_bytes = sum(sizes) + len(sizes) * ENTRY_BYTES
-        lacking = needed_bytes - self.free_bytes
-        victims = self._victims(sizes, lacking)
-        if victims is None:
-            raise PoolFullError(
-                f"{needed_bytes} bytes are needed and {self.free_bytes} are free; what may be evicted of "
-                f"{self._tier.capacity_bytes} is not enough, the rest is leased or being written; retry later, or open "
-                "the store with more memory"
-            )
-        for node, is_state in victims:
-            self.evict(node, is_state=is_state)
+        """Evict until the tier can take slots of these sizes, or change nothing.
 
-    def _victims(self, sizes: Sequence[int], lacking: int) -> list[tuple[PrefixNode, bool]] | None:
-        """The first in the policy's order that suffice, in bytes and in slots; None when all do not."""
-        if lacking <= 0 and self._tier.would_fit(sizes):
-            return []
-        chosen: dict[tuple[bytes, bool], tuple[PrefixNode, bool]] = {}
-        steps = [(0, 0)]
-        """How many are chosen, and the bytes that they free, after each step of the order."""
+        Bytes alone do not decide: a tier may be unable to make one large slot of many small ones.
+        """
+        needed_bytes = sum(sizes) + len(sizes) * self._index.record_bytes
+        lacking_bytes = needed_bytes - self.free_bytes
+        if lacking_bytes <= 0 and self._tier.would_fit(sizes):
+            return
+        native = self._index.native
+        target_bytes = max(lacking_bytes, 1)
+        step_bytes = max(sizes, default=1)
         tried = 0
-        for item in self._index.ranked():
-            if (item.key, item.is_state) in chosen:
-                continue
-            freed = steps[-1][1]
-            for node, is_state in self._index.closure(item):
-                if (node.key, is_state) not in chosen:
-                    chosen[node.key, is_state] = node, is_state
-                    freed += evictable_bytes(node, is_state=is_state)
-            steps.append((len(chosen), freed))
-            # Twice as many before each further look, so that looking stays cheap; what is too many is found below.
-            if freed >= lacking and len(chosen) >= max(1, 2 * tried):
-                tried = len(chosen)
-                if self._tier.would_fit(sizes, _slots_of(chosen.values())):
+        try:
+            while True:
+                chosen_bytes = self._index.choose(target_bytes)
+                if chosen_bytes >= lacking_bytes and self._would_fit(sizes, native.chosen_count):
                     break
-        victims = list(chosen.values())
-        freed = steps[-1][1]
-        if freed < lacking:
-            ghosts = -(-(lacking - freed) // NODE_BYTES)
-            if ghosts > self._index.ghost_count:
-                return None
-            if not self._tier.would_fit(sizes, _slots_of(victims)) or self._index.drop_ghosts(ghosts) < ghosts:
-                return None
-            return victims
-        low = next(step for step, (_, bytes_) in enumerate(steps) if bytes_ >= lacking)
-        high = len(steps) - 1
-        if not self._tier.would_fit(sizes, _slots_of(victims)):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            if self._tier.would_fit(sizes, _slots_of(victims[: steps[middle][0]])):
-                high = middle
-            else:
-                low = middle + 1
-        return victims[: steps[high][0]]
+                if chosen_bytes < target_bytes:
+                    self._drop_ghosts(sizes, needed_bytes, lacking_bytes - chosen_bytes, chosen_bytes)
+                    break
+                # Twice as many before each further look, so that looking stays cheap; too many are let off below.
+                tried = native.chosen_count
+                target_bytes = chosen_bytes + step_bytes
+                step_bytes *= 2
+            low, high = tried, native.chosen_count
+            while tried and low + 1 < high:
+                middle = (low + high) // 2
+                if self._would_fit(sizes, middle):
+                    high = middle
+                else:
+                    low = middle
+            native.trim_choice(high)
+        except BaseException:
+            native.drop_choice()
+            raise
+        self.freed(self._index.evict_chosen())
 
-    def evict(self, node: PrefixNode, *, is_state: bool) -> None:
-        """Drop a node's states or its attention. Below attention nothing may be left."""
-        for entry in self._index.remove(node, is_state=is_state):
-            self._tier.free(entry.slot)
-            self._statistics.evicted_records += 1
-            self._statistics.evicted_bytes += entry.slot.size_bytes
+    def _would_fit(self, sizes: Sequence[int], chosen: int) -> bool:
+        """Whether the first so many of the chosen victims leave enough room."""
+        return self._tier.would_fit(sizes, slots_of(self._index.native.chosen_slots(chosen)))
 
+    def _drop_ghosts(
+        self, sizes: Sequence[int], needed_bytes: int, lacking_bytes: int, chosen_bytes: int
+    ) -> None:
+        """All victims do not suffice: whether hints can make up for the rest.
 
-def _slots_of(victims: Iterable[tuple[PrefixNode, bool]]) -> list[Slot]:
-    """What evicting these would free."""
-    return [
-        entry.slot
-        for node, is_state in victims
-        for entries in (node.states if is_state else node.attention).values()
-        for entry in entries
-    ]
+        Raises:
+            PoolFullError: they cannot.
+        """
+        native = self._index.native
+        ghosts = -(-lacking_bytes // NODE_BYTES)
+        if (
+            ghosts <= 0
+            or ghosts > native.ghost_count
+            or not self._would_fit(sizes, native.chosen_count)
+            or native.drop_ghosts(ghosts) < ghosts
+        ):
+            raise PoolFullError(
+                f"{needed_bytes} bytes are needed and {self.free_bytes} are free; {chosen_bytes} more may be evicted "
+                f"of {self._tier.capacity_bytes}, the rest is leased or being written; retry later, or open the "
+                "store with more memory"
+            )
 
-
-def evictable_bytes(node: PrefixNode, *, is_state: bool) -> int:
-    """What evicting a node's states or its attention frees."""
-    records = node.states if is_state else node.attention
-    return sum(entry.slot.size_bytes + ENTRY_BYTES for entries in records.values() for entry in entries)
+    def freed(self, slots: Sequence[Slot]) -> int:
+        """Records have left the index: free their slots; the bytes."""
+        self._tier.free_all(slots)
+        size_bytes = sum(slot.size_bytes for slot in slots)
+        self._statistics.evicted_records += len(slots)
+        self._statistics.evicted_bytes += size_bytes
+        return size_bytes

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import count
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvstore._native import addresses_of
 from kvstore.errors import LeaseGoneError, StoreClosedError, WriteError
-from kvstore.pool.node import Entry
 from kvstore.record import seal_records
 from kvstore.spec import UNKNOWN_GRID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy.typing as npt
+
+    from kvstore._native import WriteSet
     from kvstore.abc import Slot
-    from kvstore.pool.node import PrefixNode
-    from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
+    from kvstore.pool.held import HeldRecord, PlacedRows, TransactionRecord
+    from kvstore.pool.path import HandOver, NodePath, RecordPlace
     from kvstore.pool.pool import Pool
-    from kvstore.record import RecordHeader, RecordLayout
+    from kvstore.record import RecordLayout
 
-
-@dataclass(frozen=True)
-class HeldRecord:
-    """A committed record that stays where it is while a lease or a transaction holds it.
-
-    Attributes:
-        name: its node in the path, group, span and units.
-        layout: where its pieces lie.
-        memory: the record's bytes, from its header on. Read only.
-        header: its metadata.
-        slot: where it lies.
-    """
-
-    name: RecordName
-    layout: RecordLayout
-    memory: memoryview
-    header: RecordHeader
-    slot: Slot
-
-
-@dataclass(frozen=True)
-class TransactionRecord:
-    """A record that is being written.
-
-    Attributes:
-        name: its node in the path, group, span and units.
-        layout: where its pieces go.
-        memory: the reserved slot, writable.
-        header: its metadata, all but the cost.
-        slot: the reservation.
-    """
-
-    name: RecordName
-    layout: RecordLayout
-    memory: memoryview
-    header: RecordHeader
-    slot: Slot
+_serials = count()
 
 
 class Transaction:
@@ -67,36 +36,45 @@ class Transaction:
 
     While it lives, and while bytes still move in its slots, the committed records on its path are not evicted, and
     all slots are pinned.
+
+    Attributes:
+        path: the nodes that are written.
+        writes: the reservation in the index.
+        placed: what was missing and is now reserved, as arrays.
+        placed_held: the requested records that were there already, as arrays.
+        inherited: those of the resume point that is continued which the path passes through.
+        basis: all records of the resume point that is continued: what is computed from them is only as good as they.
+        is_transient: the path's tail is for a hand-over only.
+        damages: how often damage had been found when the basis was last known to be good.
     """
 
     def __init__(
         self,
         pool: Pool,
         path: NodePath,
-        nodes: list[PrefixNode],
-        records: tuple[TransactionRecord, ...],
-        held: tuple[HeldRecord, ...],
+        writes: WriteSet,
+        placed: PlacedRows,
+        placed_held: PlacedRows,
+        inherited: tuple[HeldRecord, ...],
         basis: tuple[HeldRecord, ...],
-        basis_tail: tuple[PrefixNode, ...],
-        resume_nodes: frozenset[int],
+        damages: int,
         *,
         is_transient: bool,
     ) -> None:
         self.path = path
-        self.records = records
-        """What was missing and is now reserved."""
-        self.held = held
-        """The requested records that were there already, and those of the resume point that is continued."""
+        self.writes = writes
+        self.placed = placed
+        self.placed_held = placed_held
+        self.inherited = inherited
         self.basis = basis
-        """All records of the resume point that is continued: what is computed from them is only as good as they are."""
-        self.basis_tail = basis_tail
-        self.resume_nodes = resume_nodes
+        self.damages = damages
         self.is_transient = is_transient
-        self.nodes = nodes
+        self._serial = next(_serials)
         self._pool = pool
         self._lock = threading.Lock()
-        self._costs_us: dict[int, int] = {}
-        self._committed: set[int] = set()
+        self._costs_us = np.zeros(len(placed.rows), np.uint64)
+        self._is_sealed = np.zeros(len(placed.rows), np.bool_)
+        self._is_committed = np.zeros(len(placed.rows), np.bool_)
         self._movers = 0
         self._end_reason: str | None = None
         self._unpinned = False
@@ -106,26 +84,29 @@ class Transaction:
         if getattr(self, "_end_reason", "it was never begun") is None:
             self._pool.settle_later(partial(self.abort, "it was dropped without a commit"))
 
-    def grids(self) -> dict[RecordPlace, bytes]:
-        """Chunk grid digests of all records that this transaction provides or builds on.
+    @cached_property
+    def records(self) -> tuple[TransactionRecord, ...]:
+        """What was missing and is now reserved, one by one."""
+        return self.placed.reserved()
 
-        Where workers wrote their shares on different grids, a writer that knows none takes them together; such a
-        place has no digest.
-        """
-        digests: dict[RecordPlace, bytes] = {}
-        mixed: set[RecordPlace] = set()
-        # What was given back of a writer that knows no grid is there on whatever grid the faster writer had.
-        kept = [
-            record
-            for index, record in enumerate(self.records)
-            if index not in self._given_back or record.header.grid != UNKNOWN_GRID
-        ]
-        provided: tuple[HeldRecord | TransactionRecord, ...] = (*self.held, *kept)
-        for record in provided:
-            place = (record.name.node, record.name.group, record.name.span)
-            if digests.setdefault(place, record.header.grid) != record.header.grid:
-                mixed.add(place)
-        return {place: digest for place, digest in digests.items() if place not in mixed}
+    @cached_property
+    def held(self) -> tuple[HeldRecord, ...]:
+        """The requested records that were there already, and those of the resume point that is continued."""
+        return (*self.inherited, *self.placed_held.held())
+
+    def grids(self) -> dict[RecordPlace, bytes]:
+        """Chunk grid digests of all records that this transaction provides or builds on; see `merge_grids`."""
+        return merge_grids([self])
+
+    def grid_places(self) -> Iterator[tuple[RecordPlace, bytes]]:
+        """Where each record that this transaction provides or builds on belongs, and its chunk grid digest."""
+        for record in self.inherited:
+            yield (record.name.node, record.name.group, record.name.span), record.header.grid
+        yield from self.placed_held.rows.places()
+        for index, (place, digest) in enumerate(self.placed.rows.places()):
+            # What was given back of a writer that knows no grid is there on whatever grid the faster writer had.
+            if index not in self._given_back or digest != UNKNOWN_GRID:
+                yield place, digest
 
     @property
     def is_open(self) -> bool:
@@ -164,7 +145,7 @@ class Transaction:
         self._check_open()
         with self._lock:
             self._check_open()
-            costs = {i: cost for i, cost in zip(indices, costs_us, strict=True) if i not in self._costs_us}
+            costs = {i: cost for i, cost in zip(indices, costs_us, strict=True) if not self._is_sealed[i]}
             by_layout: dict[RecordLayout, list[int]] = {}
             for i in costs:
                 by_layout.setdefault(self.records[i].layout, []).append(i)
@@ -172,10 +153,12 @@ class Transaction:
                 records = [self.records[i] for i in members]
                 addresses = addresses_of([record.memory for record in records])
                 seal_records(layout, addresses, [record.header for record in records], [costs[i] for i in members])
-            self._costs_us.update(costs)
+            sealed = list(costs)
+            self._costs_us[sealed] = list(costs.values())
+            self._is_sealed[sealed] = True
 
     def is_sealed(self, index: int) -> bool:
-        return index in self._costs_us
+        return bool(self._is_sealed[index])
 
     def commit(self, upto_tokens: int | None = None, handover: HandOver | None = None) -> None:
         """Make everything up to a length visible at once, or nothing. Without a length, everything.
@@ -191,49 +174,39 @@ class Transaction:
             ended. StoreClosedError: the store was closed. LeaseGoneError: what this write continues from was found
             damaged since; everything was given back.
         """
+        commit_together(self._pool, [(self, upto_tokens, handover)])
+
+    def given_back(self, indices: Sequence[int]) -> None:
+        """For the pool: other writers' records took the places of these."""
+        self._given_back.update(indices)
+
+    def _prepare(self, upto_tokens: int | None, handover: HandOver | None) -> PreparedCommit:
+        """What a commit would make visible. Under this transaction's lock."""
         self._check_open()
-        try:
-            is_final = self._commit(upto_tokens, handover)
-        except LeaseGoneError as error:
-            self.abort(str(error))
-            raise
-        if is_final:
-            self._unpin_when_still()
-        self._pool._notify()
+        is_final = upto_tokens is None or upto_tokens >= self.path.tokens
+        wanted = ~self._is_committed
+        if upto_tokens is not None:
+            wanted &= self.placed.rows.end_tokens <= upto_tokens
+        incomplete = np.flatnonzero(wanted & ~self._is_sealed)
+        if incomplete.size:
+            record = self.records[int(incomplete[0])]
+            layers = record.layout.span.layers
+            raise WriteError(
+                f"the record of group {record.layout.group.name!r}, layers {layers[0]} to {layers[-1]}, at "
+                f"{record.header.end_tokens} tokens is not complete; put every layer and state before commit, or "
+                "commit a shorter part"
+            )
+        if handover is not None and not is_final:
+            raise WriteError("a hand-over goes with the commit of the whole prompt, not of a part of it")
+        ready = np.flatnonzero(wanted).astype(np.uint64)
+        return PreparedCommit(self, ready, self._costs_us[wanted], is_final, is_final and not self._movers, handover)
 
-    def _commit(self, upto_tokens: int | None, handover: HandOver | None) -> bool:
-        with self._lock:
-            self._check_open()
-            ready = self._committable(upto_tokens)
-            is_final = upto_tokens is None or upto_tokens >= self.path.tokens
-            if handover is not None and not is_final:
-                raise WriteError("a hand-over goes with the commit of the whole prompt, not of a part of it")
-            is_still = is_final and not self._movers
-            self._pool._commit(self, ready, is_final=is_final, is_still=is_still, handover=handover)
-            self._committed.update(ready)
-            if is_final:
-                self._end_reason = "it was committed"
-                self._unpinned |= is_still
-        return is_final
-
-    def given_back(self, index: int) -> None:
-        """For the pool: another writer's record took this one's place."""
-        self._given_back.add(index)
-
-    def _committable(self, upto_tokens: int | None) -> list[int]:
-        ready = []
-        for index, record in enumerate(self.records):
-            if index in self._committed or (upto_tokens is not None and record.header.end_tokens > upto_tokens):
-                continue
-            if index not in self._costs_us:
-                group = record.layout.group.name
-                raise WriteError(
-                    f"the record of group {group!r}, layers {record.layout.span.layers[0]} to "
-                    f"{record.layout.span.layers[-1]}, at {record.header.end_tokens} tokens is not complete; "
-                    "put every layer and state before commit, or commit a shorter part"
-                )
-            ready.append(index)
-        return ready
+    def _finish(self, prepared: PreparedCommit) -> None:
+        """It was committed. Under this transaction's lock."""
+        self._is_committed[prepared.ready] = True
+        if prepared.is_final:
+            self._end_reason = "it was committed"
+            self._unpinned |= prepared.is_still
 
     def abort(self, reason: str) -> None:
         """Give back what was not committed. Idempotent, and without effect after a commit."""
@@ -243,15 +216,16 @@ class Transaction:
             if self._end_reason is not None:
                 return
             self._end_reason = f"it was aborted: {reason}"
-            uncommitted = [record for index, record in enumerate(self.records) if index not in self._committed]
             self._unpinned = not self._movers
+            uncommitted = [self.placed.slots[index] for index in np.flatnonzero(~self._is_committed).tolist()]
             self._pool._abandon(self, uncommitted, is_still=self._unpinned)
         self._pool._notify()
 
     @property
     def slots(self) -> list[Slot]:
         """Every slot that is pinned until this transaction has ended and nothing moves any more."""
-        return [record.slot for records in (self.records, self.held, self.basis) for record in records]
+        held = (record.slot for records in (self.inherited, self.basis) for record in records)
+        return [*self.placed.slots, *self.placed_held.slots, *held]
 
     def _unpin_when_still(self) -> None:
         with self._lock:
@@ -266,7 +240,71 @@ class Transaction:
         if self._end_reason is not None:
             raise WriteError(f"this writer has ended: {self._end_reason}")
 
-    def entry(self, index: int) -> Entry:
-        """The index entry of a sealed record."""
-        record = self.records[index]
-        return Entry(record.layout, replace(record.header, cost_us=self._costs_us[index]), record.slot)
+
+@dataclass(frozen=True)
+class PreparedCommit:
+    """A commit that nothing but the pool stands in the way of.
+
+    Attributes:
+        ready: numbers of the records that become visible.
+        costs_us: what each saves.
+        is_final: the transaction ends with it.
+        is_still: and nothing moves in its slots any more: what is given back of them needs no quarantine.
+        handover: what waits at the path's end from then on.
+    """
+
+    transaction: Transaction
+    ready: npt.NDArray[np.uint64]
+    costs_us: npt.NDArray[np.uint64]
+    is_final: bool
+    is_still: bool
+    handover: HandOver | None
+
+
+def commit_together(pool: Pool, commits: Sequence[tuple[Transaction, int | None, HandOver | None]]) -> None:
+    """As `Transaction.commit` for several transactions of one pool: all become visible in one step, or none.
+
+    Args:
+        commits: transactions, each once, with the length up to which and the hand-over with which it is committed.
+
+    Raises:
+        WriteError: as `Transaction.commit`, for any of them; or a transaction is named twice or of another pool.
+        Nothing was committed, and all stay open. StoreClosedError: the store was closed. LeaseGoneError: what one of
+        them continues from was found damaged; all of them were given back.
+    """
+    transactions = [transaction for transaction, _, _ in commits]
+    if len(set(map(id, transactions))) != len(transactions) or any(each._pool is not pool for each in transactions):
+        raise WriteError("a joint commit names each transaction once, all of one pool")
+    for transaction in transactions:
+        transaction._check_open()
+    try:
+        with ExitStack() as locks:
+            for transaction in sorted(transactions, key=lambda each: each._serial):
+                locks.enter_context(transaction._lock)
+            prepared = [transaction._prepare(upto, handover) for transaction, upto, handover in commits]
+            pool._commit(prepared)
+            for each in prepared:
+                each.transaction._finish(each)
+    except LeaseGoneError as error:
+        for transaction in transactions:
+            transaction.abort(str(error))
+        raise
+    for each in prepared:
+        if each.is_final:
+            each.transaction._unpin_when_still()
+    pool._notify()
+
+
+def merge_grids(transactions: Sequence[Transaction]) -> dict[RecordPlace, bytes]:
+    """Chunk grid digests of all records that transactions of one path provide or build on.
+
+    Where workers wrote their shares on different grids, a writer that knows none takes them together; such a place
+    has no digest.
+    """
+    digests: dict[RecordPlace, bytes] = {}
+    mixed: set[RecordPlace] = set()
+    for transaction in transactions:
+        for place, digest in transaction.grid_places():
+            if digests.setdefault(place, digest) != digest:
+                mixed.add(place)
+    return {place: digest for place, digest in digests.items() if place not in mixed}

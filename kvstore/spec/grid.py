@@ -7,6 +7,7 @@ hashed bytes are specified in `docs/keys.md`.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,11 @@ class ChunkGrid:
         for boundary in self.boundaries:
             digests.append(sha256(GRID_DOMAIN + digests[-1] + boundary.to_bytes(4, "little")).digest())
         return tuple(digests)
+
+    @cached_property
+    def packed(self) -> tuple[bytes, bytes]:
+        """The boundaries as 32-bit integers, and the digests at 0 and at each of them: what native calls take."""
+        return array("I", self.boundaries).tobytes(), b"".join(self._digests)
 
     def _index(self, boundary: int) -> int:
         """Number of chunks that end at or before `boundary`, which must be one."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
-from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordName
+from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
 from kvstore.pool.plan import grid_digest
 from kvstore.record import slot_sizes_bytes
 from kvstore.spec import WHOLE, ReuseRule
@@ -148,10 +148,7 @@ class Store:
             TokenError: as `prompt`. StoreClosedError: the store is closed.
         """
         found = self.pool.match(self._as_prompt(prompt, salt, adapter, extras), shard=shard, grid=grid)
-        best = found.best
-        if best is None or self._copied_s == 0.0:
-            return found
-        return replace(found, expected_load_s=best.size_bytes * self._copied_s / self._copied_bytes)
+        return found if self._copied_s == 0.0 else found.timed(self._copied_s / self._copied_bytes)
 
     def read(self, match: Match, *, verify: bool = False) -> Lease:
         """Pin the records of a match and read them.
@@ -298,19 +295,17 @@ class Store:
                 raise WriteError(f"resume_at={length} is not a chunk boundary; the next is {grid.closing(length)}")
         return lengths
 
-    def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> list[RecordName]:
+    def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> RecordNames:
         """What this writer provides: attention from the block it resumes in, states at its checkpoints."""
-        names: list[RecordName] = []
+        names: list[RecordNames] = []
         states = {node for length in lengths if (node := path.node_at(length)) is not None}
         for index, group in enumerate(self.spec.groups):
             units = group.units_written_by(shard)
             if units is None:
                 continue
             nodes = range(first, len(path)) if group.rule is ReuseRule.ATTENTION else sorted(states)
-            names.extend(
-                RecordName(node, index, span.index, units) for node in nodes for span in self.spec.spans[index]
-            )
-        return names
+            names.append(RecordNames.of_spans(nodes, index, len(self.spec.spans[index]), units))
+        return RecordNames.join(names)
 
     # Waiting
 

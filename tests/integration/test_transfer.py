@@ -306,7 +306,7 @@ def test_space_that_appears_in_time_is_used(source: kvstore.Store, scheme: str, 
     store_prompt(source, ids)
     patient = TransferSettings(progress_deadline_s=8.0, queue_deadline_s=4.0)
     with (
-        kvstore.open(tiny_spec(), dram="128KiB") as target,
+        kvstore.open(tiny_spec(), dram="112KiB") as target,
         Endpoint(target.pool, address(scheme), settings=patient) as endpoint,
     ):
         store_prompt(target, other)
@@ -323,8 +323,8 @@ def test_two_full_nodes_that_send_to_each_other_both_end(scheme: str, sender: Se
     """Leases hold what is sent, so neither can make room for the other: both are told that it is full."""
     spec = tiny_spec()
     with (
-        kvstore.open(spec, dram="128KiB") as left,
-        kvstore.open(spec, dram="128KiB") as right,
+        kvstore.open(spec, dram="112KiB") as left,
+        kvstore.open(spec, dram="112KiB") as right,
         Endpoint(left.pool, address(scheme), settings=FAST) as left_endpoint,
         Endpoint(right.pool, address(scheme), settings=FAST) as right_endpoint,
     ):

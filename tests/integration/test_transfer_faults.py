@@ -260,7 +260,7 @@ def test_a_broken_transfer_yields_to_one_that_needs_the_space(
 ) -> None:
     patient = TransferSettings(resume_window_s=20.0)
     with (
-        kvstore.open(tiny_spec(), dram="320KiB") as target,
+        kvstore.open(tiny_spec(), dram="288KiB") as target,
         Endpoint(target.pool, address(scheme), settings=patient) as endpoint,
         RawPeer(endpoint, source) as peer,
         kvstore.open(tiny_spec(), dram="8MiB") as other,

@@ -40,12 +40,16 @@ def test_members_of_classes_match() -> None:
     for node in STUB.body:
         if isinstance(node, ast.ClassDef):
             described = {member.name: member for member in node.body if isinstance(member, ast.FunctionDef)}
+            constants = {ast.unparse(member.target) for member in node.body if isinstance(member, ast.AnnAssign)}
             native = getattr(_native, node.name)
-            assert {name for name in described if name != "__init__"} == {
+            assert {name for name in described if not name.startswith("_")} | constants == {
                 name for name in vars(native) if not name.startswith("_")
             }
+            assert ast.get_docstring(node), node.name
+            assert native.__doc__, node.name
             for name, member in described.items():
-                found = getattr(native, "__new__" if name == "__init__" else name)
+                is_made_new = name == "__init__" and "__init__" not in vars(native)
+                found = getattr(native, "__new__" if is_made_new else name)
                 if not isinstance(found, property):
                     arguments = found.__nb_signature__[-1][0].partition(" -> ")[0]
                     parsed = ast.parse(f"{arguments}: ...").body[0]

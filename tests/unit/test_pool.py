@@ -18,7 +18,7 @@ from kvstore.errors import (
 )
 from kvstore.limits import QUARANTINE_FRACTION_MAX
 from kvstore.pool import HandOver, Pool, RecordName, Transaction
-from kvstore.pool.index import NODE_BYTES
+from kvstore.pool.index import NODE_BYTES, RECORD_BYTES
 from kvstore.record import record_layout
 from kvstore.spec import ChunkGrid, Shard
 from kvstore.spec.shard import UnitRange
@@ -48,7 +48,7 @@ def write(store: Store, ids: list[int], resume_at: tuple[int, ...] | None = None
 
 def room(blocks: int, *, nodes: int = 8) -> int:
     """DRAM for so many records, with the index that they need."""
-    return blocks * (SLOT + 900) + nodes * NODE_BYTES
+    return blocks * (SLOT + RECORD_BYTES) + (nodes + 1) * NODE_BYTES  # and the root
 
 
 # Room
@@ -176,14 +176,14 @@ def test_what_is_leased_or_written_stays() -> None:
 
 def test_the_budget_counts_the_index_too() -> None:
     with open_store(pure_state(B), dram=400 << 10) as store:
-        for seed in range(30):
+        for seed in range(60):
             write(store, ids_of(300, seed))
             statistics = store.statistics()
             used = statistics.committed_bytes + statistics.index_bytes
             assert used <= statistics.capacity_bytes
             store.pool.check()
         assert statistics.evicted_records > 0
-        assert store.match([*ids_of(300, 29), 1]).tokens == 300
+        assert store.match([*ids_of(300, 59), 1]).tokens == 300
 
 
 def test_ghosts_do_not_crowd_out_records() -> None:

@@ -27,6 +27,8 @@ from kvstore.testing.specs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvstore.abc import Slot
 
 B = 16
@@ -342,19 +344,19 @@ def test_what_is_given_back_while_nothing_moves_is_never_in_quarantine(
 ) -> None:
     """Or duplicate commits of busy threads would look like dropped writers, and have others refused."""
     seen = []
-    give_back = Room.give_back
+    give_back_all = Room.give_back_all
 
-    def watch(self: Room, slot: Slot) -> None:
-        give_back(self, slot)
-        seen.append(store.pool._tier.quarantined_bytes)
+    def watch(self: Room, slots: Sequence[Slot]) -> None:
+        give_back_all(self, slots)
+        seen.append((len(slots), store.pool._tier.quarantined_bytes))
 
     with store.write(IDS) as first, store.write(IDS) as second:
         for writer in (first, second):
             put_all(writer)
         first.commit()
-        monkeypatch.setattr(Room, "give_back", watch)
+        monkeypatch.setattr(Room, "give_back_all", watch)
         second.commit() if end == "commit" else second.abort()
-    assert seen == [0] * len(second.transaction.records)
+    assert seen == [(len(second.transaction.records), 0)]
 
 
 def test_a_writer_continues_in_a_tail(store: Store) -> None:

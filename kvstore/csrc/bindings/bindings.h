@@ -9,5 +9,6 @@ void bind_checksum(nanobind::module_& module);
 void bind_copy(nanobind::module_& module);
 void bind_cpu(nanobind::module_& module);
 void bind_record(nanobind::module_& module);
+void bind_index(nanobind::module_& module);
 
 }  // namespace kvstore::bindings

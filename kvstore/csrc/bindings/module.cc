@@ -13,4 +13,5 @@ NB_MODULE(_native, module) {
     kvstore::bindings::bind_copy(module);
     kvstore::bindings::bind_cpu(module);
     kvstore::bindings::bind_record(module);
+    kvstore::bindings::bind_index(module);
 }

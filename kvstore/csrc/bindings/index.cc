@@ -1,0 +1,545 @@
+// The prefix index for Python: arrays in, arrays out, one call per match, write, commit and eviction.
+#include "../index/index.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <map>
+#include <random>
+#include <stdexcept>
+
+#include "array.h"
+#include "bindings.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvstore::bindings {
+namespace {
+
+using namespace kvstore::index;
+
+using Table = nb::ndarray<nb::numpy, std::uint64_t>;
+using TokenIds = nb::ndarray<const std::uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+constexpr std::size_t row_columns = 10;
+constexpr std::size_t name_columns = 6;
+constexpr std::size_t place_columns = 4;
+
+Table make_table(std::vector<std::uint64_t>&& values, std::size_t columns) {
+    auto kept = std::make_unique<std::vector<std::uint64_t>>(std::move(values));
+    std::uint64_t* const data = kept->data();
+    const std::size_t rows = kept->size() / columns;
+    const nb::capsule owner(kept.get(), [](void* memory) noexcept {
+        delete static_cast<std::vector<std::uint64_t>*>(memory);
+    });
+    kept.release();
+    return Table(data, {rows, columns}, owner);
+}
+
+Table slot_table(const std::vector<Slot>& slots) {
+    std::vector<std::uint64_t> values;
+    values.reserve(slots.size() * 3);
+    for (const Slot& slot : slots) {
+        values.insert(values.end(), {slot.index, slot.generation, slot.size_bytes});
+    }
+    return make_table(std::move(values), 3);
+}
+
+std::size_t size_of(const nb::bytes& bytes) { return bytes.size(); }
+
+const Digest* digests_of(const nb::bytes& bytes, const char* name) {
+    if (size_of(bytes) % digest_bytes != 0) {
+        throw std::invalid_argument(std::string(name) + " must be whole digests of 32 bytes");
+    }
+    return reinterpret_cast<const Digest*>(bytes.c_str());
+}
+
+const Digest& digest_of(const nb::bytes& bytes, const char* name) {
+    if (size_of(bytes) != digest_bytes) {
+        throw std::invalid_argument(std::string(name) + " must be one digest of 32 bytes");
+    }
+    return *reinterpret_cast<const Digest*>(bytes.c_str());
+}
+
+std::vector<std::uint32_t> numbers_of(const nb::bytes& bytes) {
+    std::vector<std::uint32_t> numbers(size_of(bytes) / sizeof(std::uint32_t));
+    std::memcpy(numbers.data(), bytes.c_str(), numbers.size() * sizeof(std::uint32_t));
+    return numbers;
+}
+
+// (root, block_tokens, keys, tail key or None, tail ids): see `NodePath.packed`.
+class PackedPath {
+  public:
+    explicit PackedPath(const nb::tuple& packed) {
+        if (packed.size() != 5) {
+            throw std::invalid_argument("a packed path has five parts");
+        }
+        const auto root = nb::cast<nb::bytes>(packed[0]);
+        const auto keys = nb::cast<nb::bytes>(packed[2]);
+        path_.root = digest_of(root, "the root");
+        path_.block_tokens = nb::cast<std::uint32_t>(packed[1]);
+        path_.keys = digests_of(keys, "the keys");
+        path_.blocks = static_cast<std::uint32_t>(size_of(keys) / digest_bytes);
+        path_.tail_key = nullptr;
+        if (!packed[3].is_none()) {
+            tail_key_ = digest_of(nb::cast<nb::bytes>(packed[3]), "the tail's key");
+            tail_ids_ = numbers_of(nb::cast<nb::bytes>(packed[4]));
+            path_.tail_key = &tail_key_;
+            path_.tail_ids = tail_ids_;
+        }
+        if (path_.block_tokens == 0 || (path_.tail_key != nullptr && tail_ids_.empty())) {
+            throw std::invalid_argument("a block and a tail have at least one token");
+        }
+    }
+    PackedPath(const PackedPath&) = delete;
+    PackedPath& operator=(const PackedPath&) = delete;
+
+    const Path& operator*() const { return path_; }
+
+  private:
+    Path path_{};
+    Digest tail_key_{};
+    std::vector<std::uint32_t> tail_ids_;
+};
+
+// (boundaries, digests) or None: see `ChunkGrid.packed`.
+class PackedGrid {
+  public:
+    explicit PackedGrid(const std::optional<nb::tuple>& packed) {
+        if (!packed) {
+            return;
+        }
+        boundaries_ = numbers_of(nb::cast<nb::bytes>((*packed)[0]));
+        digests_ = nb::cast<nb::bytes>((*packed)[1]);
+        if (size_of(digests_) != (boundaries_.size() + 1) * digest_bytes) {
+            throw std::invalid_argument("a grid has a digest at 0 and at each boundary");
+        }
+        grid_ = Grid{boundaries_, digests_of(digests_, "the digests")};
+    }
+    PackedGrid(const PackedGrid&) = delete;
+    PackedGrid& operator=(const PackedGrid&) = delete;
+
+    const Grid* get() const { return grid_ ? &*grid_ : nullptr; }
+
+  private:
+    std::vector<std::uint32_t> boundaries_;
+    nb::bytes digests_;
+    std::optional<Grid> grid_;
+};
+
+template <typename Narrow>
+Narrow narrow(std::uint64_t value, const char* name) {
+    if (value > std::numeric_limits<Narrow>::max()) {
+        throw std::invalid_argument(std::string(name) + " " + std::to_string(value) + " is too large");
+    }
+    return static_cast<Narrow>(value);
+}
+
+std::vector<Name> names_of(const Path& path, const AnyArray& table, const nb::bytes& digest_list,
+                           std::size_t group_count) {
+    const auto values = uint64_values(table, name_columns, "names");
+    const Digest* digests = digests_of(digest_list, "the digests");
+    const std::size_t digest_count = size_of(digest_list) / digest_bytes;
+    std::vector<Name> names;
+    names.reserve(values.size() / name_columns);
+    for (std::size_t at = 0; at < values.size(); at += name_columns) {
+        const auto row = values.subspan(at, name_columns);
+        if (row[0] >= path.size() || row[1] >= group_count || row[3] >= row[4] || row[5] >= digest_count) {
+            throw std::out_of_range("a record's name is not of this path, group, units and digests");
+        }
+        names.push_back({static_cast<std::uint32_t>(row[0]), static_cast<std::uint16_t>(row[1]),
+                         narrow<std::uint16_t>(row[2], "span"),
+                         {narrow<std::uint16_t>(row[3], "unit"), narrow<std::uint16_t>(row[4], "unit")},
+                         digests[row[5]]});
+    }
+    return names;
+}
+
+// A table of ROW_COLUMNS, and the digests that its last column numbers.
+nb::tuple rows_to_python(const std::vector<Row>& rows) {
+    struct Less {
+        bool operator()(const Digest& left, const Digest& right) const { return left.bytes < right.bytes; }
+    };
+    std::map<Digest, std::uint64_t, Less> numbers;
+    std::string digests;
+    std::vector<std::uint64_t> values;
+    values.reserve(rows.size() * row_columns);
+    const Digest* last = nullptr;
+    std::uint64_t last_number = 0;
+    for (const Row& row : rows) {
+        if (last == nullptr || !(*last == row.grid)) {
+            const auto [found, is_new] = numbers.emplace(row.grid, numbers.size());
+            if (is_new) {
+                digests.append(reinterpret_cast<const char*>(row.grid.bytes.data()), digest_bytes);
+            }
+            last = &row.grid;
+            last_number = found->second;
+        }
+        values.insert(values.end(), {row.node, row.group, row.span, row.units.start, row.units.stop, row.slot.index,
+                                     row.slot.generation, row.slot.size_bytes, row.cost_us, last_number});
+    }
+    return nb::make_tuple(make_table(std::move(values), row_columns), nb::bytes(digests.data(), digests.size()));
+}
+
+nb::bytes key_bytes(const Digest& key) { return nb::bytes(key.bytes.data(), digest_bytes); }
+
+// Found resume points with the index that they are of, for the keys of tails.
+struct Finding {
+    Found found;
+    std::vector<Digest> tail_keys;       // of the candidates that are tails, in their order
+    std::vector<Digest> open_tail_keys;  // of found.tails
+};
+
+nb::list candidates_to_python(const std::vector<kvstore::index::Candidate>& candidates, const std::vector<Digest>& keys,
+                              bool with_node) {
+    nb::list list;
+    std::size_t tail = 0;
+    for (const auto& candidate : candidates) {
+        nb::object key = nb::none();
+        if (candidate.tail != none) {
+            key = key_bytes(keys[tail++]);
+        }
+        if (with_node) {
+            list.append(nb::make_tuple(candidate.blocks, candidate.tokens, key, candidate.tail));
+        } else {
+            list.append(nb::make_tuple(candidate.blocks, candidate.tokens, key));
+        }
+    }
+    return list;
+}
+
+class PrefixIndex {
+  public:
+    PrefixIndex(std::vector<bool> is_state_group, std::uint32_t ghosts_max, bool keeps_order)
+        : group_count_(is_state_group.size()), index_(std::move(is_state_group), ghosts_max, keeps_order, seed()) {}
+
+    PrefixIndex(const PrefixIndex&) = delete;
+    PrefixIndex& operator=(const PrefixIndex&) = delete;
+
+    const Index& index() const { return index_; }
+    Index& index() { return index_; }
+
+    Finding match(const nb::tuple& packed, const TokenIds& token_ids, std::uint32_t cap_tokens, const Needs& needs,
+                  const std::optional<nb::tuple>& packed_grid, std::uint32_t candidates_max,
+                  const std::vector<NodeId>& excluded) const {
+        const PackedPath path(packed);
+        const PackedGrid grid(packed_grid);
+        const std::span<const std::uint32_t> ids(token_ids.data(), token_ids.size());
+        Finding finding;
+        finding.found = index_.match({*path, ids, cap_tokens, &needs, grid.get(), candidates_max, excluded});
+        for (const auto& candidate : finding.found.candidates) {
+            if (candidate.tail != none) {
+                finding.tail_keys.push_back(index_.nodes().key(candidate.tail));
+            }
+        }
+        for (const auto& tail : finding.found.tails) {
+            finding.open_tail_keys.push_back(index_.nodes().key(tail.tail));
+        }
+        return finding;
+    }
+
+    std::optional<Held> collect(const nb::tuple& packed, const Needs& needs, const std::optional<nb::tuple>& packed_grid,
+                                const std::optional<std::pair<AnyArray, nb::bytes>>& places) const {
+        const PackedPath path(packed);
+        const PackedGrid grid(packed_grid);
+        if (!places) {
+            return index_.collect(*path, needs, grid.get(), nullptr);
+        }
+        const auto values = uint64_values(places->first, place_columns, "places");
+        const Digest* digests = digests_of(places->second, "the digests");
+        std::vector<PlaceGrid> wanted;
+        for (std::size_t at = 0; at < values.size(); at += place_columns) {
+            if (values[at + 3] >= size_of(places->second) / digest_bytes) {
+                throw std::out_of_range("a place names a digest that is not there");
+            }
+            wanted.push_back({narrow<std::uint32_t>(values[at], "node"), narrow<std::uint16_t>(values[at + 1], "group"),
+                              narrow<std::uint16_t>(values[at + 2], "span"), digests[values[at + 3]]});
+        }
+        std::sort(wanted.begin(), wanted.end(),
+                  [](const PlaceGrid& left, const PlaceGrid& right) { return left.place() < right.place(); });
+        return index_.collect(*path, needs, nullptr, &wanted);
+    }
+
+    std::vector<std::uint32_t> missing(const nb::tuple& packed, const AnyArray& table, const nb::bytes& digests,
+                                       bool is_lossy) const {
+        const PackedPath path(packed);
+        std::vector<std::uint32_t> absent;
+        std::uint32_t number = 0;
+        for (const Name& name : names_of(*path, table, digests, group_count_)) {
+            if (!index_.is_there(*path, name, is_lossy)) {
+                absent.push_back(number);
+            }
+            ++number;
+        }
+        return absent;
+    }
+
+    WriteSet plan(const nb::tuple& packed, const AnyArray& table, const nb::bytes& digests, bool is_lossy) const {
+        const PackedPath path(packed);
+        return index_.plan(*path, names_of(*path, table, digests, group_count_), is_lossy);
+    }
+
+    void enter(WriteSet& set, const nb::tuple& packed, const nb::bytes& salt, std::vector<NodeId> basis_tail,
+               std::vector<std::uint32_t> resume_nodes) {
+        const PackedPath path(packed);
+        for (const std::uint32_t number : resume_nodes) {
+            if (number >= (*path).size()) {
+                throw std::out_of_range("a resume node is not of this path");
+            }
+        }
+        check_nodes(basis_tail);
+        index_.enter(set, *path, std::string(salt.c_str(), salt.size()), std::move(basis_tail), std::move(resume_nodes));
+    }
+
+    std::vector<std::uint32_t> commit(const WriteSet& set, const AnyArray& ready_array, const AnyArray& cost_array,
+                                      std::uint8_t tier, std::uint8_t codec, bool is_lossy) {
+        const auto ready = uint64_values(ready_array, 0, "ready");
+        const auto costs = uint64_values(cost_array, 0, "costs_us");
+        if (ready.size() != costs.size() || set.nodes.empty()) {
+            throw std::invalid_argument("each record that is committed has a cost, and a node");
+        }
+        for (const std::uint64_t number : ready) {
+            if (number >= set.missing.size()) {
+                throw std::out_of_range("a record that was not reserved cannot be committed");
+            }
+        }
+        return index_.commit(set, ready, costs, {tier, codec, is_lossy});
+    }
+
+    std::uint64_t choose(std::uint64_t target_bytes) { return index_.choose(target_bytes); }
+
+    // Names of evictables that the policy outside ranks first; what is not there is passed over.
+    void push_victims(const nb::bytes& keys, const nb::bytes& are_states) {
+        const Digest* digests = digests_of(keys, "the keys");
+        if (size_of(keys) != size_of(are_states) * digest_bytes) {
+            throw std::invalid_argument("each victim has a key and a kind");
+        }
+        std::vector<Handle> handles;
+        for (std::size_t at = 0; at < size_of(are_states); ++at) {
+            const Handle handle = index_.ranked_handle(digests[at], are_states.c_str()[at] != 0);
+            if (handle != none) {
+                handles.push_back(handle);
+            }
+        }
+        index_.push_victims(handles);
+    }
+
+    nb::list take_events() {
+        nb::list events;
+        for (const PolicyEvent& event : index_.take_events()) {
+            events.append(nb::make_tuple(static_cast<int>(event.kind), event.handle, key_bytes(event.key),
+                                         event.is_state, event.size_bytes, event.end_tokens));
+        }
+        return events;
+    }
+
+    nb::dict bytes_by_salt() const {
+        nb::dict bytes;
+        for (const auto& [name, size] : index_.bytes_by_salt()) {
+            bytes[nb::bytes(name.data(), name.size())] = size;
+        }
+        return bytes;
+    }
+
+    std::optional<NodeId> find(const nb::bytes& key) const {
+        if (size_of(key) != digest_bytes) {
+            return std::nullopt;
+        }
+        const NodeId id = index_.find(digest_of(key, "the key"));
+        return id == none ? std::nullopt : std::optional(id);
+    }
+
+    void check_nodes(const std::vector<NodeId>& nodes) const {
+        for (const NodeId id : nodes) {
+            if (!index_.nodes().is_live(id)) {
+                throw std::out_of_range("there is no such node");
+            }
+        }
+    }
+    NodeId live(NodeId id) const {
+        check_nodes({id});
+        return id;
+    }
+
+  private:
+    static std::uint64_t seed() {
+        std::random_device source;
+        return (std::uint64_t{source()} << 32) | source();
+    }
+
+    std::size_t group_count_;
+    Index index_;
+};
+
+template <Flag flag>
+bool node_has(const PrefixIndex& self, NodeId id) {
+    return self.index().nodes().has(self.live(id), flag);
+}
+
+void set_slots(WriteSet& set, const AnyArray& table) {
+    const auto values = uint64_values(table, 3, "slots");
+    if (values.size() != set.missing.size() * 3) {
+        throw std::invalid_argument("each missing record takes one slot");
+    }
+    for (std::size_t number = 0; number < set.missing.size(); ++number) {
+        set.missing[number].slot = {values[number * 3], values[number * 3 + 1],
+                                    narrow<std::uint32_t>(values[number * 3 + 2], "slot of bytes")};
+    }
+}
+
+Needs make_needs(const std::vector<nb::tuple>& groups, bool accepts_lossy) {
+    Needs needs;
+    needs.accepts_lossy = accepts_lossy;
+    for (const nb::tuple& group : groups) {
+        needs.groups.emplace_back(nb::cast<std::uint8_t>(group[0]), nb::cast<bool>(group[1]),
+                                  nb::cast<std::uint16_t>(group[2]), nb::cast<std::vector<std::uint16_t>>(group[3]));
+        (needs.groups.back().is_state ? needs.states : needs.attention) = true;
+    }
+    return needs;
+}
+
+}  // namespace
+
+void bind_index(nb::module_& module) {
+    nb::class_<Needs>(module, "Needs", "The records that a worker needs at each node.")
+        .def("__init__",
+             [](Needs* self, const std::vector<nb::tuple>& groups, bool accepts_lossy) {
+                 new (self) Needs(make_needs(groups, accepts_lossy));
+             },
+             "groups"_a, "accepts_lossy"_a = false);
+
+    nb::class_<Finding>(module, "Finding", "What a match found.")
+        .def_prop_ro("tokens",
+                     [](const Finding& self) {
+                         return self.found.candidates.empty() ? 0U : self.found.candidates.front().tokens;
+                     })
+        .def_prop_ro("candidates",
+                     [](const Finding& self) {
+                         return candidates_to_python(self.found.candidates, self.tail_keys, false);
+                     })
+        .def_prop_ro("has_tails", [](const Finding& self) { return !self.found.tails.empty(); })
+        .def_prop_ro("tails",
+                     [](const Finding& self) {
+                         return candidates_to_python(self.found.tails, self.open_tail_keys, true);
+                     })
+        .def_prop_ro("branch_points", [](const Finding& self) { return self.found.branch_points; })
+        .def_prop_ro("attention_tokens", [](const Finding& self) { return self.found.attention_tokens; })
+        .def_prop_ro("pending_tokens", [](const Finding& self) { return self.found.pending_tokens; })
+        .def_prop_ro("evicted_state_tokens", [](const Finding& self) { return self.found.evicted_state_tokens; })
+        .def_prop_ro("foreign_state_tokens", [](const Finding& self) { return self.found.foreign_state_tokens; })
+        .def_prop_ro("is_other_grid", [](const Finding& self) { return self.found.is_other_grid; });
+
+    nb::class_<Held>(module, "HeldRows", "The records of a resume point.")
+        .def_prop_ro("last_node", [](const Held& self) { return self.nodes.back(); })
+        .def("rows", [](const Held& self) { return rows_to_python(self.rows); });
+
+    nb::class_<WriteSet>(module, "WriteSet", "What a writer reserves, and the nodes that it relies on.")
+        .def_prop_ro("is_wrong_path", [](const WriteSet& self) { return self.status == PlanStatus::wrong_path; })
+        .def_prop_ro("gap_node",
+                     [](const WriteSet& self) {
+                         return self.status == PlanStatus::gap ? std::optional(self.gap_node) : std::nullopt;
+                     })
+        .def_prop_ro("new_nodes",
+                     [](const WriteSet& self) { return self.new_nodes + (self.is_new_root ? 1U : 0U); })
+        .def_prop_ro("last_node", [](const WriteSet& self) { return self.nodes.back(); })
+        .def("missing", [](const WriteSet& self) { return rows_to_python(self.missing); })
+        .def("held", [](const WriteSet& self) { return rows_to_python(self.held); })
+        .def("set_slots", &set_slots, "slots"_a);
+
+    auto index = nb::class_<PrefixIndex>(
+        module, "PrefixIndex",
+        "Which records are there, for which prefix. Not thread-safe: the pool calls it under its lock.");
+    index.def(nb::init<std::vector<bool>, std::uint32_t, bool>(), "is_state_group"_a, "ghosts_max"_a, "keeps_order"_a)
+        .def("__len__", [](const PrefixIndex& self) { return self.index().node_count(); })
+        .def_prop_ro("ghost_count", [](const PrefixIndex& self) { return self.index().ghost_count(); })
+        .def_prop_ro("record_count", [](const PrefixIndex& self) { return self.index().record_count(); })
+        .def_prop_ro("committed_bytes", [](const PrefixIndex& self) { return self.index().committed_bytes(); })
+        .def_prop_ro("memory_bytes", [](const PrefixIndex& self) { return self.index().memory_bytes(); })
+        .def_prop_ro("allocated_bytes", [](const PrefixIndex& self) { return self.index().allocated_bytes(); })
+        .def_prop_ro("bytes_by_salt", &PrefixIndex::bytes_by_salt)
+        .def("find", &PrefixIndex::find, "key"_a)
+        .def("match", &PrefixIndex::match, "path"_a, "token_ids"_a, "cap_tokens"_a, "needs"_a, "grid"_a.none(),
+             "candidates_max"_a, "excluded"_a)
+        .def("collect", &PrefixIndex::collect, "path"_a, "needs"_a, "grid"_a.none(), "places"_a.none() = nb::none())
+        .def("hold", [](PrefixIndex& self, const Held& held) { self.index().hold(held); }, "held"_a)
+        .def("release", [](PrefixIndex& self, const Held& held) { return slot_table(self.index().release(held)); },
+             "held"_a)
+        .def("missing", &PrefixIndex::missing, "path"_a, "names"_a, "digests"_a, "is_lossy"_a = false)
+        .def("plan", &PrefixIndex::plan, "path"_a, "names"_a, "digests"_a, "is_lossy"_a = false)
+        .def("enter", &PrefixIndex::enter, "writes"_a, "path"_a, "salt"_a, "basis_tail"_a, "resume_nodes"_a)
+        .def("undo", [](PrefixIndex& self, WriteSet& set) { self.index().undo(set); }, "writes"_a)
+        .def("commit", &PrefixIndex::commit, "writes"_a, "ready"_a, "costs_us"_a, "tier"_a = 0, "codec"_a = 0,
+             "is_lossy"_a = false)
+        .def("leave", [](PrefixIndex& self, WriteSet& set) { self.index().leave(set); }, "writes"_a)
+        .def("let_go", [](PrefixIndex& self, WriteSet& set) { return slot_table(self.index().let_go(set)); },
+             "writes"_a)
+        .def("evict",
+             [](PrefixIndex& self, NodeId id, bool states_only) {
+                 return slot_table(self.index().evict(self.live(id), states_only));
+             },
+             "node"_a, "states_only"_a)
+        .def("condemn",
+             [](PrefixIndex& self, NodeId id, bool is_state) {
+                 return slot_table(self.index().condemn(self.live(id), is_state));
+             },
+             "node"_a, "is_state"_a)
+        .def("has_slot",
+             [](const PrefixIndex& self, NodeId id, bool is_state, std::uint64_t slot, std::uint64_t generation,
+                std::uint32_t size_bytes) {
+                 return self.index().has_slot(self.live(id), is_state, {slot, generation, size_bytes});
+             },
+             "node"_a, "is_state"_a, "slot_index"_a, "slot_generation"_a, "slot_bytes"_a)
+        .def("drop_ghosts", [](PrefixIndex& self, std::uint32_t count) { return self.index().drop_ghosts(count); },
+             "count"_a)
+        .def("choose", &PrefixIndex::choose, "target_bytes"_a)
+        .def("push_victims", &PrefixIndex::push_victims, "keys"_a, "are_states"_a)
+        .def_prop_ro("pushed_count", [](const PrefixIndex& self) { return self.index().pushed_count(); })
+        .def_prop_ro("chosen_count", [](const PrefixIndex& self) { return self.index().chosen_count(); })
+        .def("chosen_slots",
+             [](const PrefixIndex& self, std::size_t count) {
+                 return slot_table(self.index().chosen_slots(std::min(count, self.index().chosen_count())));
+             },
+             "count"_a)
+        .def("trim_choice",
+             [](PrefixIndex& self, std::size_t count) {
+                 self.index().trim_choice(std::min(count, self.index().chosen_count()));
+             },
+             "count"_a)
+        .def("evict_chosen", [](PrefixIndex& self) { return slot_table(self.index().evict_chosen()); })
+        .def("drop_choice", [](PrefixIndex& self) { self.index().drop_choice(); })
+        .def("take_events", &PrefixIndex::take_events)
+        .def("take_lost_handovers", [](PrefixIndex& self) { return self.index().take_lost_handovers(); })
+        .def("holds_records",
+             [](const PrefixIndex& self, NodeId id) { return self.index().holds_records(self.live(id)); }, "node"_a)
+        .def("salt",
+             [](const PrefixIndex& self, NodeId id) {
+                 const std::string& salt = self.index().salt(self.live(id));
+                 return nb::bytes(salt.data(), salt.size());
+             },
+             "node"_a)
+        .def("is_tail", &node_has<kvstore::index::is_tail>, "node"_a)
+        .def("is_transient", &node_has<kvstore::index::is_transient>, "node"_a)
+        .def("set_transient",
+             [](PrefixIndex& self, NodeId id, bool is_set) {
+                 self.index().mark(self.live(id), kvstore::index::is_transient, is_set);
+             },
+             "node"_a, "is_set"_a)
+        .def("set_handover",
+             [](PrefixIndex& self, NodeId id, bool is_set) {
+                 self.index().mark(self.live(id), kvstore::index::has_handover, is_set);
+             },
+             "node"_a, "is_set"_a)
+        .def("remove_unchecked",
+             [](PrefixIndex& self, NodeId id, bool is_state) {
+                 return slot_table(self.index().remove_unchecked(self.live(id), is_state));
+             },
+             "node"_a, "is_state"_a)
+        .def("check", [](const PrefixIndex& self) { return self.index().check(); });
+    index.attr("NODE_BYTES") = Index::node_bytes;
+    index.attr("RECORD_BYTES") = Index::record_bytes;
+}
+
+}  // namespace kvstore::bindings

@@ -1,0 +1,352 @@
+// Ranking, choosing and removing: what goes when something goes, and what stays as a ghost.
+#include <algorithm>
+
+#include "index.h"
+
+namespace kvstore::index {
+
+// Ranks
+
+std::uint64_t Index::bytes_of(NodeId id, bool is_state) const {
+    std::uint64_t bytes = 0;
+    for (RecordId at = nodes_[id].first_record; at != none; at = records_[at].next) {
+        bytes += is_state_group_[records_[at].group] == is_state ? records_[at].slot_bytes : 0;
+    }
+    return bytes;
+}
+
+std::uint32_t Index::count_of(NodeId id, bool is_state) const {
+    std::uint32_t count = 0;
+    for (RecordId at = nodes_[id].first_record; at != none; at = records_[at].next) {
+        count += is_state_group_[records_[at].group] == is_state;
+    }
+    return count;
+}
+
+void Index::log(PolicyEvent::Kind kind, NodeId id, bool is_state) {
+    events_.push_back({kind, is_state, nodes_[id].end_tokens, handle_of(id, is_state), bytes_of(id, is_state),
+                       nodes_.key(id)});
+}
+
+void Index::unrank(NodeId id, bool is_state) {
+    if (!nodes_.has(id, is_ranked << static_cast<unsigned>(is_state))) {
+        return;
+    }
+    nodes_.clear(id, (is_ranked | is_pushed) << static_cast<unsigned>(is_state));
+    if (keeps_order_) {
+        order_.remove(nodes_, handle_of(id, is_state));
+    } else {
+        log(PolicyEvent::remove, id, is_state);
+    }
+}
+
+void Index::refresh(NodeId id, bool is_state) {
+    unrank(id, is_state);
+    if (!nodes_.has(id, is_state ? has_states : has_attention)) {
+        return;
+    }
+    nodes_.set(id, is_ranked << static_cast<unsigned>(is_state));
+    if (keeps_order_) {
+        order_.append(nodes_, handle_of(id, is_state));
+    } else {
+        log(PolicyEvent::insert, id, is_state);
+    }
+}
+
+void Index::access(NodeId id, bool is_state) {
+    if (!nodes_.has(id, is_ranked << static_cast<unsigned>(is_state))) {
+        return;
+    }
+    if (keeps_order_) {
+        order_.remove(nodes_, handle_of(id, is_state));
+        order_.append(nodes_, handle_of(id, is_state));
+    } else {
+        nodes_.clear(id, is_pushed << static_cast<unsigned>(is_state));
+        log(PolicyEvent::access, id, is_state);
+    }
+}
+
+// A hit used these nodes, root first: the last one's states, and the attention of all, an ancestor after what is below.
+void Index::touch(std::span<const NodeId> nodes) {
+    if (nodes.empty()) {
+        return;
+    }
+    access(nodes.back(), true);
+    for (std::size_t number = nodes.size(); number-- > 0;) {
+        access(nodes[number], false);
+    }
+}
+
+// What goes
+
+bool Index::is_held(NodeId id, bool is_state) const {
+    return (is_state ? nodes_[id].state_holds : nodes_[id].attention_holds) != 0;
+}
+
+// Everything that goes with a node's attention or its states, children first, but for what was chosen before.
+// False if something of it is held.
+bool Index::closure(NodeId id, bool is_state, std::vector<Handle>& found) const {
+    if (is_held(id, is_state)) {
+        return false;  // who holds something below a node holds the node too, so most searches end here
+    }
+    if (is_state) {
+        found.push_back(handle_of(id, true));
+        return true;
+    }
+    scratch_.clear();
+    nodes_.below(id, scratch_, [&](NodeId child) { return nodes_.has(child, is_chosen); });
+    scratch_.push_back(id);
+    for (const NodeId member : scratch_) {
+        if (is_held(member, true) || is_held(member, false)) {
+            return false;
+        }
+        if (nodes_.has(member, has_states)) {
+            found.push_back(handle_of(member, true));
+        }
+        if (nodes_.has(member, has_attention)) {
+            found.push_back(handle_of(member, false));
+        }
+    }
+    return true;
+}
+
+std::uint64_t Index::choose(std::uint64_t target_bytes) {
+    if (!is_choosing_) {
+        is_choosing_ = true;
+        cursor_ = order_.oldest();
+    }
+    std::vector<Handle> found;
+    while (chosen_bytes_ < target_bytes) {
+        Handle handle = none;
+        if (keeps_order_) {
+            handle = cursor_;
+        } else if (next_pushed_ < pushed_.size()) {
+            handle = pushed_[next_pushed_++];
+        }
+        if (handle == none) {
+            break;
+        }
+        const NodeId id = node_of(handle);
+        const unsigned kind = kind_of(handle);
+        if (keeps_order_) {
+            cursor_ = order_.later(nodes_, handle);
+        } else {
+            if (!nodes_.has(id, is_pushed << kind)) {
+                continue;  // gone, or used since it was named
+            }
+            nodes_.clear(id, is_pushed << kind);
+        }
+        if (nodes_.has(id, is_chosen << kind)) {
+            continue;
+        }
+        found.clear();
+        if (!closure(id, kind != 0, found)) {
+            continue;
+        }
+        for (const Handle member : found) {
+            const NodeId member_id = node_of(member);
+            if (nodes_.has(member_id, is_chosen << kind_of(member))) {
+                continue;
+            }
+            chosen_.push_back(member);
+            nodes_.set(member_id, is_chosen << kind_of(member));
+            chosen_bytes_ += bytes_of(member_id, kind_of(member) != 0) +
+                             count_of(member_id, kind_of(member) != 0) * record_bytes;
+        }
+        chosen_ends_.push_back(chosen_.size());
+    }
+    return chosen_bytes_;
+}
+
+void Index::push_victims(std::span<const Handle> handles) {
+    if (next_pushed_ == pushed_.size()) {
+        pushed_.clear();
+        next_pushed_ = 0;
+    }
+    for (const Handle handle : handles) {
+        if (!nodes_.has(node_of(handle), is_pushed << kind_of(handle))) {
+            pushed_.push_back(handle);
+            nodes_.set(node_of(handle), is_pushed << kind_of(handle));
+        }
+    }
+}
+
+Handle Index::ranked_handle(const Digest& key, bool is_state) const {
+    const NodeId id = find(key);
+    return id != none && nodes_.has(id, is_ranked << static_cast<unsigned>(is_state)) ? handle_of(id, is_state) : none;
+}
+
+std::vector<Slot> Index::chosen_slots(std::size_t count) const {
+    std::vector<Slot> slots;
+    for (const Handle handle : std::span(chosen_).first(count == 0 ? 0 : chosen_ends_[count - 1])) {
+        for (RecordId at = nodes_[node_of(handle)].first_record; at != none; at = records_[at].next) {
+            if (is_state_group_[records_[at].group] == (kind_of(handle) != 0)) {
+                slots.push_back(records_[at].slot());
+            }
+        }
+    }
+    return slots;
+}
+
+void Index::trim_choice(std::size_t count) {
+    const std::size_t kept = count == 0 ? 0 : chosen_ends_[count - 1];
+    for (const Handle handle : std::span(chosen_).subspan(kept)) {
+        nodes_.clear(node_of(handle), is_chosen << kind_of(handle));
+    }
+    chosen_.resize(kept);
+    chosen_ends_.resize(count);
+}
+
+void Index::drop_choice() {
+    for (const Handle handle : chosen_) {
+        nodes_.clear(node_of(handle), is_chosen << kind_of(handle));
+    }
+    chosen_.clear();
+    chosen_ends_.clear();
+    chosen_bytes_ = 0;
+    is_choosing_ = false;
+}
+
+std::vector<Slot> Index::evict_chosen() {
+    std::vector<Slot> freed;
+    const std::vector<Handle> victims = chosen_;
+    drop_choice();
+    for (const Handle handle : victims) {
+        remove(node_of(handle), kind_of(handle) != 0, freed);
+    }
+    return freed;
+}
+
+std::vector<Slot> Index::evict(NodeId id, bool states_only) {
+    std::vector<Handle> found;
+    std::vector<Slot> freed;
+    if (closure(id, states_only, found)) {
+        for (const Handle handle : found) {
+            remove(node_of(handle), kind_of(handle) != 0, freed);
+        }
+    }
+    return freed;
+}
+
+bool Index::has_slot(NodeId id, bool is_state, const Slot& slot) const {
+    for (RecordId at = nodes_[id].first_record; at != none; at = records_[at].next) {
+        if (is_state_group_[records_[at].group] == is_state && records_[at].slot() == slot) {
+            return true;
+        }
+    }
+    return false;
+}
+
+std::vector<Slot> Index::condemn(NodeId id, bool is_state) {
+    std::vector<Slot> freed;
+    if (is_state) {
+        remove(id, true, freed);
+        return freed;
+    }
+    std::vector<NodeId> members;
+    nodes_.below(id, members, [](NodeId) { return false; });
+    members.push_back(id);
+    for (const NodeId member : members) {
+        remove(member, true, freed);
+        remove(member, false, freed);
+    }
+    return freed;
+}
+
+std::vector<Slot> Index::remove_unchecked(NodeId id, bool is_state) {
+    std::vector<Slot> freed;
+    remove(id, is_state, freed);
+    return freed;
+}
+
+// Below attention nothing may be left: whoever removes it has removed that before.
+void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
+    if (nodes_.has(id, is_detached) || nodes_.parent(id) == id) {
+        return;  // forgotten with what went before
+    }
+    for (RecordId* link = &nodes_[id].first_record; *link != none;) {
+        const RecordId at = *link;
+        const Record& record = records_[at];
+        if (is_state_group_[record.group] != is_state) {
+            link = &records_[at].next;
+            continue;
+        }
+        *link = record.next;
+        freed.push_back(record.slot());
+        committed_bytes_ -= record.slot_bytes;
+        salts_[salt_of(id)].bytes -= record.slot_bytes;
+        grids_.drop(record.grid);
+        records_.remove(at);
+    }
+    nodes_.clear(id, is_state ? has_states : has_attention);
+    unrank(id, is_state);
+    if (nodes_.has(id, has_handover)) {
+        nodes_.clear(id, has_handover);
+        lost_handovers_.push_back(id);
+    }
+    retire(id);
+}
+
+// Ghosts
+
+// Make a node without records a ghost; forget old ghosts beyond the limit.
+void Index::retire(NodeId id) {
+    if (holds_records(id) || nodes_[id].reserved != 0 || nodes_.has(id, is_detached) || nodes_.parent(id) == id) {
+        return;
+    }
+    if (nodes_.has(id, is_tail)) {
+        forget(id);
+        return;
+    }
+    if (!nodes_.has(id, is_ghost)) {
+        nodes_.set(id, is_ghost);
+        ++ghosts_;
+    }
+    if (nodes_.is_leaf(id)) {
+        become_idle(id);
+    }
+    if (ghosts_ > ghosts_max_) {
+        drop_ghosts(ghosts_ - ghosts_max_);
+    }
+}
+
+std::uint32_t Index::drop_ghosts(std::uint32_t count) {
+    std::uint32_t dropped = 0;
+    for (; dropped < count && idle_.oldest() != none; ++dropped) {
+        forget(node_of(idle_.oldest()));
+    }
+    return dropped;
+}
+
+void Index::become_idle(NodeId id) {
+    if (!nodes_.has(id, is_idle)) {
+        nodes_.set(id, is_idle);
+        idle_.append(nodes_, handle_of(id, false));
+    }
+}
+
+void Index::no_ghost(NodeId id) {
+    if (nodes_.has(id, is_idle)) {
+        idle_.remove(nodes_, handle_of(id, false));
+    }
+    ghosts_ -= nodes_.has(id, is_ghost);
+    nodes_.clear(id, is_ghost | is_idle);
+}
+
+void Index::forget(NodeId id) {
+    no_ghost(id);
+    const NodeId parent = nodes_.parent(id);
+    nodes_.detach(id);
+    recycle_if_unused(id);
+    if (nodes_.is_leaf(parent)) {
+        if (nodes_.has(parent, is_root)) {
+            drop_salt_root(nodes_[parent].root);
+            nodes_.detach(parent);
+            nodes_.recycle(parent);
+        } else if (nodes_.has(parent, is_ghost)) {
+            become_idle(parent);
+        }
+    }
+}
+
+}  // namespace kvstore::index

@@ -1,0 +1,281 @@
+// The prefix index: which records are there, for which prefix. Not thread-safe: the pool calls it under its lock.
+//
+// Invariants, asserted by `check`: a node's ancestors exist; attention is contiguous from the root, per shard unit
+// and exactness class; whoever holds a node holds its ancestors; ghosts are bounded.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "grids.h"
+#include "needs.h"
+#include "nodes.h"
+#include "records.h"
+#include "use_order.h"
+
+namespace kvstore::index {
+
+struct Query {
+    Path path;
+    std::span<const std::uint32_t> token_ids;
+    std::uint32_t cap_tokens;
+    const Needs* needs;
+    const Grid* grid;                   // nullptr takes any
+    std::uint32_t candidates_max;
+    std::span<const NodeId> excluded;   // tails of the same ids that are not this prompt's
+};
+
+struct Candidate {
+    std::uint32_t blocks;
+    NodeId tail;  // or none
+    std::uint32_t tokens;
+};
+
+struct Found {
+    std::vector<Candidate> candidates;  // deepest first
+    std::vector<Candidate> tails;       // whose ids the prompt continues: whether their keys are its own is open
+    std::vector<std::uint32_t> branch_points;
+    std::uint32_t attention_tokens = 0;
+    std::uint32_t pending_tokens = 0;
+    std::uint32_t evicted_state_tokens = 0;
+    std::uint32_t foreign_state_tokens = 0;
+    bool is_other_grid = false;
+};
+
+// A record of a path, as readers and writers see it.
+struct Row {
+    std::uint32_t node;
+    std::uint16_t group;
+    std::uint16_t span;
+    Units units;
+    Slot slot;
+    Digest grid;
+    std::uint64_t cost_us;
+};
+
+// A digest that the record at one place must carry.
+struct PlaceGrid {
+    std::uint32_t node;
+    std::uint16_t group;
+    std::uint16_t span;
+    Digest digest;
+    auto place() const { return std::tuple(node, group, span); }
+};
+
+// Nodes that a reader holds, and the records there.
+struct Held {
+    std::vector<NodeId> nodes;
+    std::vector<Row> rows;  // by group, span, node, units
+};
+
+// A record that a writer provides.
+struct Name {
+    std::uint32_t node;
+    std::uint16_t group;
+    std::uint16_t span;
+    Units units;
+    Digest grid;
+};
+
+enum class PlanStatus { ok, wrong_path, gap };
+
+// What one writer has reserved, and the nodes that it relies on.
+struct WriteSet {
+    PlanStatus status = PlanStatus::ok;
+    std::uint32_t gap_node = 0;
+    std::vector<Row> missing;  // to be reserved, in the order in which they were named
+    std::vector<Row> held;     // there already
+    std::uint32_t new_nodes = 0;  // without a new root
+    bool is_new_root = false;
+    std::vector<NodeId> nodes;
+    std::vector<NodeId> basis_tail;
+    std::vector<std::uint32_t> resume_nodes;
+    std::vector<GridId> grids;  // in use from `enter` on, so that their memory is counted before there is a commit
+};
+
+// A change of what may be evicted, for a policy outside.
+struct PolicyEvent {
+    enum Kind : std::uint8_t { insert, access, remove } kind;
+    bool is_state;
+    std::uint32_t end_tokens;
+    Handle handle;
+    std::uint64_t size_bytes;
+    Digest key;
+};
+
+class Index {
+  public:
+    // `keeps_order`: victims are what was used longest ago. Otherwise a policy outside is told of every change and
+    // pushes its victims.
+    Index(std::vector<bool> is_state_group, std::uint32_t ghosts_max, bool keeps_order, std::uint64_t seed);
+
+    Index(const Index&) = delete;
+    Index& operator=(const Index&) = delete;
+
+    static constexpr std::size_t node_bytes = Nodes::node_bytes;
+    static constexpr std::size_t record_bytes = Records::record_bytes;
+
+    // Counters
+    std::uint32_t node_count() const { return nodes_.prefix_count(); }
+    std::uint32_t ghost_count() const { return ghosts_; }
+    std::uint32_t record_count() const { return records_.size(); }
+    std::uint64_t committed_bytes() const { return committed_bytes_; }
+    std::size_t memory_bytes() const;
+    std::size_t allocated_bytes() const;
+    std::vector<std::pair<std::string, std::uint64_t>> bytes_by_salt() const;
+
+    // Nodes
+    NodeId find(const Digest& key) const;
+    const Nodes& nodes() const { return nodes_; }
+    const std::string& salt(NodeId id) const { return salts_[salt_of(id)].name; }
+    bool holds_records(NodeId id) const { return nodes_.has(id, has_attention | has_states); }
+    void mark(NodeId id, Flag flag, bool is_set) { is_set ? nodes_.set(id, flag) : nodes_.clear(id, flag); }
+
+    // Reading
+    Found match(const Query& query) const;
+    // Every record of a resume point; nothing if one is not there. `places` overrides `grid`.
+    std::optional<Held> collect(const Path& path, const Needs& needs, const Grid* grid,
+                                const std::vector<PlaceGrid>* places) const;
+    void hold(const Held& held);
+    // What was freed with a tail that came for a hand-over only.
+    std::vector<Slot> release(const Held& held);
+    bool is_there(const Path& path, const Name& name, bool is_lossy) const;
+
+    // Writing
+    WriteSet plan(const Path& path, std::span<const Name> names, bool is_lossy) const;
+    // Make the nodes and rely on them. Nothing is changed when this throws.
+    void enter(WriteSet& set, const Path& path, const std::string& salt, std::vector<NodeId> basis_tail,
+               std::vector<std::uint32_t> resume_nodes);
+    // After `enter`, when nothing could be reserved.
+    void undo(WriteSet& set);
+    // The records of `ready` appear; the numbers of those that another writer has committed, or that nothing leads to.
+    std::vector<std::uint32_t> commit(const WriteSet& set, std::span<const std::uint64_t> ready,
+                                      std::span<const std::uint64_t> costs_us, Residency residency);
+    // The writer has ended; what it relied on stays until `let_go`.
+    void leave(WriteSet& set);
+    std::vector<Slot> let_go(WriteSet& set);
+
+    // Evicting
+    // What goes with a node's attention or states, or nothing if something of it is held.
+    std::vector<Slot> evict(NodeId id, bool states_only);
+    // Damaged: the node's states, or its attention with everything below, held or not.
+    std::vector<Slot> condemn(NodeId id, bool is_state);
+    bool has_slot(NodeId id, bool is_state, const Slot& slot) const;
+    std::uint32_t drop_ghosts(std::uint32_t count);
+
+    // Choose victims until `target_bytes` would be freed, from the order of use or from what was pushed; the bytes so far.
+    std::uint64_t choose(std::uint64_t target_bytes);
+    void push_victims(std::span<const Handle> handles);
+    std::size_t pushed_count() const { return pushed_.size() - next_pushed_; }
+    // How many evictables were named so far for whom there is a choice, and what the first so many of them would free.
+    std::size_t chosen_count() const { return chosen_ends_.size(); }
+    std::vector<Slot> chosen_slots(std::size_t count) const;
+    // Keep the first so many only.
+    void trim_choice(std::size_t count);
+    std::vector<Slot> evict_chosen();
+    void drop_choice();
+    Handle ranked_handle(const Digest& key, bool is_state) const;
+
+    // For the pool to act upon after each call that changes something.
+    std::vector<NodeId> take_lost_handovers() { return std::exchange(lost_handovers_, {}); }
+    std::vector<PolicyEvent> take_events() { return std::exchange(events_, {}); }
+
+    // Walks the whole index. What is wrong; empty when nothing is.
+    std::string check() const;
+    // For tests of `check`: forget a node's records of one kind, whatever hangs on them.
+    std::vector<Slot> remove_unchecked(NodeId id, bool is_state);
+
+  private:
+    // match.cc
+    NodeId node_at(const Path& path, std::uint32_t blocks) const;
+    std::uint32_t deepest_known(const Path& path, std::uint32_t whole) const;
+    std::uint32_t attention_reach(const Query& query, std::uint32_t known) const;
+    bool others_go_on(const Path& path, NodeId id, std::uint32_t blocks, bool is_deepest) const;
+    bool is_resume_point(const Query& query, NodeId id, bool with_attention) const;
+
+    // cover.cc
+    bool has_all(NodeId id, const Needs& needs, bool states, GridId grid) const;
+    bool covers(NodeId id, const GroupNeed& need, GridId grid, bool accepts_lossy) const;
+    bool cover_span(RecordId& at, const GroupNeed& need, std::uint16_t span, GridId grid, bool accepts_lossy,
+                    std::vector<RecordId>* chosen) const;
+    RecordId first_of(NodeId id, std::uint32_t place) const;
+    // One record that holds a name's units, or several that do together.
+    bool find_records(NodeId id, std::uint32_t group, std::uint32_t span, Units units, GridId grid,
+                      bool accepts_lossy, std::vector<RecordId>* found) const;
+    Row row_of(RecordId id, std::uint32_t node) const;
+
+    // write.cc
+    bool known_nodes(const Path& path, std::vector<NodeId>& known) const;
+    bool is_gapless(std::span<const Name> names, const std::vector<NodeId>& known, bool is_lossy,
+                    std::uint32_t& gap_node) const;
+    void use_grids(WriteSet& set);
+    void drop_grids(WriteSet& set);
+    void make_nodes(WriteSet& set, const Path& path, const std::string& salt);
+    void add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residency residency);
+    bool is_reachable(NodeId id, const Row& row, bool is_lossy) const;
+    void rely(const WriteSet& set);
+    void stop_relying(const WriteSet& set);
+    void recycle_if_unused(NodeId id);
+    void set_pending(const WriteSet& set, bool is_on);
+    void release_nodes(const std::vector<NodeId>& nodes, std::uint32_t made);
+    void drop_if_over(NodeId id, std::vector<Slot>& freed);
+
+    // evict.cc
+    void remove(NodeId id, bool is_state, std::vector<Slot>& freed);
+    void refresh(NodeId id, bool is_state);
+    void unrank(NodeId id, bool is_state);
+    void touch(std::span<const NodeId> nodes);
+    void access(NodeId id, bool is_state);
+    void log(PolicyEvent::Kind kind, NodeId id, bool is_state);
+    std::uint64_t bytes_of(NodeId id, bool is_state) const;
+    std::uint32_t count_of(NodeId id, bool is_state) const;
+    bool is_held(NodeId id, bool is_state) const;
+    bool closure(NodeId id, bool is_state, std::vector<Handle>& found) const;
+    void retire(NodeId id);
+    void forget(NodeId id);
+    void become_idle(NodeId id);
+    void no_ghost(NodeId id);
+
+    struct Salt {
+        std::string name;
+        std::uint64_t bytes = 0;
+        std::uint32_t roots = 0;
+    };
+    std::uint32_t salt_of(NodeId id) const { return nodes_[nodes_[id].root].root; }
+    std::uint32_t use_salt(const std::string& name);
+    void drop_salt_root(std::uint32_t number);
+
+    std::vector<bool> is_state_group_;
+    std::uint32_t ghosts_max_;
+    bool keeps_order_;
+    Nodes nodes_;
+    Records records_;
+    Grids grids_;
+    std::vector<Salt> salts_;
+    std::unordered_map<std::string, std::uint32_t> salt_numbers_;
+    std::vector<std::uint32_t> free_salts_;
+    std::size_t salt_name_bytes_ = 0;
+    std::size_t grid_holds_ = 0;  // of write sets
+    UseOrder order_;
+    UseOrder idle_;
+    std::uint32_t ghosts_ = 0;
+    std::uint64_t committed_bytes_ = 0;
+    std::vector<Handle> chosen_;
+    std::vector<std::size_t> chosen_ends_;  // in `chosen_`, after each evictable with all that goes with it
+    std::uint64_t chosen_bytes_ = 0;
+    Handle cursor_ = none;
+    bool is_choosing_ = false;
+    std::vector<Handle> pushed_;
+    std::size_t next_pushed_ = 0;
+    std::vector<PolicyEvent> events_;
+    std::vector<NodeId> lost_handovers_;
+    mutable std::vector<std::uint64_t> lacking_;
+    mutable std::vector<NodeId> scratch_;
+};
+
+}  // namespace kvstore::index

@@ -1,0 +1,178 @@
+"""Records of a path as arrays: what native calls take and give. Objects are made only of those that are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from kvstore.abc import Slot
+from kvstore.keys import KEY_BYTES
+from kvstore.pool.path import RecordName
+from kvstore.record import RecordHeader, record_layout
+from kvstore.spec import UnitRange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import numpy.typing as npt
+
+    from kvstore.pool.path import NodePath, RecordPlace
+    from kvstore.record import RecordLayout
+    from kvstore.spec import ModelSpec
+
+NODE, GROUP, SPAN, START, STOP, SLOT, GENERATION, SLOT_BYTES, COST_US, DIGEST = range(10)
+"""Columns of the tables that the native index returns."""
+
+_slot_of: Callable[[list[int]], Slot] = partial(tuple.__new__, Slot)
+"""`Slot._make` in less time: a prompt has thousands."""
+
+
+class RecordNames(Sequence[RecordName]):
+    """Names of records, as an array of shape [n, 5]: node, group, span, first unit, unit after the last."""
+
+    def __init__(self, table: npt.NDArray[np.uint64]) -> None:
+        self.table = table
+
+    @classmethod
+    def of(cls, names: Iterable[RecordName]) -> RecordNames:
+        if isinstance(names, RecordNames):
+            return names
+        rows = [(name.node, name.group, name.span, name.units.start, name.units.stop) for name in names]
+        return cls(np.array(rows, np.uint64).reshape(-1, 5))
+
+    @classmethod
+    def of_spans(cls, nodes: Sequence[int] | range, group: int, spans: int, units: UnitRange) -> RecordNames:
+        """Every span of a group at each of these nodes."""
+        table = np.empty((len(nodes), spans, 5), np.uint64)
+        table[:, :, 0] = np.asarray(nodes, np.uint64)[:, None]
+        table[:, :, 1] = group
+        table[:, :, 2] = np.arange(spans)
+        table[:, :, 3] = units.start
+        table[:, :, 4] = units.stop
+        return cls(table.reshape(-1, 5))
+
+    @classmethod
+    def join(cls, parts: Sequence[RecordNames]) -> RecordNames:
+        return cls(np.concatenate([part.table for part in parts]) if parts else np.empty((0, 5), np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> RecordName: ...
+    @overload
+    def __getitem__(self, index: slice) -> RecordNames: ...
+    def __getitem__(self, index: int | slice) -> RecordName | RecordNames:
+        if isinstance(index, slice):
+            return RecordNames(self.table[index])
+        node, group, span, start, stop = self.table[index].tolist()
+        return RecordName(node, group, span, UnitRange(start, stop))
+
+
+class Rows:
+    """Records of a path in a table of the native index, one a row.
+
+    Attributes:
+        spec, path: the model, and the path that nodes are counted on.
+        table: [n, 10], columns as above; the last one counts `digests`.
+        digests: chunk grid digests, each once.
+    """
+
+    def __init__(self, spec: ModelSpec, path: NodePath, table: npt.NDArray[np.uint64], digests: bytes) -> None:
+        self.spec = spec
+        self.path = path
+        self.table = table
+        self.digests = [digests[at : at + KEY_BYTES] for at in range(0, len(digests), KEY_BYTES)]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def end_tokens(self) -> npt.NDArray[np.int64]:
+        """Where each record's prefix ends."""
+        nodes = self.table[:, NODE].astype(np.int64)
+        ends = (nodes + 1) * self.path.block_tokens
+        ends[nodes >= len(self.path.keys)] = self.path.tokens
+        return ends
+
+    @cached_property
+    def classes(self) -> tuple[list[RecordLayout], npt.NDArray[np.int64]]:
+        """The layouts that occur, and the number of each record's."""
+        group, span, start, stop = (self.table[:, column] for column in (GROUP, SPAN, START, STOP))
+        one = np.uint64(1 << 13)  # above the most units and spans
+        packed = ((group * one + span) * one + start) * one + stop
+        _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
+        layouts = []
+        for row in first.tolist():
+            units = UnitRange(int(start[row]), int(stop[row]))
+            layouts.append(record_layout(self.spec, int(group[row]), int(span[row]), units))
+        return layouts, inverse.reshape(-1).astype(np.int64)
+
+    @property
+    def slot_sizes(self) -> list[int]:
+        """Bytes that each record takes in a tier."""
+        layouts, numbers = self.classes
+        sizes: list[int] = np.array([layout.slot_bytes for layout in layouts], np.int64)[numbers].tolist()
+        return sizes
+
+    def slots(self) -> list[Slot]:
+        return slots_of(self.table[:, SLOT : SLOT_BYTES + 1])
+
+    def names(self) -> list[RecordName]:
+        units = {layout.units for layout in self.classes[0]}
+        shared = {(each.start, each.stop): each for each in units}
+        return [
+            RecordName(node, group, span, shared[start, stop])
+            for node, group, span, start, stop in self.table[:, : STOP + 1].tolist()
+        ]
+
+    def layouts(self) -> list[RecordLayout]:
+        layouts, numbers = self.classes
+        return [layouts[number] for number in numbers.tolist()]
+
+    def grid(self, row: int) -> bytes:
+        """Chunk grid digest of a record."""
+        return self.digests[int(self.table[row, DIGEST])]
+
+    def places(self) -> list[tuple[RecordPlace, bytes]]:
+        """Where each record belongs, and its chunk grid digest."""
+        rows = self.table[:, [NODE, GROUP, SPAN, DIGEST]].tolist()
+        return [((node, group, span), self.digests[digest]) for node, group, span, digest in rows]
+
+    def headers(self) -> list[RecordHeader]:
+        path, groups, block = self.path, self.spec.groups, self.spec.block_tokens
+        columns = self.table[:, [NODE, GROUP, DIGEST, COST_US]].tolist()
+        return [
+            RecordHeader(
+                path.key(node),
+                path.parent(node),
+                end_tokens,
+                groups[group].valid_tokens(block, end_tokens),
+                self.digests[digest],
+                cost_us,
+            )
+            for (node, group, digest, cost_us), end_tokens in zip(columns, self.end_tokens.tolist(), strict=True)
+        ]
+
+    def padded(self) -> list[int]:
+        """Records that will be filled in part only."""
+        layouts, numbers = self.classes
+        capacity = np.array([layout.capacity_tokens for layout in layouts], np.int64)[numbers]
+        is_state = np.isin(self.table[:, GROUP], self.spec.state_groups)
+        block = self.spec.block_tokens
+        valid = np.where(is_state, np.minimum(self.end_tokens, capacity), (self.end_tokens - 1) % block + 1)
+        rows: list[int] = np.flatnonzero((capacity > 0) & (valid < capacity)).tolist()
+        return rows
+
+
+def slots_of(table: npt.NDArray[np.uint64]) -> list[Slot]:
+    """Descriptors of a table of shape [n, 3]."""
+    return list(map(_slot_of, table.tolist()))
+
+
+def slot_table(slots: Sequence[Slot]) -> npt.NDArray[np.uint64]:
+    """The table of descriptors, shape [n, 3]."""
+    return np.array(slots, np.uint64).reshape(-1, 3)
