@@ -105,9 +105,14 @@ def report(title: str, rows: Sequence[Row], output: Path, absent: Sequence[Absen
         Console().print(f"{baseline.baseline_name}: {baseline.reason}", markup=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     every_row: tuple[Row | Absent, ...] = (*rows, *absent)
-    document = {"machine": _machine(), "commit": _commit(), "rows": [asdict(row) for row in every_row]}
+    document = {**machine_and_commit(), "rows": [asdict(row) for row in every_row]}
     output.write_text(json.dumps(document, indent=2) + "\n")
     Console().print(f"written to {output}")
+
+
+def machine_and_commit() -> dict[str, str]:
+    """Where and of what a measurement was taken."""
+    return {"machine": _machine(), "commit": _commit()}
 
 
 def _machine() -> str:

@@ -26,6 +26,9 @@ from kvstore.testing.specs import check_lease, put_states, put_tokens, tensors_o
 from kvstore.testing.store_model import Copy, Ids, Prefix, StoreModel, bounds_of, prefixes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvstore.abc import EvictionPolicy
     from kvstore.pool import Match, Prompt, Transaction
     from kvstore.spec import ModelSpec
     from kvstore.store import Lease, Writer
@@ -69,15 +72,23 @@ class StoreMachine(RuleBasedStateMachine):
 
     spec: ClassVar[ModelSpec]
     dram_bytes: ClassVar[int]
+    make_eviction: ClassVar[Callable[[], EvictionPolicy | None]]
 
     @classmethod
-    def for_spec(cls, spec: ModelSpec, *, dram_bytes: int) -> type[StoreMachine]:
-        """A machine for a spec; small blocks make many nodes of few tokens. Without room it tests eviction."""
-        return type(f"{cls.__name__}_{spec.model}_{dram_bytes}", (cls,), {"spec": spec, "dram_bytes": dram_bytes})
+    def for_spec(
+        cls, spec: ModelSpec, *, dram_bytes: int, eviction: Callable[[], EvictionPolicy] | None = None
+    ) -> type[StoreMachine]:
+        """A machine for a spec; small blocks make many nodes of few tokens. Without room it tests eviction.
+
+        Args:
+            eviction: makes the policy that ranks victims; by default the index's own order of use.
+        """
+        members = {"spec": spec, "dram_bytes": dram_bytes, "make_eviction": staticmethod(eviction or (lambda: None))}
+        return type(f"{cls.__name__}_{spec.model}_{dram_bytes}", (cls,), members)
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = open_store(self.spec, dram=self.dram_bytes)
+        self.store = open_store(self.spec, dram=self.dram_bytes, eviction=self.make_eviction())
         self.model = StoreModel(self.spec)
         self.writers: list[LiveWriter] = []
         self.leases: list[LiveLease] = []
@@ -317,6 +328,35 @@ class StoreMachine(RuleBasedStateMachine):
                 self.model.add(prefix, copy)
         live.reserved = [item for item in live.reserved if item not in ready]
         if limit >= end:
+            self.writers.remove(live)
+            assert not live.writer.transaction.is_open
+
+    @precondition(lambda self: len(self.writers) > 1)
+    @rule(data=st.data(), is_unfinished=st.booleans())
+    def finish_together(self, data: st.DataObject, is_unfinished: bool) -> None:
+        """Several writers, of one prompt or of others, become visible in one step or not at all."""
+        chosen = data.draw(st.lists(st.sampled_from(self.writers), min_size=2, unique_by=id), label="together")
+        for live in chosen[is_unfinished:]:
+            while live.todo:
+                self._put_next(live)
+        commits = [(live.writer.transaction, None, None) for live in chosen]
+        is_damaged = any(live.resume is not None and live.resume.is_damaged for live in chosen)
+        is_complete = all(self._is_complete(live, *item) for live in chosen for item in live.reserved)
+        try:
+            self.store.pool.commit_together(commits)
+        except WriteError:
+            assert not is_complete, "complete writers were refused"
+            return
+        except LeaseGoneError:
+            assert is_damaged, "good writers were refused"
+            self.writers = [live for live in self.writers if live.writer.transaction.is_open]
+            return
+        assert is_complete
+        assert not is_damaged
+        for live in chosen:
+            for prefix, copy in live.reserved:
+                if not self.model.find(prefix, copy) and self._is_reachable(live.path, prefix, copy):
+                    self.model.add(prefix, copy)
             self.writers.remove(live)
             assert not live.writer.transaction.is_open
 

@@ -7,6 +7,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from kvstore.pool import LRUPolicy
 from kvstore.testing.specs import dense, hybrid, latent, pure_state
 from kvstore.testing.store_machine import StoreMachine
 
@@ -33,6 +34,7 @@ def _case(machine: type[StoreMachine], examples: int) -> type:
 
 TestRoomyHybrid = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=ROOMY_BYTES), EXAMPLES)
 TestTightHybrid = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=TIGHT_BYTES), EXAMPLES)
+TestTightPushed = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=TIGHT_BYTES, eviction=LRUPolicy), EXAMPLES // 2)
 TestRoomyPureState = _case(StoreMachine.for_spec(pure_state(4), dram_bytes=ROOMY_BYTES), EXAMPLES // 3)
 TestTightDense = _case(StoreMachine.for_spec(dense(4), dram_bytes=TIGHT_BYTES), EXAMPLES // 3)
 TestRoomyLatent = _case(StoreMachine.for_spec(latent(4), dram_bytes=ROOMY_BYTES), EXAMPLES // 3)
