@@ -138,9 +138,7 @@ class Room:
         """Whether the first so many of the chosen victims leave enough room."""
         return self._tier.would_fit(sizes, slots_of(self._index.native.chosen_slots(chosen)))
 
-    def _drop_ghosts(
-        self, sizes: Sequence[int], needed_bytes: int, lacking_bytes: int, chosen_bytes: int
-    ) -> None:
+    def _drop_ghosts(self, sizes: Sequence[int], needed_bytes: int, lacking_bytes: int, chosen_bytes: int) -> None:
         """All victims do not suffice: whether hints can make up for the rest.
 
         Raises:

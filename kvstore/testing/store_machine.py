@@ -26,8 +26,6 @@ from kvstore.testing.specs import check_lease, put_states, put_tokens, tensors_o
 from kvstore.testing.store_model import Copy, Ids, Prefix, StoreModel, bounds_of, prefixes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvstore.abc import EvictionPolicy
     from kvstore.pool import Match, Prompt, Transaction
     from kvstore.spec import ModelSpec
@@ -72,23 +70,25 @@ class StoreMachine(RuleBasedStateMachine):
 
     spec: ClassVar[ModelSpec]
     dram_bytes: ClassVar[int]
-    make_eviction: ClassVar[Callable[[], EvictionPolicy | None]]
+    policy: ClassVar[type[EvictionPolicy] | None]
 
     @classmethod
     def for_spec(
-        cls, spec: ModelSpec, *, dram_bytes: int, eviction: Callable[[], EvictionPolicy] | None = None
+        cls, spec: ModelSpec, *, dram_bytes: int, policy: type[EvictionPolicy] | None = None
     ) -> type[StoreMachine]:
         """A machine for a spec; small blocks make many nodes of few tokens. Without room it tests eviction.
 
         Args:
-            eviction: makes the policy that ranks victims; by default the index's own order of use.
+            policy: ranks victims; by default the index's own order of use does.
         """
-        members = {"spec": spec, "dram_bytes": dram_bytes, "make_eviction": staticmethod(eviction or (lambda: None))}
+        members = {"spec": spec, "dram_bytes": dram_bytes, "policy": policy}
         return type(f"{cls.__name__}_{spec.model}_{dram_bytes}", (cls,), members)
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = open_store(self.spec, dram=self.dram_bytes, eviction=self.make_eviction())
+        self.store = open_store(
+            self.spec, dram=self.dram_bytes, eviction=self.policy() if self.policy is not None else None
+        )
         self.model = StoreModel(self.spec)
         self.writers: list[LiveWriter] = []
         self.leases: list[LiveLease] = []

@@ -34,7 +34,7 @@ def _case(machine: type[StoreMachine], examples: int) -> type:
 
 TestRoomyHybrid = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=ROOMY_BYTES), EXAMPLES)
 TestTightHybrid = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=TIGHT_BYTES), EXAMPLES)
-TestTightPushed = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=TIGHT_BYTES, eviction=LRUPolicy), EXAMPLES // 2)
+TestTightPushed = _case(StoreMachine.for_spec(hybrid(4), dram_bytes=TIGHT_BYTES, policy=LRUPolicy), EXAMPLES // 2)
 TestRoomyPureState = _case(StoreMachine.for_spec(pure_state(4), dram_bytes=ROOMY_BYTES), EXAMPLES // 3)
 TestTightDense = _case(StoreMachine.for_spec(dense(4), dram_bytes=TIGHT_BYTES), EXAMPLES // 3)
 TestRoomyLatent = _case(StoreMachine.for_spec(latent(4), dram_bytes=ROOMY_BYTES), EXAMPLES // 3)
