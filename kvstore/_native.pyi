@@ -1,4 +1,4 @@
-"""The parts of kvstore that touch every byte or every record: arena, checksums and strided copies."""
+"""The parts of kvstore that touch every byte or every record: arena, checksums, strided copies and sockets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -339,3 +339,141 @@ class PrefixIndex:
     def set_handover(self, node: int, is_set: bool) -> None: ...
     def remove_unchecked(self, node: int, is_state: bool) -> NDArray[np.uint64]: ...
     def check(self) -> str: ...
+# Transfers: sockets, frames, and the pieces that cross. See the docstrings of the module itself.
+
+def pack_frame_header(
+    kind: int,
+    flags: int,
+    epoch: int,
+    counter: int,
+    generation: int,
+    payload_bytes: int,
+    piece_count: int,
+    payload_crc32c: int,
+) -> bytes:
+    """The 64 bytes of a frame header. Raises `ProtocolError` beyond the limits."""
+
+def parse_frame_header(data: Buffer) -> tuple[int, int, int, int, int, int, int, int]:
+    """The fields of a frame header, in the order of `pack_frame_header`.
+
+    Raises:
+        ProtocolError, PeerMismatchError: as `kvstore.transfer.frames.parse_header`. ValueError: not 64 bytes.
+    """
+
+def frame_limits() -> dict[str, int]:
+    """The limits that frames are checked against, by their names in `kvstore.limits`."""
+
+class Stream:
+    """A connected stream socket. One thread receives, any thread sends whole frames, any thread closes.
+
+    Owns the descriptor. Moments are of `time.monotonic()`; waits release the GIL. What raises `PeerGoneError` or
+    `TransportError` in the middle of a frame closes the connection.
+    """
+
+    progress_deadline_s: float
+    """The longest that one slice of 512 KiB may take."""
+    def __init__(self, descriptor: int, peer_address: str, progress_deadline_s: float) -> None: ...
+    def send(self, buffers: Sequence[Buffer]) -> None: ...
+    def receive_header(self, deadline_s: float) -> bytes: ...
+    def receive_into(self, into: Buffer) -> None: ...
+    def wait_readable(self, deadline_s: float) -> bool: ...
+    def close(self) -> None: ...
+    @property
+    def last_sent_s(self) -> float: ...
+    @property
+    def last_received_s(self) -> float: ...
+
+class StopFlag:
+    """Tells a native loop to return at the next frame. Any thread."""
+
+    def set(self) -> None: ...
+    def clear(self) -> None: ...
+    @property
+    def is_set(self) -> bool: ...
+
+class PieceLayout:
+    """Where the pieces of one class of records lie: offsets (uint64) and sizes (uint32), `[pieces]`. Immutable."""
+
+    def __init__(self, offsets: NDArray[np.uint64], sizes: NDArray[np.uint32], checksum_offset: int) -> None: ...
+    @property
+    def piece_count(self) -> int: ...
+
+class Arrivals:
+    """Which pieces of a transfer its receiver wants, is receiving and has, and the credit. Any thread."""
+
+    def __init__(self, record_count: int) -> None: ...
+    def add_records(self, numbers: NDArray[np.uint32], layout: PieceLayout, addresses: NDArray[np.uint64]) -> None: ...
+    def attach(self, epoch: int, counter: int, generation: int, window_bytes: int) -> None: ...
+    def claim(self, rows: Buffer | NDArray[Any], body_bytes: int | None) -> None: ...
+    def lose(self, rows: Buffer | NDArray[Any], consumed_bytes: int) -> None: ...
+    def settle(self, rows: Buffer | NDArray[Any], computed: NDArray[np.uint32]) -> tuple[bytes, list[int]]: ...
+    def consume(self, size_bytes: int, is_quiet: bool) -> int | None: ...
+    def grant_window(self) -> int: ...
+    @property
+    def consumed_bytes(self) -> int: ...
+    def note_seal(self, record: int) -> bool: ...
+    def pending(self, record: int) -> tuple[int, int]: ...
+    def missing_ranges(self) -> bytes: ...
+    def counts(self) -> tuple[int, int, int]: ...
+
+class Departures:
+    """What is left to send of a transfer. Any thread."""
+
+    def __init__(
+        self, layouts: list[PieceLayout], layout_numbers: NDArray[np.uint32], addresses: NDArray[np.uint64]
+    ) -> None: ...
+    def pieces_whole(self, record: int, pieces: NDArray[np.uint32]) -> None: ...
+    def record_sealed(self, record: int, cost_us: int) -> None: ...
+    def want(self, ranges: Buffer | NDArray[Any], is_again: bool) -> int: ...
+    def grant(self, granted_bytes: int) -> None: ...
+    def take(self, frame_bytes_max: int, is_remote: bool) -> tuple[bytes, int, bool]: ...
+    def sent(self, rows: Buffer) -> None: ...
+    def unsent(self, rows: Buffer) -> None: ...
+    def lost(self, connection: int, frames_arrived: int) -> int: ...
+    @property
+    def has_left(self) -> bool: ...
+    def next_seals(self, count_max: int) -> bytes: ...
+    @property
+    def pieces_sent(self) -> int: ...
+    def bytes_sent_by_record(self) -> bytes: ...
+
+def receive_pieces(
+    stream: Stream,
+    control: Stream,
+    arrivals: Arrivals,
+    epoch: int,
+    counter: int,
+    generation: int,
+    deadline_s: float,
+    linger_s: float,
+    is_observed: bool,
+    stop: StopFlag,
+) -> tuple[int, bytes, str, int, int, tuple[bytes, list[int]], bytes]:
+    """Receive DATA frames straight into their records until there is something to tell; no GIL meanwhile.
+
+    Returns (event, header, reason, unread_bytes, frames, (damaged rows, completed records), rows); the events are those
+    of `kvstore.transfer.native`. The caller keeps the records in place.
+
+    Raises:
+        PeerGoneError, ProtocolError, PeerMismatchError, TransportError: the stream is over.
+    """
+
+def send_pieces(
+    stream: Stream,
+    departures: Departures,
+    epoch: int,
+    counter: int,
+    generation: int,
+    frame_bytes_max: int,
+    connection: int,
+    until_s: float,
+    is_observed: bool,
+    stop: StopFlag,
+) -> tuple[int, float, bytes]:
+    """Send DATA frames straight from their records until nothing can be sent; no GIL meanwhile.
+
+    Returns (frames, when the first had left, rows of the last one if observed). The caller keeps the records in place.
+
+    Raises:
+        PeerGoneError, TransportError: the stream is over.
+    """

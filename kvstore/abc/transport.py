@@ -82,6 +82,18 @@ class Connection(ABC):
         over a network may then drop both. Every exposure of this side ends as by `withdraw`.
         """
 
+    def native_stream(self) -> int | None:
+        """A descriptor of the connected stream socket below, for native code that moves bytes by itself.
+
+        A duplicate that the caller owns and closes; it receives and sends what `receive` and `send` would, so whoever
+        takes it uses nothing else afterwards. `close` ends its waits, too. None if there is no such socket, or if the
+        bytes on it are not those of the stream (encryption, say); the connection is then used as it is.
+
+        Raises:
+            PeerGoneError: this side closed the connection. TransportError: no descriptor is left.
+        """
+        return None
+
     def expose(self, view: memoryview) -> bytes:
         """Let the peer of this connection read `view` until `withdraw`; the caller keeps it alive.
 

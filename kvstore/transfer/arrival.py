@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,7 +91,7 @@ def get_pieces(
                 raise PeerGoneError(f"{link.peer_address} let a get wait for {link.progress_deadline_s:g} s") from error
             after_slice(stop - start)
         computed.append(_checksums(part, starts, sizes))
-    link.last_received_s = time.monotonic()
+    link.note_received()
     return computed
 
 

@@ -6,6 +6,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kvstore._native import send_pieces
 from kvstore.clock import Deadline
 from kvstore.errors import (
     ChecksumError,
@@ -22,6 +25,7 @@ from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, PIECE_ROW_BYTES, K
 from kvstore.transfer.greeting import check_hello, make_hello, uses_get
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import (
+    PIECE_ROW,
     Abort,
     AbortCode,
     Commit,
@@ -34,15 +38,16 @@ from kvstore.transfer.messages import (
     Want,
     WantStatus,
 )
-from kvstore.transfer.pieces import observe_layers
+from kvstore.transfer.native import SEND_S
+from kvstore.transfer.pieces import observe_layers, split_rows
 from kvstore.transfer.settings import KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvstore.transfer.frames import FrameHeader
-    from kvstore.transfer.outgoing import DataFrame
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
+    from kvstore.transfer.source import Ids
 
 FRAME_BYTES = 4 * MIB
 """Bytes of pieces in one DATA frame of an unpaced transfer."""
@@ -79,7 +84,6 @@ class Attachment:
         self._broken: KVStoreError | None = None
         self._granted_bytes = 0
         self._generation = 0
-        self._sent_bytes = 0
         self._is_commit_sent = False
 
     @property
@@ -108,15 +112,19 @@ class Attachment:
                     f"{owner.transfer}: {want.reason}; send it later, or elsewhere"
                 )
             self._generation = header.generation
-            self._granted_bytes = want.granted_bytes
-            pieces = owner.outgoing.want(want.ranges, is_again=False)
+            self._granted_bytes = max(self._granted_bytes, want.granted_bytes)
+            pieces = owner.outgoing.want(want.ranges, granted_bytes=self._granted_bytes, is_again=False)
         owner.wanted(pieces, is_again=False, is_one_sided=self._is_one_sided)
         return self._stream()
 
     def _connect(self, deadline: Deadline) -> FrameLink:
         owner = self._owner
         connection = owner.transport.connect(owner.address, owner.options, deadline)
-        self._link = link = FrameLink(connection, self._progress_deadline_s)
+        try:
+            self._link = link = FrameLink(connection, self._progress_deadline_s)
+        except BaseException:
+            connection.close()
+            raise
         hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection)
         link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
         try:
@@ -179,44 +187,86 @@ class Attachment:
         link = self._need_link()
         while True:
             with owner.changed:
+                # What is set from here on concerns what this round does not look at any more.
+                owner.stop.clear()
                 self._check()
                 if self._committed is not None:
                     return self._committed
+                seen = owner.change_count
                 again, self._again = self._again, []
-                repeated = sum(owner.outgoing.want(want.ranges, is_again=True) for want in again)
-                frame = owner.outgoing.next_frame(
-                    owner.transfer,
-                    self._generation,
-                    self._frame_bytes_max,
-                    self._granted_bytes - self._sent_bytes,
-                    is_remote=self._is_one_sided,
-                )
-                seals = owner.outgoing.next_seals(SEALS_PER_FRAME) if frame is None else []
-                commit = self._due_commit() if frame is None and not seals else None
-                if frame is None and not seals and commit is None and not again:
-                    self._wait_for_change()
-                    continue
+                repeated = sum(self._want_again(want) for want in again)
             if repeated:
                 owner.wanted(repeated, is_again=True, is_one_sided=self._is_one_sided)
-            if frame is not None:
-                self._send_data(frame)
-            elif seals:
+            if self._send_pieces():
+                continue
+            with owner.changed:
+                if owner.change_count != seen:
+                    continue
+                seals = owner.outgoing.next_seals(SEALS_PER_FRAME)
+                commit = None if seals else self._due_commit()
+                if not seals and commit is None:
+                    self._wait_for_change()
+                    continue
+            if seals:
                 link.send(Kind.SEAL, owner.transfer, self._generation, Seal.of(seals).pack())
             elif commit is not None:
                 link.send(Kind.COMMIT, owner.transfer, self._generation, commit.pack())
 
-    def _send_data(self, frame: DataFrame) -> None:
+    def _want_again(self, want: Want) -> int:
+        return self._owner.outgoing.want(want.ranges, granted_bytes=want.granted_bytes, is_again=True)
+
+    def _send_pieces(self) -> bool:
+        """Send what is ready, for a while; False if nothing was."""
         link = self._need_link()
         owner = self._owner
-        if frame.header.flags & FLAG_REMOTE:
-            self._expose([record for record, _ in frame.parts])
         start_s = time.monotonic()
-        link.send_frame(frame.header, frame.payload)
+        if link.native is None:
+            return self._send_frame(start_s)
+        frames, first_s, rows = send_pieces(
+            link.native,
+            owner.outgoing.departures,
+            *owner.transfer,
+            self._generation,
+            self._frame_bytes_max,
+            0,
+            start_s + SEND_S,
+            owner.observer is not None,
+            owner.stop,
+        )
+        if not frames:
+            return False
+        end_s = link.last_sent_s
+        owner.sent(first_s, end_s)
+        if rows:
+            self._observe(split_rows(np.frombuffer(rows, PIECE_ROW)), start_s, end_s)
+        return True
+
+    def _send_frame(self, start_s: float) -> bool:
+        """Send one frame over a connection without a socket of its own, or name pieces that the peer gets."""
+        link = self._need_link()
+        owner = self._owner
+        frame = owner.outgoing.next_frame(
+            owner.transfer, self._generation, self._frame_bytes_max, is_remote=self._is_one_sided
+        )
+        if frame is None:
+            return False
+        try:
+            if frame.header.flags & FLAG_REMOTE:
+                self._expose([record for record, _ in frame.parts])
+            link.send_frame(frame.header, frame.payload)
+        except BaseException:
+            owner.outgoing.unsent(frame)
+            raise
+        owner.outgoing.sent(frame)
         end_s = time.monotonic()
-        self._sent_bytes += frame.body_bytes
-        owner.sent(frame, start_s, end_s)
+        owner.sent(end_s, end_s)
+        self._observe(frame.parts, start_s, end_s)
+        return True
+
+    def _observe(self, parts: list[tuple[int, Ids]], start_s: float, end_s: float) -> None:
+        owner = self._owner
         if owner.observer is not None:
-            for record, ids in frame.parts:
+            for record, ids in parts:
                 layout = owner.source.records[record].layout
                 observe_layers(owner.observer.piece_sent, layout, ids, start_s, end_s)
 
@@ -330,7 +380,8 @@ class Attachment:
             broken = error
         with owner.changed:
             self._broken = broken
-            owner.changed.notify_all()
+            owner.stop.set()
+            owner.notify()
 
     def _take(self, header: FrameHeader, payload: memoryview) -> None:
         owner = self._owner
@@ -340,23 +391,25 @@ class Attachment:
             if header.kind is Kind.WANT:
                 want = Want.parse(payload)
                 if want.status is WantStatus.AGAIN:
-                    self._granted_bytes = max(self._granted_bytes, want.granted_bytes)
                     self._again.append(want)
+                    owner.stop.set()
                 elif self._answer is None:
                     self._answer = (header, want)
                 else:
                     raise ProtocolError(f"{owner.address} answered one offer twice")
             elif header.kind is Kind.CREDIT:
                 self._granted_bytes = max(self._granted_bytes, Credit.parse(payload).granted_bytes)
+                owner.outgoing.grant(self._granted_bytes)
             elif header.kind is Kind.COMMITTED:
                 self._committed = Committed.parse(payload)
             elif header.kind is Kind.ABORT:
                 self._abort = Abort.parse(payload)
+                owner.stop.set()
             elif header.kind is Kind.ABORTED:
                 self._is_abort_acknowledged = True
             elif header.kind is not Kind.PONG:
                 raise ProtocolError(f"{owner.address} sent {header.kind.name}, which a receiver never does")
-            owner.changed.notify_all()
+            owner.notify()
 
     # Ending
 

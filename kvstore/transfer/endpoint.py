@@ -121,7 +121,12 @@ class Endpoint:
             self._serve(connection, number)
 
     def _serve(self, connection: Connection, number: int) -> None:
-        session = Session(self._inbox, connection)
+        try:
+            session = Session(self._inbox, connection)
+        except TransportError as error:
+            LOG.warning("%s closed a connection from %s: %s", self.address, connection.peer_address, error)
+            connection.close()
+            return
         thread = threading.Thread(target=self._run, args=(session,), name=f"kvstore-receive-{number}", daemon=True)
         with self._lock:
             is_refused = self._is_closed or len(self._sessions) >= self.settings.connections_per_node_max

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvstore._native import Arrivals
 from kvstore.clock import Deadline
 from kvstore.errors import ProtocolError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S
 from kvstore.record.array_view import address_of
-from kvstore.transfer.messages import WANT_RANGE, Commit, Committed
-from kvstore.transfer.pieces import id_ranges
+from kvstore.transfer.messages import PIECE_ROW, WANT_RANGE, Commit, Committed
+from kvstore.transfer.pieces import id_ranges, piece_layout, split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,8 +38,6 @@ class Target:
         index: its number in the transaction.
         layout, memory, address: where its pieces go.
         end_tokens: length of the prefix at whose end it lies.
-        missing: pieces that are neither there nor arriving, `[pieces]`.
-        missing_count: how many.
         cost_us: what its SEAL said; None before.
         is_sealed: it is complete and framed.
     """
@@ -49,14 +47,8 @@ class Target:
     memory: memoryview
     address: int
     end_tokens: int
-    missing: npt.NDArray[np.bool_] = field(init=False)
-    missing_count: int = field(init=False)
     cost_us: int | None = None
     is_sealed: bool = False
-
-    def __post_init__(self) -> None:
-        self.missing = np.ones(len(self.layout.pieces), bool)
-        self.missing_count = len(self.missing)
 
 
 @dataclass(frozen=True)
@@ -66,15 +58,15 @@ class Arriving:
     record: int
     target: Target
     ids: Ids
-    checksums: npt.NDArray[np.uint32]
 
 
 class IncomingTransfer:
-    """State of one transfer at its receiver. One session at a time works on it, under its own thread.
+    """State of one transfer at its receiver. One session at a time is attached, and works under its own thread.
 
     Attributes:
         offer: what the sender announced.
         record_count: records that were offered.
+        arrivals: which pieces are wanted, on the way and here, and the credit; native code works on it, too.
         generation: of the present attachment; 0 while there is none.
         deadline: when it is given up for good.
         detached_s: since when no session is attached; None while one is.
@@ -90,9 +82,6 @@ class IncomingTransfer:
         self.began_s = time.monotonic()
         self.deadline = Deadline(self.began_s + min(offer.total_deadline_ms / 1000, TRANSFER_DEADLINE_MAX_S))
         self.detached_s: float | None = self.began_s
-        self.received_bytes = 0
-        self.received_pieces = 0
-        self.damaged_pieces = 0
         self.commit: Commit | None = None
         self.record_count = len(offered)
         numbers = {record.name: number for number, record in enumerate(offered)}
@@ -102,7 +91,13 @@ class IncomingTransfer:
             )
             for index, record in enumerate(transaction.records)
         }
-        self._again: set[tuple[int, int]] = set()
+        self.arrivals = Arrivals(self.record_count)
+        by_layout: dict[RecordLayout, list[int]] = {}
+        for number, target in self._targets.items():
+            by_layout.setdefault(target.layout, []).append(number)
+        for layout, wanted in by_layout.items():
+            addresses = np.array([self._targets[number].address for number in wanted], np.uint64)
+            self.arrivals.add_records(np.array(wanted, np.uint32), piece_layout(layout), addresses)
 
     @property
     def has_all(self) -> bool:
@@ -113,79 +108,40 @@ class IncomingTransfer:
     def largest_piece_bytes(self) -> int:
         return max((int(target.layout.piece_sizes.max()) for target in self._targets.values()), default=0)
 
+    @property
+    def received_bytes(self) -> int:
+        """Piece bytes that arrived undamaged."""
+        return self.arrivals.counts()[0]
+
+    @property
+    def damaged_pieces(self) -> int:
+        return self.arrivals.counts()[2]
+
     def missing_ranges(self) -> Rows:
         """What WANT names: the pieces that are not here."""
-        return _ranges((record, np.flatnonzero(target.missing)) for record, target in sorted(self._targets.items()))
+        return np.frombuffer(self.arrivals.missing_ranges(), WANT_RANGE)
 
     # Pieces
 
-    def arriving(self, rows: Rows, body_bytes: int | None) -> list[Arriving]:
-        """Check a piece table against what is wanted, and take its pieces off the missing ones.
+    def arriving(self, rows: Rows) -> list[Arriving]:
+        """Claimed rows by the record that they belong to, in their order."""
+        return [Arriving(record, self._targets[record], ids) for record, ids in split_rows(rows)]
 
-        Args:
-            rows: the table.
-            body_bytes: bytes that the frame carries; None if the pieces are exposed.
-
-        Raises:
-            ProtocolError: a piece that was not wanted, or of another size. Nothing is taken then.
-        """
-        records = rows["record"].astype(np.int64)
-        if body_bytes is not None and int(rows["size_bytes"].sum(dtype=np.int64)) != body_bytes:
-            raise ProtocolError(f"a DATA frame carries {body_bytes} bytes, its table says otherwise")
-        arriving: list[Arriving] = []
-        edges = [0, *(np.flatnonzero(np.diff(records)) + 1).tolist(), len(rows)]
-        try:
-            for start, stop in pairwise(edges):
-                arriving.append(self._take(int(records[start]), rows[start:stop]))
-        except ProtocolError:
-            self.lost(arriving)
-            raise
-        return arriving
-
-    def _take(self, record: int, rows: Rows) -> Arriving:
-        target = self._targets.get(record)
-        if target is None:
-            raise ProtocolError(f"a DATA frame has pieces of record {record}, which was not wanted")
-        ids = rows["piece"].astype(np.int64)
-        if int(ids.max()) >= len(target.missing):
-            raise ProtocolError(f"a DATA frame has piece {int(ids.max())} of record {record}, which has fewer")
-        if not target.missing[ids].all() or len(np.unique(ids)) != len(ids):
-            raise ProtocolError(f"a DATA frame has pieces of record {record} that had arrived before")
-        if (rows["size_bytes"] != target.layout.piece_sizes[ids]).any():
-            raise ProtocolError(f"a DATA frame has pieces of record {record} of another size than the spec says")
-        target.missing[ids] = False
-        target.missing_count -= len(ids)
-        return Arriving(record, target, ids, rows["crc32c"].copy())
-
-    def lost(self, arriving: Iterable[Arriving]) -> None:
-        """These pieces did not arrive after all."""
-        for part in arriving:
-            part.target.missing[part.ids] = True
-            part.target.missing_count += len(part.ids)
-
-    def arrived(self, arriving: list[Arriving], computed: list[npt.NDArray[np.uint32]]) -> Rows | None:
-        """Keep the pieces whose checksums hold; the ranges of the others, to be wanted again, or None.
+    def arrived(self, rows: Rows, computed: npt.NDArray[np.uint32]) -> Rows | None:
+        """Keep the claimed pieces whose checksums hold; the ranges of the others, to be wanted again, or None.
 
         Raises:
             WriteError, StoreClosedError: the transaction has ended.
         """
-        damaged: list[tuple[int, Ids]] = []
-        for part, checksums in zip(arriving, computed, strict=True):
-            good = checksums == part.checksums
-            ids = part.ids
-            if not good.all():
-                bad = ids[~good]
-                self.lost([Arriving(part.record, part.target, bad, part.checksums[~good])])
-                self._again.update((part.record, piece) for piece in bad.tolist())
-                self.damaged_pieces += len(bad)
-                damaged.append((part.record, np.sort(bad)))
-                ids = ids[good]
-            layout = part.target.layout
-            layout.checksums(part.target.memory)[ids] = part.checksums[good]
-            self.received_pieces += len(ids)
-            self.received_bytes += int(layout.piece_sizes[ids].sum())
-            self._seal_if_complete(part.target)
-        return _ranges(damaged) if damaged else None
+        return self.settled(*self.arrivals.settle(rows, np.ascontiguousarray(computed, np.uint32)))
+
+    def settled(self, damaged: bytes, completed: list[int]) -> Rows | None:
+        """Seal the records that a frame has completed; the ranges of what arrived damaged, or None. Raises as above."""
+        for record in completed:
+            self._seal(self._targets[record])
+        if not damaged:
+            return None
+        return _ranges((record, np.sort(ids)) for record, ids in split_rows(np.frombuffer(damaged, PIECE_ROW)))
 
     # Seals and the commit
 
@@ -200,12 +156,13 @@ class IncomingTransfer:
         target = self._targets.get(record)
         if target is not None and not target.is_sealed:
             target.cost_us = cost_us
-            self._seal_if_complete(target)
+            if self.arrivals.note_seal(record):
+                self._seal(target)
 
-    def _seal_if_complete(self, target: Target) -> None:
-        if target.missing_count == 0 and target.cost_us is not None and not target.is_sealed:
-            self.transaction.seal(target.index, target.cost_us)
-            target.is_sealed = True
+    def _seal(self, target: Target) -> None:
+        assert target.cost_us is not None, "a record is complete only once its SEAL is known"
+        self.transaction.seal(target.index, target.cost_us)
+        target.is_sealed = True
 
     def committable(self) -> Commit | None:
         """The COMMIT that was asked for, once everything that it covers is here.
@@ -221,8 +178,8 @@ class IncomingTransfer:
         for record, target in self._targets.items():
             if target.is_sealed or target.end_tokens > commit.upto_tokens:
                 continue
-            missing = np.flatnonzero(target.missing).tolist()
-            if not missing or any((record, piece) not in self._again for piece in missing):
+            pieces, unasked = self.arrivals.pending(record)
+            if not pieces or unasked:
                 raise ProtocolError(f"COMMIT covers record {record}, which was not sent completely")
             return None
         return commit
@@ -230,7 +187,8 @@ class IncomingTransfer:
     def committed(self) -> Committed:
         """The answer to the commit."""
         elapsed_us = round((time.monotonic() - self.began_s) * 1e6)
-        return Committed(False, self.received_bytes, self.received_pieces, elapsed_us)
+        received_bytes, received_pieces, _ = self.arrivals.counts()
+        return Committed(False, received_bytes, received_pieces, elapsed_us)
 
 
 @dataclass
@@ -240,17 +198,11 @@ class Attached:
     Attributes:
         incoming: the transfer.
         generation: the attachment's number.
-        window_bytes: piece bytes that may be in flight.
-        granted_bytes: granted so far.
-        consumed_bytes: received so far, damaged ones included.
         exposures: descriptor and size of each exposed record.
     """
 
     incoming: IncomingTransfer
     generation: int
-    window_bytes: int
-    granted_bytes: int
-    consumed_bytes: int = 0
     exposures: dict[int, Exposure] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from kvstore._native import StopFlag
 from kvstore.clock import Deadline
 from kvstore.errors import (
     DeadlineError,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from kvstore.pool import HandOver
     from kvstore.spec import ModelSpec
     from kvstore.transfer.frames import TransferId
-    from kvstore.transfer.outgoing import DataFrame
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.settings import TransferSettings
     from kvstore.transfer.source import Ids, Source
@@ -96,15 +96,16 @@ class OutgoingTransfer:
         self.offer_payload = self.offer.pack()
 
         self.changed = threading.Condition()
+        self.change_count = 0
+        self.stop = StopFlag()
+        """Set to have native code return to where everything below is looked at."""
         self.outgoing = Outgoing(source.records)
         self.handover: HandOver | None = None
         self.producer_finished_s: float | None = None
         self.failure: str | None = None
         self.cancelled: str | None = None
         self._pieces_again = 0
-        self._pieces_sent = 0
         self._pieces_wanted: int | None = None
-        self._bytes_by_group = dict.fromkeys((group.name for group in spec.groups), 0)
         self._first_byte_s: float | None = None
         self._last_byte_s: float | None = None
         self._is_one_sided = False
@@ -129,32 +130,38 @@ class OutgoingTransfer:
         """Give the transfer up; it then ends with `TransferAbortedError`."""
         with self.changed:
             self.cancelled = self.cancelled or reason
-            self.changed.notify_all()
+            self.stop.set()
+            self.notify()
+
+    def notify(self) -> None:
+        """Something has changed. Call with `changed` held."""
+        self.change_count += 1
+        self.changed.notify_all()
 
     # Reports of the source, from any thread
 
     def pieces_whole(self, record: int, pieces: Ids) -> None:
         with self.changed:
             self.outgoing.pieces_whole(record, pieces)
-            self.changed.notify_all()
+            self.notify()
 
     def record_sealed(self, record: int, cost_us: int) -> None:
         with self.changed:
             self.outgoing.record_sealed(record, cost_us)
-            self.changed.notify_all()
+            self.notify()
 
     def finished(self, handover: HandOver | None) -> None:
         with self.changed:
             if self.producer_finished_s is None:
                 self.producer_finished_s = time.monotonic()
                 self.handover = handover
-            self.changed.notify_all()
+            self.notify()
 
     def failed(self, reason: str) -> None:
         with self.changed:
             if self.producer_finished_s is None:
                 self.failure = self.failure or reason
-            self.changed.notify_all()
+            self.notify()
 
     # Reports of an attachment, in this transfer's thread
 
@@ -166,14 +173,10 @@ class OutgoingTransfer:
         elif self._pieces_wanted is None:
             self._pieces_wanted = pieces
 
-    def sent(self, frame: DataFrame, start_s: float, end_s: float) -> None:
-        """A DATA frame has left."""
-        self._first_byte_s = self._first_byte_s or end_s
-        self._last_byte_s = end_s
-        for record, ids in frame.parts:
-            layout = self.source.records[record].layout
-            self._pieces_sent += len(ids)
-            self._bytes_by_group[layout.group.name] += int(layout.piece_sizes[ids].sum())
+    def sent(self, first_s: float, last_s: float) -> None:
+        """DATA frames have left, the first and the last of them at these times."""
+        self._first_byte_s = self._first_byte_s or first_s
+        self._last_byte_s = last_s
 
     # The thread
 
@@ -259,14 +262,15 @@ class OutgoingTransfer:
         now = time.monotonic()
         offered = sum(len(record.layout.pieces) for record in self.source.records)
         wanted = self._pieces_wanted or 0
+        names = [group.name for group in self.spec.groups]
         if self.producer_finished_s is None:
             raise TransferError(f"{self.address} has committed transfer {self.transfer}, which this side never did")
         return TransferReport(
             transfer=self.transfer,
             peer_address=self.address,
             tokens=self.source.path.tokens,
-            bytes_by_group=dict(self._bytes_by_group),
-            pieces=self._pieces_sent,
+            bytes_by_group={**dict.fromkeys(names, 0), **self.outgoing.bytes_by_group()},
+            pieces=self.outgoing.pieces_sent,
             pieces_skipped=offered - wanted,
             pieces_again=self._pieces_again,
             reconnects=reconnects,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from kvstore._native import PieceLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvstore.record import RecordLayout
+    from kvstore.transfer.messages import Rows
 
     Ids = npt.NDArray[np.int64]
 
@@ -21,6 +25,13 @@ if TYPE_CHECKING:
 def piece_layers(layout: RecordLayout) -> npt.NDArray[np.int64]:
     """Model layer of each piece."""
     return np.array([piece.layer for piece in layout.pieces], np.int64)
+
+
+@lru_cache(maxsize=1024)
+def piece_layout(layout: RecordLayout) -> PieceLayout:
+    """Where the pieces lie, for native code."""
+    offsets, sizes = layout.piece_offsets.astype(np.uint64), layout.piece_sizes.astype(np.uint32)
+    return PieceLayout(offsets, sizes, layout.checksum_offset)
 
 
 def contiguous_runs(layout: RecordLayout, ids: Ids) -> Iterator[tuple[int, int]]:
@@ -49,3 +60,10 @@ def observe_layers(
     sizes = layout.piece_sizes[ids]
     for layer in np.unique(layers).tolist():
         callback(layer, int(sizes[layers == layer].sum()), start_s, end_s)
+
+
+def split_rows(rows: Rows) -> list[tuple[int, Ids]]:
+    """(record, piece ids) of each run of rows of one record."""
+    records = rows["record"]
+    edges = [0, *(np.flatnonzero(np.diff(records.astype(np.int64))) + 1).tolist(), len(rows)]
+    return [(int(records[start]), rows["piece"][start:stop].astype(np.int64)) for start, stop in pairwise(edges)]

@@ -7,6 +7,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from kvstore._native import StopFlag
 from kvstore.clock import Deadline
 from kvstore.errors import (
     DeadlineError,
@@ -18,7 +21,7 @@ from kvstore.errors import (
     WriteError,
 )
 from kvstore.transfer.arrival import get_pieces, receive_pieces
-from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind
+from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind, parse_header
 from kvstore.transfer.greeting import check_hello, make_hello, uses_get
 from kvstore.transfer.inbox import OfferRefusedError
 from kvstore.transfer.incoming import Attached
@@ -36,18 +39,18 @@ from kvstore.transfer.messages import (
     WantStatus,
     parse_piece_table,
 )
+from kvstore.transfer.native import Arrival, Received, receive
 from kvstore.transfer.offer import Offer
 from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.settings import KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from collections.abc import Callable
 
     from kvstore.abc import Connection
     from kvstore.transfer.frames import FrameHeader, TransferId
     from kvstore.transfer.inbox import Inbox
-    from kvstore.transfer.incoming import Arriving
+    from kvstore.transfer.messages import Rows
 
 LOG = logging.getLogger("kvstore.transfer")
 DRAIN_DEADLINE_S = 1.0
@@ -66,6 +69,7 @@ class Session:
         self._is_one_sided = False
         self._attached: Attached | None = None
         self._is_over = threading.Event()
+        self._stop = StopFlag()
         self._drain_until: Deadline | None = None
         self._unread_bytes = 0
         self.ended = threading.Event()
@@ -80,7 +84,9 @@ class Session:
         try:
             self._greet()
             while not self._is_over.is_set():
-                header = self._link.receive_header(self._next_deadline())
+                header = self._next_header()
+                if header is None:
+                    continue
                 if self._drain_until is None:
                     self._unread_bytes = 0
                     self._serve(header)
@@ -144,6 +150,55 @@ class Session:
 
     # Frames
 
+    def _next_header(self) -> FrameHeader | None:
+        """The next frame that Python has to look at; None if native code has taken care of some."""
+        attached, stream = self._attached, self._link.native
+        if attached is None or stream is None or self._drain_until is not None:
+            return self._link.receive_header(self._next_deadline())
+        # Waiting happens here and not below, where a transaction that ends would have to wait for it.
+        if not stream.wait_readable(self._next_deadline().at_s):
+            raise DeadlineError(f"{self._link.peer_address} was silent for {self._link.progress_deadline_s:g} s")
+        start_s = time.monotonic()
+        is_observed = self._inbox.observer is not None
+        try:
+            received = receive(
+                stream, stream, attached.incoming, attached.generation, self._stop, is_observed=is_observed
+            )
+        except (WriteError, StoreClosedError) as error:
+            self._give_up(AbortCode.CLOSING, str(error))
+            return None
+        if received.event is Arrival.CONTROL:
+            return parse_header(received.header)
+        self._guard(attached, lambda: self._received(received, attached, start_s))
+        self._discard(received.unread_bytes)
+        return None
+
+    def _received(self, received: Received, attached: Attached, start_s: float) -> None:
+        """Follow up on what native code came back with."""
+        if received.event is Arrival.REFUSED:
+            raise ProtocolError(received.reason)
+        if received.event is Arrival.OVERDUE:
+            attached.incoming.deadline.check("the transfer's end")
+        elif received.event is Arrival.PROGRESS:
+            damaged = attached.incoming.settled(*received.settled)
+            self._observe(received.rows, attached, start_s)
+            if damaged is not None:
+                self._want_again(attached, damaged)
+
+    def _guard(self, attached: Attached, work: Callable[[], None]) -> None:
+        """Do something for a transfer, commit if that was what it waited for, or give it up by name."""
+        try:
+            work()
+            self._commit_when_complete(attached)
+        except (WriteError, StoreClosedError) as error:
+            # The transaction ended under the transfer: the store is closing, or a deadline has passed.
+            self._give_up(AbortCode.CLOSING, str(error))
+        except ProtocolError as error:
+            self._inbox.refused(self._link.peer_address, error)
+            self._give_up(AbortCode.INVALID, str(error))
+        except DeadlineError:
+            self._give_up(AbortCode.DEADLINE, "its total deadline passed")
+
     def _serve(self, header: FrameHeader) -> None:
         kind = header.kind
         assert self._peer is not None
@@ -194,7 +249,8 @@ class Session:
         incoming = attached.incoming
         payload = self._link.receive_payload(header)
         self._unread_bytes = header.body_bytes if header.kind is Kind.DATA else 0
-        try:
+
+        def work() -> None:
             incoming.deadline.check("the transfer's end")
             if header.kind is Kind.DATA:
                 self._data(header, payload, attached)
@@ -205,15 +261,8 @@ class Session:
                     incoming.seal(record, cost_us)
             else:
                 incoming.commit = Commit.parse(payload)
-            self._commit_when_complete(attached)
-        except (WriteError, StoreClosedError) as error:
-            # The transaction ended under the transfer: the store is closing, or a deadline has passed.
-            self._give_up(AbortCode.CLOSING, str(error))
-        except ProtocolError as error:
-            self._inbox.refused(self._link.peer_address, error)
-            self._give_up(AbortCode.INVALID, str(error))
-        except DeadlineError:
-            self._give_up(AbortCode.DEADLINE, "its total deadline passed")
+
+        self._guard(attached, work)
         self._discard(self._unread_bytes)
 
     # The offer
@@ -240,7 +289,8 @@ class Session:
             self._refuse(header.transfer, AbortCode.INVALID, str(error))
             return
         window = max(self._settings.credit_bytes, incoming.largest_piece_bytes)
-        self._attached = Attached(incoming, incoming.generation, window, window)
+        incoming.arrivals.attach(*incoming.transfer, incoming.generation, window)
+        self._attached = Attached(incoming, incoming.generation)
         ranges = incoming.missing_ranges()
         # Without anything to want, a resumed transfer is told so, too: only seals and COMMIT are left.
         want = Want(WantStatus.PIECES if len(ranges) else WantStatus.HAVE_ALL, window, ranges)
@@ -276,45 +326,43 @@ class Session:
         if is_remote and not self._is_one_sided:
             raise ProtocolError("a DATA frame names exposed pieces on a connection without one-sided reads")
         rows = parse_piece_table(table, header.piece_count)
-        body_bytes = int(rows["size_bytes"].sum(dtype="i8"))
-        if attached.consumed_bytes + body_bytes > attached.granted_bytes:
-            raise ProtocolError(
-                f"a DATA frame of {body_bytes} bytes exceeds the credit: {attached.consumed_bytes} of "
-                f"{attached.granted_bytes} bytes are used"
-            )
-        arriving = incoming.arriving(rows, None if is_remote else header.body_bytes)
+        incoming.arrivals.claim(rows, None if is_remote else header.body_bytes)
+        arriving = incoming.arriving(rows)
         start_s = time.monotonic()
+        consumed_bytes = 0
         is_whole = False
+
+        def consumed(size_bytes: int) -> None:
+            nonlocal consumed_bytes
+            consumed_bytes += size_bytes
+            self._credit(attached, size_bytes)
+
         try:
             with incoming.transaction.moving():
                 if is_remote:
-                    computed = get_pieces(arriving, attached.exposures, self._link, lambda n: self._credit(attached, n))
+                    computed = get_pieces(arriving, attached.exposures, self._link, consumed)
                 else:
-                    computed = receive_pieces(arriving, self._link, lambda n: self._credit(attached, n))
+                    computed = receive_pieces(arriving, self._link, consumed)
                 is_whole = True
                 self._unread_bytes = 0
-                damaged = incoming.arrived(arriving, computed)
+                damaged = incoming.arrived(rows, np.concatenate(computed))
         finally:
             if not is_whole:
-                incoming.lost(arriving)
-        self._observe(arriving, start_s)
+                incoming.arrivals.lose(rows, consumed_bytes)
+        self._observe(rows, attached, start_s)
         if damaged is not None:
             self._want_again(attached, damaged)
 
     def _credit(self, attached: Attached, size_bytes: int) -> None:
         """Grant more as bytes are consumed: each quarter of the window, and as a sign of life."""
-        attached.consumed_bytes += size_bytes
-        granted = attached.consumed_bytes + attached.window_bytes
+        arrivals = attached.incoming.arrivals
         quiet_s = time.monotonic() - self._link.last_sent_s
-        if (
-            granted - attached.granted_bytes >= attached.window_bytes // 4
-            or quiet_s >= self._link.progress_deadline_s * KEEPALIVE_FRACTION
-        ):
-            attached.granted_bytes = granted
-            payload = Credit(granted, attached.consumed_bytes).pack()
+        granted = arrivals.consume(size_bytes, quiet_s >= self._link.progress_deadline_s * KEEPALIVE_FRACTION)
+        if granted is not None:
+            payload = Credit(granted, arrivals.consumed_bytes).pack()
             self._link.send(Kind.CREDIT, attached.incoming.transfer, attached.generation, payload)
 
-    def _want_again(self, attached: Attached, ranges: npt.NDArray[np.void]) -> None:
+    def _want_again(self, attached: Attached, ranges: Rows) -> None:
         incoming = attached.incoming
         count = int(ranges["count"].sum())
         self._inbox.damaged(self._link.peer_address, count)
@@ -325,15 +373,14 @@ class Session:
             )
             self._give_up(AbortCode.CHECKSUM, reason)
             return
-        attached.granted_bytes = attached.consumed_bytes + attached.window_bytes
-        want = Want(WantStatus.AGAIN, attached.granted_bytes, ranges)
+        want = Want(WantStatus.AGAIN, incoming.arrivals.grant_window(), ranges)
         self._link.send(Kind.WANT, incoming.transfer, attached.generation, want.pack())
 
-    def _observe(self, arriving: list[Arriving], start_s: float) -> None:
+    def _observe(self, rows: Rows, attached: Attached, start_s: float) -> None:
         observer = self._inbox.observer
         if observer is not None:
             end_s = time.monotonic()
-            for part in arriving:
+            for part in attached.incoming.arriving(rows):
                 observe_layers(observer.piece_received, part.target.layout, part.ids, start_s, end_s)
 
     # Ending
@@ -372,6 +419,7 @@ class Session:
 
     def _drain(self) -> None:
         """From now on only wait for the peer to acknowledge and close, discarding what was under way."""
+        self._stop.set()
         self._drain_until = Deadline.after(DRAIN_DEADLINE_S)
 
     def _discard(self, size_bytes: int) -> None:

@@ -416,7 +416,7 @@ class RawPeer:
         assert header.kind is Kind.WANT, bytes(payload)
         want = Want.parse(payload)
         self.generation = header.generation
-        self.outgoing.want(want.ranges, is_again=False)
+        self.outgoing.want(want.ranges, granted_bytes=1 << 40, is_again=False)
         return want
 
     def expose(self) -> None:
@@ -435,7 +435,6 @@ class RawPeer:
             self.transfer,
             self.generation if generation is None else generation,
             bytes_max,
-            1 << 40,
             is_remote=self.is_one_sided,
         )
         if frame is None:
@@ -773,7 +772,7 @@ def test_a_commit_waits_for_pieces_that_are_asked_for_again(
         assert (want.status, want.ranges.tolist()) == (WantStatus.AGAIN, [(0, 0, 1)])
         assert match_all(target, IDS).tokens == 0
         record.memory[damaged] ^= 1
-        peer.outgoing.want(want.ranges, is_again=True)
+        peer.outgoing.want(want.ranges, granted_bytes=1 << 40, is_again=True)
         peer.data()
         assert peer.ending()[0] is Kind.COMMITTED
     assert match_all(target, IDS).tokens == TOKENS
@@ -886,8 +885,8 @@ def honest_stream(endpoint: Endpoint, source: kvstore.Store) -> bytes:
     ranges = [(number, 0, len(record.layout.pieces)) for number, record in enumerate(peer.source.records)]
     from kvstore.transfer.messages import WANT_RANGE
 
-    peer.outgoing.want(np.array(ranges, WANT_RANGE), is_again=False)
-    while frame := peer.outgoing.next_frame(peer.transfer, 1, 4096, 1 << 40, is_remote=False):
+    peer.outgoing.want(np.array(ranges, WANT_RANGE), granted_bytes=1 << 40, is_again=False)
+    while frame := peer.outgoing.next_frame(peer.transfer, 1, 4096, is_remote=False):
         stream += frame.header.pack() + b"".join(bytes(view) for view in frame.payload)
     seals = Seal.of(peer.outgoing.next_seals(1000)).pack()
     for kind, payload in ((Kind.SEAL, seals), (Kind.COMMIT, Commit(TOKENS).pack())):

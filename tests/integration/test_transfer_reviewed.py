@@ -297,12 +297,12 @@ def test_pieces_of_a_record_that_grows_are_carried(source: kvstore.Store) -> Non
         records = LeaseSource(lease).records
         outgoing = Outgoing(records)
         want = np.array([(number, 0, len(r.layout.pieces)) for number, r in enumerate(records)], WANT_RANGE)
-        outgoing.want(want, is_again=False)
+        outgoing.want(want, granted_bytes=1 << 40, is_again=False)
         for number, record in enumerate(records):
             outgoing.pieces_whole(number, np.arange(len(record.layout.pieces)))
         outgoing.record_sealed(1, 0)
         frames = []
-        while frame := outgoing.next_frame(TransferId(1, 1), 1, 1 << 22, 1 << 40, is_remote=True):
+        while frame := outgoing.next_frame(TransferId(1, 1), 1, 1 << 22, is_remote=True):
             frames.append(frame)
         remote = {record for f in frames if f.header.flags & FLAG_REMOTE for record, _ in f.parts}
         carried = {record for f in frames if not f.header.flags & FLAG_REMOTE for record, _ in f.parts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import socket
 import struct
 import threading
@@ -87,6 +88,17 @@ class TcpConnection(Connection):
                 self._socket.shutdown(socket.SHUT_RDWR)
             if self._calls_running == 0:
                 self._socket.close()
+
+    def native_stream(self) -> int | None:
+        with self._lock:
+            self._check_open()
+            try:
+                return os.dup(self._socket.fileno())
+            except OSError as error:
+                raise TransportError(
+                    f"no descriptor is left for the connection to {self._peer_address} ({error.strerror}); raise "
+                    "`ulimit -n`"
+                ) from error
 
     @contextmanager
     def _call(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 #include "bindings.h"
 
 NB_MODULE(_native, module) {
-    module.doc() = "Arena, checksums and strided copies: the parts of kvstore that touch every byte or every record.";
+    module.doc() =
+        "Arena, checksums, strided copies, sockets: the parts of kvstore that touch every byte or every record.";
     module.attr("__version__") = KVSTORE_VERSION;
     // A path forced by the environment that this CPU cannot run fails the import, not the first call.
     kvstore::active_crc32c_path();
@@ -14,4 +15,6 @@ NB_MODULE(_native, module) {
     kvstore::bindings::bind_cpu(module);
     kvstore::bindings::bind_record(module);
     kvstore::bindings::bind_index(module);
+    kvstore::bindings::bind_net_stream(module);
+    kvstore::bindings::bind_net_pieces(module);
 }

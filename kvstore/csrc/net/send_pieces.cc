@@ -1,0 +1,67 @@
+#include "send_pieces.h"
+
+#include <utility>
+#include <vector>
+
+#include "../checksum/crc32c.h"
+
+namespace kvstore::net {
+namespace {
+
+void send_frame(Stream& stream, const Departures& departures, const SendOrder& order, Departing& frame) {
+    FrameHeader header;
+    header.kind = Kind::data;
+    header.transfer = order.transfer;
+    header.generation = order.generation;
+    header.piece_count = static_cast<std::uint32_t>(frame.rows.size());
+    header.payload_bytes = static_cast<std::uint32_t>(header.table_bytes() + frame.body_bytes);
+    header.payload_crc32c = crc32c(frame.rows.data(), header.table_bytes());
+    HeaderBytes packed = pack_header(header);
+
+    std::vector<iovec> parts;
+    parts.reserve(frame.rows.size() + 2);
+    parts.push_back({packed.data(), packed.size()});
+    parts.push_back({frame.rows.data(), header.table_bytes()});
+    const std::byte* end = nullptr;
+    for (const PieceRow& row : frame.rows) {
+        std::byte* begin = departures.place(row.record).piece(row.piece);
+        if (begin == end) {
+            parts.back().iov_len += row.size_bytes;
+        } else {
+            parts.push_back({begin, row.size_bytes});
+        }
+        end = begin + row.size_bytes;
+    }
+    stream.send(parts);
+}
+
+}  // namespace
+
+Sent send_pieces(Stream& stream, Departures& departures, const SendOrder& order, const std::atomic<bool>& stop) {
+    Sent result;
+    const TakeLimits limits{order.frame_bytes_max, false, order.connection};
+    while (!stop.load(std::memory_order_acquire) && Clock::now() < order.until) {
+        Departing frame = departures.take(limits);
+        if (frame.rows.empty()) {
+            break;
+        }
+        try {
+            send_frame(stream, departures, order, frame);
+        } catch (...) {
+            departures.unsent(frame, order.connection);
+            throw;
+        }
+        departures.sent(frame);
+        if (result.frames == 0) {
+            result.first_frame = Clock::now();
+        }
+        result.frames += 1;
+        if (order.is_observed) {
+            result.last = std::move(frame);
+            break;
+        }
+    }
+    return result;
+}
+
+}  // namespace kvstore::net
