@@ -20,7 +20,8 @@ from kvstore.limits import (
 )
 from kvstore.pool.path import NodePath, RecordName
 from kvstore.record import record_layout
-from kvstore.spec import ModelSpec, ReuseRule, UnitRange
+from kvstore.spec import CacheGroup, ModelSpec, ReuseRule, UnitRange
+from kvstore.transfer.pieces import pieces_bytes
 from kvstore.transfer.wire import Reader, check_zero
 
 if TYPE_CHECKING:
@@ -171,15 +172,12 @@ def offer_rows(
 ) -> tuple[Rows, tuple[bytes, ...]]:
     """The rows and grids that describe records."""
     grids: dict[bytes, int] = {}
-    sizes: dict[RecordLayout, int] = {}
     rows = []
     for name, layout, header in records:
         grid = grids.setdefault(header.grid, len(grids))
-        if layout not in sizes:
-            sizes[layout] = int(layout.piece_sizes.sum())
         units, pieces = name.units, len(layout.pieces)
         record = (name.node, name.group, name.span, units.start, units.stop, grid, CODEC_RAW, COVERAGE_ALL)
-        rows.append((*record, pieces, header.valid_tokens, sizes[layout]))
+        rows.append((*record, pieces, header.valid_tokens, pieces_bytes(layout)))
     if len(grids) > GRIDS_MAX:
         raise TransferError(f"the records come from {len(grids)} chunk grids, the limit is {GRIDS_MAX}")
     return np.array(rows, OFFER_RECORD), tuple(grids)
@@ -196,45 +194,65 @@ def check_offer(offer: Offer, spec: ModelSpec) -> tuple[OfferedRecord, ...]:
         raise ProtocolError(f"OFFER has {path.block_tokens} tokens per block, the spec {spec.block_tokens}")
     checked: list[OfferedRecord] = []
     seen: set[RecordName] = set()
-    sizes: dict[RecordLayout, int] = {}
+    classes: dict[tuple[int, int, int, int], _RecordClass] = {}
+    ends = [path.end_tokens(node) for node in range(len(path))]
+    resume_tokens = frozenset(offer.resume_tokens)
     total_bytes = 0
     for number, row in enumerate(offer.records.tolist()):
         node, group, span, unit_start, unit_stop, grid, codec, coverage, pieces, valid_tokens, size_bytes = row
         what = f"record {number} of the offer"
-        if node >= len(path) or group >= len(spec.groups) or span >= len(spec.spans[group]):
+        if node >= len(ends) or group >= len(spec.groups) or span >= len(spec.spans[group]):
             raise ProtocolError(f"{what} names node {node}, group {group}, span {span}, which do not exist")
         if grid >= len(offer.grids):
             raise ProtocolError(f"{what} names chunk grid {grid} of {len(offer.grids)}")
         if codec != CODEC_RAW or coverage != COVERAGE_ALL:
             raise ProtocolError(f"{what} has codec {codec} and coverage {coverage}; version 1 moves raw, whole records")
-        cache_group = spec.groups[group]
-        try:
-            units = UnitRange(unit_start, unit_stop)
-        except SpecError as error:
-            raise ProtocolError(f"{what}: {error}") from error
-        if unit_stop > cache_group.unit_count:
-            raise ProtocolError(f"{what} names shard unit {unit_stop - 1} of {cache_group.unit_count}")
-        name = RecordName(node, group, span, units)
+        key = (group, span, unit_start, unit_stop)
+        if (known := classes.get(key)) is None:
+            known = classes[key] = _record_class(spec, key, what)
+        name = RecordName(node, group, span, known.units)
         if name in seen:
             raise ProtocolError(f"{what} is named twice")
         seen.add(name)
-        layout = record_layout(spec, group, span, units)
-        if layout not in sizes:
-            sizes[layout] = int(layout.piece_sizes.sum())
-        end_tokens = path.end_tokens(node)
-        if (pieces, size_bytes) != (len(layout.pieces), sizes[layout]):
+        end_tokens = ends[node]
+        if (pieces, size_bytes) != (known.pieces, known.size_bytes):
             raise ProtocolError(
-                f"{what} has {pieces} pieces of {size_bytes} bytes in all; the spec says {len(layout.pieces)} pieces"
+                f"{what} has {pieces} pieces of {size_bytes} bytes in all; the spec says {known.pieces} pieces"
             )
-        if valid_tokens != cache_group.valid_tokens(spec.block_tokens, end_tokens):
+        if valid_tokens != known.group.valid_tokens(spec.block_tokens, end_tokens):
             raise ProtocolError(f"{what} holds {valid_tokens} tokens at length {end_tokens}, which the spec does not")
-        if cache_group.rule is ReuseRule.STATE and end_tokens not in offer.resume_tokens:
+        if known.group.rule is ReuseRule.STATE and end_tokens not in resume_tokens:
             raise ProtocolError(f"{what} is a state at length {end_tokens}, which is no resume point of the offer")
         total_bytes += size_bytes
-        checked.append(OfferedRecord(name, layout, offer.grids[grid], valid_tokens))
+        checked.append(OfferedRecord(name, known.layout, offer.grids[grid], valid_tokens))
     if total_bytes != offer.total_bytes:
         raise ProtocolError(f"OFFER claims {offer.total_bytes} bytes, its records add up to {total_bytes}")
     return tuple(checked)
+
+
+@dataclass(frozen=True)
+class _RecordClass:
+    """What records of one group, span and units have in common."""
+
+    units: UnitRange
+    group: CacheGroup
+    layout: RecordLayout
+    pieces: int
+    size_bytes: int
+
+
+def _record_class(spec: ModelSpec, key: tuple[int, int, int, int], what: str) -> _RecordClass:
+    """Raises `ProtocolError` for units that the spec does not have."""
+    group_index, span, unit_start, unit_stop = key
+    group = spec.groups[group_index]
+    try:
+        units = UnitRange(unit_start, unit_stop)
+    except SpecError as error:
+        raise ProtocolError(f"{what}: {error}") from error
+    if unit_stop > group.unit_count:
+        raise ProtocolError(f"{what} names shard unit {unit_stop - 1} of {group.unit_count}")
+    layout = record_layout(spec, group_index, span, units)
+    return _RecordClass(units, group, layout, len(layout.pieces), pieces_bytes(layout))
 
 
 def _digests(data: bytes) -> tuple[bytes, ...]:

@@ -14,7 +14,7 @@ from kvstore.transfer.messages import PIECE_ROW, SEAL_ROW
 from kvstore.transfer.pieces import contiguous_runs, piece_layout, split_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -75,6 +75,10 @@ class Outgoing:
     def record_sealed(self, record: int, cost_us: int) -> None:
         """All pieces of a record are whole."""
         self.departures.record_sealed(record, cost_us)
+
+    def records_complete(self, first: int, costs_us: Sequence[int]) -> None:
+        """Records `first` and on are whole and sealed, at these costs."""
+        self.departures.records_complete(first, np.array(costs_us, np.uint64))
 
     # What the receiver says
 

@@ -26,7 +26,7 @@ from kvstore.transfer.outgoing import Outgoing
 from kvstore.transfer.report import TransferReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvstore.abc import Transport, TransportOptions
     from kvstore.pool import HandOver
@@ -148,6 +148,11 @@ class OutgoingTransfer:
     def record_sealed(self, record: int, cost_us: int) -> None:
         with self.changed:
             self.outgoing.record_sealed(record, cost_us)
+            self.notify()
+
+    def records_complete(self, first: int, costs_us: Sequence[int]) -> None:
+        with self.changed:
+            self.outgoing.records_complete(first, costs_us)
             self.notify()
 
     def finished(self, handover: HandOver | None) -> None:

@@ -28,6 +28,12 @@ def piece_layers(layout: RecordLayout) -> npt.NDArray[np.int64]:
 
 
 @lru_cache(maxsize=1024)
+def pieces_bytes(layout: RecordLayout) -> int:
+    """Bytes of all pieces of a record."""
+    return int(layout.piece_sizes.sum())
+
+
+@lru_cache(maxsize=1024)
 def piece_layout(layout: RecordLayout) -> PieceLayout:
     """Where the pieces lie, for native code."""
     offsets, sizes = layout.piece_offsets.astype(np.uint64), layout.piece_sizes.astype(np.uint32)

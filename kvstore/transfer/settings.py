@@ -27,6 +27,9 @@ PRODUCER_SLACK_S = 600.0
 DAMAGED_PIECES_MAX = 64
 """Pieces of one transfer that may arrive damaged and be asked for again before it is given up."""
 
+CONNECTIONS_PER_TRANSFER_DEFAULT = 2
+"""A second one keeps a second core busy at each end."""
+
 KEEPALIVE_FRACTION = 0.25
 """Each side lets the other hear from it after this share of the no-progress deadline."""
 
@@ -44,6 +47,7 @@ class TransferSettings:
         rate_min_bytes_per_s: assumed for the default total deadline.
         transfers_per_node_max, transfers_per_peer_max, connections_per_node_max: incoming ones.
         damaged_pieces_max: pieces asked for again before a transfer fails.
+        connections: over how many connections a sender spreads one transfer, where both sides can.
     """
 
     progress_deadline_s: float = PROGRESS_DEADLINE_S
@@ -56,6 +60,7 @@ class TransferSettings:
     transfers_per_peer_max: int = TRANSFERS_PER_PEER_MAX
     connections_per_node_max: int = CONNECTIONS_PER_NODE_MAX
     damaged_pieces_max: int = DAMAGED_PIECES_MAX
+    connections: int = CONNECTIONS_PER_TRANSFER_DEFAULT
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

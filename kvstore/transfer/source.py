@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from kvstore.errors import TransferError, WriteError
 from kvstore.spec import ReuseRule
+from kvstore.transfer.pieces import pieces_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from kvstore.pool import HandOver, HeldRecord, Hold, NodePath, RecordName, TransactionRecord
@@ -57,6 +57,9 @@ class SourceListener(Protocol):
     def record_sealed(self, record: int, cost_us: int) -> None:
         """Every piece of a record has been reported."""
 
+    def records_complete(self, first: int, costs_us: Sequence[int]) -> None:
+        """Records `first` and on may be sent as a whole; nothing more is said of them."""
+
     def finished(self, handover: HandOver | None) -> None:
         """Everything is committed on this side; with the hand-over, if it is one."""
 
@@ -88,7 +91,7 @@ class Source(ABC):
 
     @property
     def total_bytes(self) -> int:
-        return sum(int(record.layout.piece_sizes.sum()) for record in self.records)
+        return sum(pieces_bytes(record.layout) for record in self.records)
 
     @property
     def is_complete(self) -> bool:
@@ -210,9 +213,7 @@ def _in_model_order(records: list[SourceRecord]) -> tuple[SourceRecord, ...]:
 
 
 def _report_complete(records: Sequence[SourceRecord], listener: SourceListener) -> None:
-    for number, record in enumerate(records):
-        listener.pieces_whole(number, np.arange(len(record.layout.pieces)))
-        listener.record_sealed(number, record.header.cost_us)
+    listener.records_complete(0, [record.header.cost_us for record in records])
 
 
 def check_source(source: Source) -> None:

@@ -243,6 +243,13 @@ void bind_departures(nb::module_& module) {
         .def("record_sealed", &net::Departures::record_sealed, nb::arg("record"), nb::arg("cost_us"),
              "All pieces of a record are whole.")
         .def(
+            "records_complete",
+            [](net::Departures& departures, std::uint32_t first, nb::handle costs_us) {
+                const Buffer buffer(costs_us);
+                departures.records_complete(first, buffer.values<std::uint64_t>("costs_us"));
+            },
+            nb::arg("first"), nb::arg("costs_us"), "Records `first` and on are whole and sealed, at costs (uint64).")
+        .def(
             "want",
             [](net::Departures& departures, nb::handle ranges, bool is_again) {
                 const ValueBuffer buffer(ranges);

@@ -34,6 +34,19 @@ void Departures::record_sealed(std::uint32_t record, std::uint64_t cost_us) {
     check_due(record);
 }
 
+void Departures::records_complete(std::uint32_t first, std::span<const std::uint64_t> costs_us) {
+    const std::scoped_lock lock(lock_);
+    for (std::size_t i = 0; i < costs_us.size(); ++i) {
+        const auto number = static_cast<std::uint32_t>(first + i);
+        Record& record = records_.at(number);
+        std::fill(record.whole.begin(), record.whole.end(), std::uint8_t{1});
+        record.is_sealed = true;
+        record.cost_us = costs_us[i];
+        enqueue(number);
+        check_due(number);
+    }
+}
+
 std::uint64_t Departures::want(std::span<const PieceRange> ranges, bool is_again) {
     const std::scoped_lock lock(lock_);
     if (!is_again) {

@@ -44,6 +44,9 @@ class Departures {
     // All pieces of a record are whole.
     void record_sealed(std::uint32_t record, std::uint64_t cost_us);
 
+    // Records `first` and on are there as a whole, at these costs.
+    void records_complete(std::uint32_t first, std::span<const std::uint64_t> costs_us);
+
     // What the receiver lacks: in all (an attachment begins), or in addition. Returns the number of pieces.
     // Throws NetError(protocol): a record or piece that was not offered.
     std::uint64_t want(std::span<const PieceRange> ranges, bool is_again);
