@@ -103,6 +103,31 @@ class Stream::Descriptor {
     const int number_;
 };
 
+// One thread sends at a time.
+class Stream::Turn {
+  public:
+    explicit Turn(Stream& stream) : stream_(stream) {
+        const double patience_s = stream.progress_deadline_s();
+        std::unique_lock lock(stream.turn_lock_);
+        if (!stream.turn_ended_.wait_for(lock, duration_of(patience_s), [&] { return !stream.is_sending_; })) {
+            throw NetError(Fault::peer_gone, stream.peer_address_ + " took no bytes for " + seconds_text(patience_s));
+        }
+        stream.is_sending_ = true;
+    }
+    ~Turn() {
+        {
+            const std::scoped_lock lock(stream_.turn_lock_);
+            stream_.is_sending_ = false;
+        }
+        stream_.turn_ended_.notify_one();
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+  private:
+    Stream& stream_;
+};
+
 Stream::Stream(int descriptor, std::string peer_address, double progress_deadline_s)
     : peer_address_(std::move(peer_address)),
       last_sent_(Clock::now().time_since_epoch().count()),
@@ -153,10 +178,7 @@ void Stream::ended() {
 }
 
 void Stream::send(std::span<iovec> parts) {
-    std::unique_lock lock(sending_, duration_of(progress_deadline_s()));
-    if (!lock.owns_lock()) {
-        throw NetError(Fault::peer_gone, peer_address_ + " took no bytes for " + seconds_text(progress_deadline_s()));
-    }
+    const Turn turn(*this);
     const std::shared_ptr<Descriptor> descriptor = this->descriptor();
     try {
         while (!parts.empty()) {

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -59,6 +60,7 @@ class Stream {
   private:
     friend class SliceClock;
     class Descriptor;
+    class Turn;
     std::shared_ptr<Descriptor> descriptor() const;
     [[noreturn]] void broken(const char* doing, int error);
     [[noreturn]] void ended();
@@ -69,7 +71,10 @@ class Stream {
     std::atomic<double> progress_deadline_s_{0};
     std::atomic<Clock::rep> last_sent_;
     std::atomic<Clock::rep> last_received_;
-    std::timed_mutex sending_;
+    // Not a timed mutex: thread sanitizers do not follow one.
+    std::mutex turn_lock_;
+    std::condition_variable turn_ended_;
+    bool is_sending_ = false;
     mutable std::mutex descriptor_lock_;
     std::shared_ptr<Descriptor> descriptor_;
 };
