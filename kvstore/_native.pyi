@@ -379,6 +379,9 @@ class Stream:
     def wait_readable(self, deadline_s: float) -> bool: ...
     def close(self) -> None: ...
     @property
+    def frames_arrived(self) -> int:
+        """DATA frames that have arrived whole."""
+    @property
     def last_sent_s(self) -> float: ...
     @property
     def last_received_s(self) -> float: ...
@@ -449,11 +452,11 @@ def receive_pieces(
     linger_s: float,
     is_observed: bool,
     stop: StopFlag,
-) -> tuple[int, bytes, str, int, int, tuple[bytes, list[int]], bytes]:
+) -> tuple[int, bytes, str, int, tuple[bytes, list[int]], bytes]:
     """Receive DATA frames straight into their records until there is something to tell; no GIL meanwhile.
 
-    Returns (event, header, reason, unread_bytes, frames, (damaged rows, completed records), rows); the events are those
-    of `kvstore.transfer.native`. The caller keeps the records in place.
+    Returns (event, header, reason, unread_bytes, (damaged rows, completed records), rows); the events are those of
+    `kvstore.transfer.native`. The caller keeps the records in place.
 
     Raises:
         PeerGoneError, ProtocolError, PeerMismatchError, TransportError: the stream is over.

@@ -80,6 +80,8 @@ OFFER_RECORDS_MAX = 1 << 18
 TRANSFERS_PER_NODE_MAX = 256
 TRANSFERS_PER_PEER_MAX = 64
 CONNECTIONS_PER_NODE_MAX = 1024
+CONNECTIONS_PER_TRANSFER_MAX = 16
+"""The first one and those that join it; each has a thread at both ends."""
 CREDIT_BYTES_DEFAULT = 64 * MIB
 """Bytes of one transfer that may be in flight before the receiver grants more."""
 PROGRESS_DEADLINE_S = 5.0

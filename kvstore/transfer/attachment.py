@@ -21,8 +21,9 @@ from kvstore.errors import (
     TransferFullError,
 )
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, KIB, MIB
+from kvstore.transfer.branch import Branch
 from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, PIECE_ROW_BYTES, Kind
-from kvstore.transfer.greeting import check_hello, make_hello, uses_get
+from kvstore.transfer.greeting import check_hello, make_hello, may_join, uses_get
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import (
     PIECE_ROW,
@@ -34,20 +35,20 @@ from kvstore.transfer.messages import (
     Expose,
     Exposure,
     Hello,
+    Lost,
     Seal,
     Want,
     WantStatus,
 )
 from kvstore.transfer.native import SEND_S
-from kvstore.transfer.pieces import observe_layers, split_rows
-from kvstore.transfer.settings import KEEPALIVE_FRACTION
+from kvstore.transfer.pieces import split_rows
+from kvstore.transfer.settings import JOIN_BYTES_MIN, KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvstore.transfer.frames import FrameHeader
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
-    from kvstore.transfer.source import Ids
 
 FRAME_BYTES = 4 * MIB
 """Bytes of pieces in one DATA frame of an unpaced transfer."""
@@ -85,6 +86,9 @@ class Attachment:
         self._granted_bytes = 0
         self._generation = 0
         self._is_commit_sent = False
+        self._may_join = False
+        self._branches: list[Branch] = []
+        self._lost: list[Lost] = []
 
     @property
     def heard_s(self) -> float | None:
@@ -115,7 +119,20 @@ class Attachment:
             self._granted_bytes = max(self._granted_bytes, want.granted_bytes)
             pieces = owner.outgoing.want(want.ranges, granted_bytes=self._granted_bytes, is_again=False)
         owner.wanted(pieces, is_again=False, is_one_sided=self._is_one_sided)
+        self._branch_out(want)
         return self._stream()
+
+    def _branch_out(self, want: Want) -> None:
+        """Open further connections if that pays: they take pieces from the same state, a slow one fewer."""
+        owner = self._owner
+        sizes = [record.layout.piece_sizes for record in owner.source.records]
+        wanted_bytes = sum(int(sizes[record][first : first + n].sum()) for record, first, n in want.ranges.tolist())
+        if not self._may_join or owner.options.pacing_bytes_per_s is not None or wanted_bytes < JOIN_BYTES_MIN:
+            return
+        for _ in range(owner.settings.connections - 1):
+            branch = Branch(owner, self._generation, self._frame_bytes_max, self._progress_deadline_s)
+            self._branches.append(branch)
+            branch.start()
 
     def _connect(self, deadline: Deadline) -> FrameLink:
         owner = self._owner
@@ -125,7 +142,8 @@ class Attachment:
         except BaseException:
             connection.close()
             raise
-        hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection)
+        can_join = link.native is not None and owner.settings.connections > 1
+        hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection, can_join=can_join)
         link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
         try:
             header = link.receive_header(deadline)
@@ -143,6 +161,7 @@ class Attachment:
         self._frame_bytes_max = self._frame_bytes(peer)
         self._frame_pieces_ok(peer)
         self._is_one_sided = uses_get(hello, peer)
+        self._may_join = may_join(hello, peer)
         reader = threading.Thread(target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True)
         reader.start()
         self._reader = reader
@@ -195,6 +214,9 @@ class Attachment:
                 seen = owner.change_count
                 again, self._again = self._again, []
                 repeated = sum(self._want_again(want) for want in again)
+                lost, self._lost = self._lost, []
+            for connection in lost:
+                self._recover(connection)
             if repeated:
                 owner.wanted(repeated, is_again=True, is_one_sided=self._is_one_sided)
             if self._send_pieces():
@@ -214,6 +236,13 @@ class Attachment:
 
     def _want_again(self, want: Want) -> int:
         return self._owner.outgoing.want(want.ranges, granted_bytes=want.granted_bytes, is_again=True)
+
+    def _recover(self, lost: Lost) -> None:
+        """A further connection has ended at the receiver: send again what it took and did not deliver."""
+        for branch in [branch for branch in self._branches if branch.number == lost.connection]:
+            branch.close()
+            self._branches.remove(branch)
+        self._owner.outgoing.departures.lost(lost.connection, lost.frames)
 
     def _send_pieces(self) -> bool:
         """Send what is ready, for a while; False if nothing was."""
@@ -238,7 +267,7 @@ class Attachment:
         end_s = link.last_sent_s
         owner.sent(first_s, end_s)
         if rows:
-            self._observe(split_rows(np.frombuffer(rows, PIECE_ROW)), start_s, end_s)
+            owner.observe(split_rows(np.frombuffer(rows, PIECE_ROW)), start_s, end_s)
         return True
 
     def _send_frame(self, start_s: float) -> bool:
@@ -260,15 +289,8 @@ class Attachment:
         owner.outgoing.sent(frame)
         end_s = time.monotonic()
         owner.sent(end_s, end_s)
-        self._observe(frame.parts, start_s, end_s)
+        owner.observe(frame.parts, start_s, end_s)
         return True
-
-    def _observe(self, parts: list[tuple[int, Ids]], start_s: float, end_s: float) -> None:
-        owner = self._owner
-        if owner.observer is not None:
-            for record, ids in parts:
-                layout = owner.source.records[record].layout
-                observe_layers(owner.observer.piece_sent, layout, ids, start_s, end_s)
 
     def _due_commit(self) -> Commit | None:
         """COMMIT, once everything wanted has been sent and the producer has finished."""
@@ -400,6 +422,9 @@ class Attachment:
             elif header.kind is Kind.CREDIT:
                 self._granted_bytes = max(self._granted_bytes, Credit.parse(payload).granted_bytes)
                 owner.outgoing.grant(self._granted_bytes)
+            elif header.kind is Kind.LOST and self._may_join:
+                self._lost.append(Lost.parse(payload))
+                owner.stop.set()
             elif header.kind is Kind.COMMITTED:
                 self._committed = Committed.parse(payload)
             elif header.kind is Kind.ABORT:
@@ -420,6 +445,9 @@ class Attachment:
             return
         if self._abort is not None:
             self._acknowledge(link)
+        for branch in self._branches:
+            branch.close()
+        self._branches = []
         for descriptor in self._descriptors.values():
             try:
                 link.connection.withdraw(descriptor)

@@ -52,6 +52,7 @@ class Kind(enum.IntEnum):
     ABORTED = 11
     PING = 12
     PONG = 13
+    LOST = 14
     QUERY = 32
     CANDIDATES = 33
     FETCH = 34
@@ -76,6 +77,7 @@ _PAYLOAD_BYTES_MAX = {
     Kind.ABORTED: 0,
     Kind.PING: 0,
     Kind.PONG: 0,
+    Kind.LOST: 8,
     Kind.QUERY: FRAME_PAYLOAD_BYTES_MAX,
     Kind.CANDIDATES: FRAME_PAYLOAD_BYTES_MAX,
     Kind.FETCH: FRAME_PAYLOAD_BYTES_MAX,

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from kvstore.transfer.settings import TransferSettings
 
 
-def make_hello(spec: ModelSpec, boot_epoch: int, settings: TransferSettings, connection: Connection) -> Hello:
-    """This side's HELLO on a connection."""
+def make_hello(
+    spec: ModelSpec, boot_epoch: int, settings: TransferSettings, connection: Connection, *, can_join: bool = False
+) -> Hello:
+    """This side's HELLO on a connection; `can_join`: whether further ones may carry pieces of a transfer."""
     return Hello(
         boot_epoch=boot_epoch,
         fingerprint=spec.fingerprint,
         model=spec.model,
         progress_deadline_ms=max(1, round(settings.progress_deadline_s * 1000)),
-        features=Feature.GET if connection.supports_get else 0,
+        features=(Feature.GET if connection.supports_get else 0) | (Feature.JOIN if can_join else 0),
         frame_payload_bytes_max=FRAME_PAYLOAD_BYTES_MAX,
         frame_pieces_max=FRAME_PIECES_MAX,
         version_min=PROTOCOL_VERSION,
@@ -47,6 +49,11 @@ def check_hello(ours: Hello, theirs: Hello, peer_address: str) -> None:
             f"{ours.model!r} with {ours.fingerprint.hex()[:16]}; their caches are not interchangeable: both nodes need "
             "the same model spec (weights, block size, dtypes)"
         )
+
+
+def may_join(ours: Hello, theirs: Hello) -> bool:
+    """Whether further connections may carry pieces of a transfer."""
+    return bool(ours.features & theirs.features & Feature.JOIN)
 
 
 def uses_get(ours: Hello, theirs: Hello) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvstore.pool import Pool, Transaction
     from kvstore.spec import ModelSpec
     from kvstore.transfer.frames import TransferId
+    from kvstore.transfer.joined import Joined
     from kvstore.transfer.messages import Commit
     from kvstore.transfer.offer import Offer, OfferedRecord
     from kvstore.transfer.report import TransferObserver
@@ -228,6 +229,13 @@ class Inbox:
             return False
         reason = "its connection broke and another transfer needed the space"
         return self.give_up(min(detached)[1], Abort(AbortCode.CLOSING, reason), only_detached=True)
+
+    def join(self, session: Session, transfer: TransferId, generation: int) -> Joined | None:
+        """Let a further connection carry pieces of an attached transfer; None if there is no such attachment."""
+        with self._changed:
+            entry = self._entries.get(transfer)
+            primary = entry.session if entry is not None else None
+        return None if primary is None else primary.admit(session, transfer, generation)
 
     # Ends
 

@@ -70,6 +70,7 @@ class IncomingTransfer:
         generation: of the present attachment; 0 while there is none.
         deadline: when it is given up for good.
         detached_s: since when no session is attached; None while one is.
+        is_joined: further connections have carried pieces of this attachment, so that COMMIT may overtake some.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class IncomingTransfer:
         self.deadline = Deadline(self.began_s + min(offer.total_deadline_ms / 1000, TRANSFER_DEADLINE_MAX_S))
         self.detached_s: float | None = self.began_s
         self.commit: Commit | None = None
+        self.is_joined = False
         self.record_count = len(offered)
         numbers = {record.name: number for number, record in enumerate(offered)}
         self._targets = {
@@ -179,7 +181,7 @@ class IncomingTransfer:
             if target.is_sealed or target.end_tokens > commit.upto_tokens:
                 continue
             pieces, unasked = self.arrivals.pending(record)
-            if not pieces or unasked:
+            if not pieces or (unasked and not self.is_joined):
                 raise ProtocolError(f"COMMIT covers record {record}, which was not sent completely")
             return None
         return commit

@@ -43,6 +43,8 @@ class Feature(enum.IntFlag):
     """One-sided reads, over connections that have them."""
     MATCH = 2
     """QUERY, CANDIDATES and FETCH. Reserved."""
+    JOIN = 4
+    """Further connections that carry pieces of a transfer."""
 
 
 class AbortCode(enum.IntEnum):
@@ -75,6 +77,7 @@ _HELLO = struct.Struct("<HHIQQ32sIIIHH")
 _WANT = struct.Struct("<BBHIQ")
 _COUNT = struct.Struct("<II")
 _CREDIT = struct.Struct("<QQ")
+_LOST = struct.Struct("<II")
 _COMMIT = struct.Struct("<QIIII")
 _COMMITTED = struct.Struct("<IIQQQ")
 _ABORT = struct.Struct("<HHI")
@@ -254,6 +257,24 @@ class Credit:
         granted_bytes, received_bytes = reader.fixed(_CREDIT)
         reader.finish()
         return cls(granted_bytes, received_bytes)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A further connection has ended: of what it carried, only the first `frames` DATA frames have arrived."""
+
+    connection: int
+    frames: int
+
+    def pack(self) -> bytes:
+        return _LOST.pack(self.connection, self.frames)
+
+    @classmethod
+    def parse(cls, data: memoryview) -> Lost:
+        reader = Reader(data, "LOST")
+        connection, frames = reader.fixed(_LOST)
+        reader.finish()
+        return cls(connection, frames)
 
 
 @dataclass(frozen=True)

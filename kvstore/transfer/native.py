@@ -42,7 +42,6 @@ class Received(NamedTuple):
         header: 64 bytes, with CONTROL.
         reason: which rule was broken, with REFUSED.
         unread_bytes: of the frame, with REFUSED and OVERDUE.
-        frames: DATA frames that arrived whole.
         settled: damaged rows, and records that became complete, with PROGRESS.
         rows: the pieces of the frame, with PROGRESS where that was asked for.
     """
@@ -51,7 +50,6 @@ class Received(NamedTuple):
     header: bytes
     reason: str
     unread_bytes: int
-    frames: int
     settled: tuple[bytes, list[int]]
     rows: Rows
 
@@ -72,7 +70,7 @@ def receive(
         PeerGoneError, ProtocolError, PeerMismatchError, TransportError: the stream is over.
     """
     with incoming.transaction.moving():
-        event, header, reason, unread_bytes, frames, settled, rows = receive_pieces(
+        event, header, reason, unread_bytes, settled, rows = receive_pieces(
             stream,
             control,
             incoming.arrivals,
@@ -84,4 +82,4 @@ def receive(
             is_observed,
             stop,
         )
-    return Received(Arrival(event), header, reason, unread_bytes, frames, settled, np.frombuffer(rows, PIECE_ROW))
+    return Received(Arrival(event), header, reason, unread_bytes, settled, np.frombuffer(rows, PIECE_ROW))

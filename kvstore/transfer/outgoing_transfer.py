@@ -23,6 +23,7 @@ from kvstore.transfer.attachment import Attachment
 from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
 from kvstore.transfer.outgoing import Outgoing
+from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.report import TransferReport
 
 if TYPE_CHECKING:
@@ -179,9 +180,17 @@ class OutgoingTransfer:
             self._pieces_wanted = pieces
 
     def sent(self, first_s: float, last_s: float) -> None:
-        """DATA frames have left, the first and the last of them at these times."""
-        self._first_byte_s = self._first_byte_s or first_s
-        self._last_byte_s = last_s
+        """DATA frames have left, the first and the last of them at these times. Any thread."""
+        with self.changed:
+            self._first_byte_s = min(self._first_byte_s or first_s, first_s)
+            self._last_byte_s = max(self._last_byte_s or last_s, last_s)
+
+    def observe(self, parts: list[tuple[int, Ids]], start_s: float, end_s: float) -> None:
+        """Tell the observer of a frame's pieces. Any thread."""
+        if self.observer is not None:
+            for record, ids in parts:
+                layout = self.source.records[record].layout
+                observe_layers(self.observer.piece_sent, layout, ids, start_s, end_s)
 
     # The thread
 

@@ -20,11 +20,13 @@ from kvstore.errors import (
     StoreClosedError,
     WriteError,
 )
+from kvstore.limits import CONNECTIONS_PER_TRANSFER_MAX
 from kvstore.transfer.arrival import get_pieces, receive_pieces
 from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind, parse_header
-from kvstore.transfer.greeting import check_hello, make_hello, uses_get
+from kvstore.transfer.greeting import check_hello, make_hello, may_join, uses_get
 from kvstore.transfer.inbox import OfferRefusedError
 from kvstore.transfer.incoming import Attached
+from kvstore.transfer.joined import Joined
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import (
     Abort,
@@ -34,6 +36,7 @@ from kvstore.transfer.messages import (
     Credit,
     Expose,
     Hello,
+    Lost,
     Seal,
     Want,
     WantStatus,
@@ -70,6 +73,11 @@ class Session:
         self._attached: Attached | None = None
         self._is_over = threading.Event()
         self._stop = StopFlag()
+        self._joined: Joined | None = None
+        self._joining: list[Session] = []
+        self._joined_count = 0
+        self._lock = threading.RLock()
+        """Held while something is done for the transfer, which further connections do, too."""
         self._drain_until: Deadline | None = None
         self._unread_bytes = 0
         self.ended = threading.Event()
@@ -83,6 +91,9 @@ class Session:
         """Serve the peer; every error ends the connection, and none leaves this method."""
         try:
             self._greet()
+            if self._joined is not None:
+                self._joined.serve(self._link, self._stop, is_observed=self._inbox.observer is not None)
+                return
             while not self._is_over.is_set():
                 header = self._next_header()
                 if header is None:
@@ -104,8 +115,15 @@ class Session:
             LOG.exception("the connection from %s ended by an error that nobody expected", self._link.peer_address)
         finally:
             self.close()
+            if self._joined is not None:
+                self._joined.primary.dismiss(self, self._joined, self._frames_arrived)
+            self._end_joining(is_waiting=True)
             self._detach()
             self.ended.set()
+
+    @property
+    def _frames_arrived(self) -> int:
+        return 0 if self._link.native is None else self._link.native.frames_arrived
 
     @property
     def progress_deadline_s(self) -> float:
@@ -134,13 +152,73 @@ class Session:
         if header.kind is not Kind.HELLO:
             raise ProtocolError(f"the first frame is {header.kind.name} instead of HELLO")
         theirs = Hello.parse(self._link.receive_payload(header))
-        ours = make_hello(self._inbox.spec, self._inbox.boot_epoch, self._settings, self._link.connection)
+        can_join = self._link.native is not None
+        ours = make_hello(
+            self._inbox.spec, self._inbox.boot_epoch, self._settings, self._link.connection, can_join=can_join
+        )
+        if header.transfer != NO_TRANSFER and may_join(ours, theirs) and header.transfer.epoch == theirs.boot_epoch:
+            self._joined = self._inbox.join(self, header.transfer, header.generation)
+        number = 0 if self._joined is None else self._joined.number
         # The answer goes out even if they do not match: the other side names both values, too.
-        self._link.send(Kind.HELLO, NO_TRANSFER, payload=ours.pack())
+        self._link.send(Kind.HELLO, header.transfer, number, ours.pack())
         check_hello(ours, theirs, self._link.peer_address)
         self._peer = theirs
         self._link.progress_deadline_s = min(self._settings.progress_deadline_s, theirs.progress_deadline_ms / 1000)
         self._is_one_sided = uses_get(ours, theirs)
+
+    # Further connections. They belong to the session of the first one, and end with its attachment.
+
+    def admit(self, session: Session, transfer: TransferId, generation: int) -> Joined | None:
+        """Another connection wants to carry pieces of the transfer that is attached here. From its own thread."""
+        with self._lock:
+            attached, control = self._attached, self._link.native
+            if (
+                control is None
+                or attached is None
+                or (attached.incoming.transfer, attached.generation) != (transfer, generation)
+                or self._is_over.is_set()
+                or len(self._joining) + 1 >= CONNECTIONS_PER_TRANSFER_MAX
+            ):
+                return None
+            self._joined_count += 1
+            self._joining.append(session)
+            attached.incoming.is_joined = True
+            return Joined(self, control, attached, self._joined_count)
+
+    def is_attached(self, attached: Attached) -> bool:
+        """Whether an attachment is still at work here. Any thread."""
+        return self._attached is attached and self._drain_until is None
+
+    def follow_up(self, received: Received, attached: Attached, start_s: float) -> None:
+        """Do for the transfer what a further connection came back with. From its thread."""
+        with self._lock:
+            if self.is_attached(attached):
+                self._guard(attached, lambda: self._received(received, attached, start_s))
+
+    def dismiss(self, session: Session, joined: Joined, frames_arrived: int) -> None:
+        """A further connection has ended; the sender is told what of it has arrived. From its thread."""
+        with self._lock:
+            if session in self._joining:
+                self._joining.remove(session)
+            if not self.is_attached(joined.attached) or self._is_over.is_set():
+                return
+            lost = Lost(joined.number, frames_arrived)
+            transfer, generation = joined.attached.incoming.transfer, joined.attached.generation
+            try:
+                self._link.send(Kind.LOST, transfer, generation, lost.pack())
+            except (PeerGoneError, OSError) as error:
+                LOG.debug("%s did not hear of a lost connection: %s", self._link.peer_address, error)
+
+    def _end_joining(self, *, is_waiting: bool) -> None:
+        """End what has joined this session; one attachment's further connections never outlive it."""
+        with self._lock:
+            joining = list(self._joining)
+        for session in joining:
+            session.close()
+        if is_waiting:
+            deadline = Deadline.after(self._link.progress_deadline_s)
+            for session in joining:
+                session.ended.wait(deadline.remaining_s())
 
     def _next_deadline(self) -> Deadline:
         if self._drain_until is not None:
@@ -188,8 +266,9 @@ class Session:
     def _guard(self, attached: Attached, work: Callable[[], None]) -> None:
         """Do something for a transfer, commit if that was what it waited for, or give it up by name."""
         try:
-            work()
-            self._commit_when_complete(attached)
+            with self._lock:
+                work()
+                self._commit_when_complete(attached)
         except (WriteError, StoreClosedError) as error:
             # The transaction ended under the transfer: the store is closing, or a deadline has passed.
             self._give_up(AbortCode.CLOSING, str(error))
@@ -289,6 +368,7 @@ class Session:
             self._refuse(header.transfer, AbortCode.INVALID, str(error))
             return
         window = max(self._settings.credit_bytes, incoming.largest_piece_bytes)
+        incoming.is_joined = False
         incoming.arrivals.attach(*incoming.transfer, incoming.generation, window)
         self._attached = Attached(incoming, incoming.generation)
         ranges = incoming.missing_ranges()
@@ -394,19 +474,24 @@ class Session:
             return
         answer = self._inbox.commit(incoming, commit)
         self._attached = None
+        self._end_joining(is_waiting=False)
         self._link.send(Kind.COMMITTED, incoming.transfer, attached.generation, answer.pack())
 
     def _aborted_by_peer(self, header: FrameHeader, abort: Abort) -> None:
         if self._attached is not None and header.transfer == self._attached.incoming.transfer:
-            self._attached = None
+            with self._lock:
+                self._attached = None
+            self._end_joining(is_waiting=False)
         self._inbox.give_up(header.transfer, Abort(abort.code, f"the sender gave up: {abort.reason}"))
         self._link.send(Kind.ABORTED, header.transfer, header.generation)
 
     def _give_up(self, code: AbortCode, reason: str) -> None:
         """End the transfer from this side, and say so."""
-        attached, self._attached = self._attached, None
+        with self._lock:
+            attached, self._attached = self._attached, None
         if attached is None:
             return
+        self._end_joining(is_waiting=False)
         abort = Abort(code, reason)
         self._inbox.give_up(attached.incoming.transfer, abort)
         self._drain()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from kvstore.limits import (
     CONNECT_DEADLINE_S,
     CONNECTIONS_PER_NODE_MAX,
+    CONNECTIONS_PER_TRANSFER_MAX,
     CREDIT_BYTES_DEFAULT,
+    MIB,
     PROGRESS_DEADLINE_S,
     TRANSFER_DEADLINE_MAX_S,
     TRANSFER_RATE_MIN_BYTES_PER_S,
@@ -30,6 +32,8 @@ DAMAGED_PIECES_MAX = 64
 CONNECTIONS_PER_TRANSFER_DEFAULT = 2
 """A second one keeps a second core busy at each end."""
 
+JOIN_BYTES_MIN = 8 * MIB
+"""Fewer missing bytes are gone before a further connection stands."""
 KEEPALIVE_FRACTION = 0.25
 """Each side lets the other hear from it after this share of the no-progress deadline."""
 
@@ -66,6 +70,8 @@ class TransferSettings:
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"transfer setting {name}={value} must be positive")
+        if self.connections > CONNECTIONS_PER_TRANSFER_MAX:
+            raise ValueError(f"connections={self.connections} is above the limit of {CONNECTIONS_PER_TRANSFER_MAX}")
 
     def total_deadline_s(self, total_bytes: int, *, is_complete: bool) -> float:
         """The default total deadline of a transfer of so many bytes, within the limit."""

@@ -30,6 +30,7 @@ from kvstore.transfer.messages import (
     Expose,
     Exposure,
     Hello,
+    Lost,
     Seal,
     Want,
     WantStatus,
@@ -113,6 +114,7 @@ MESSAGES: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "expose": (Expose, EXPOSES),
     "seal": (Seal, SEALS),
     "credit": (Credit, CREDITS),
+    "lost": (Lost, st.builds(Lost, U32, U32)),
     "commit": (Commit, COMMITS),
     "committed": (Committed, COMMITTEDS),
     "abort": (Abort, ABORTS),
@@ -222,7 +224,7 @@ def headers() -> st.SearchStrategy[FrameHeader]:
         kind=st.sampled_from([kind for kind in Kind if kind not in (Kind.DATA, Kind.ABORTED, Kind.PING, Kind.PONG)]),
         transfer=st.builds(TransferId, U64, U64),
         generation=U64,
-        payload_bytes=st.integers(0, 16),
+        payload_bytes=st.integers(0, 8),
         payload_crc32c=U32,
     )
     data = st.builds(

@@ -94,7 +94,7 @@ nb::tuple receive(net::Stream& stream, net::Stream& control, net::Arrivals& arri
         result = net::receive_pieces(stream, control, arrivals, order, stop.is_set);
     }
     return nb::make_tuple(static_cast<int>(result.event), nb::bytes(result.header.data(), result.header.size()),
-                          result.reason, result.unread_bytes, result.frames, tuple_of(result.settled),
+                          result.reason, result.unread_bytes, tuple_of(result.settled),
                           bytes_of(std::span<const net::PieceRow>(result.rows)));
 }
 
@@ -155,7 +155,7 @@ void bind_arrivals(nb::module_& module) {
                nb::arg("counter"), nb::arg("generation"), nb::arg("deadline_s"), nb::arg("linger_s"),
                nb::arg("is_observed"), nb::arg("stop"),
                "Receive DATA frames straight into their records until there is something to tell; no GIL meanwhile.\n\n"
-               "(event, header, reason, unread_bytes, frames, (damaged rows, completed records), rows). The events\n"
+               "(event, header, reason, unread_bytes, (damaged rows, completed records), rows). The events\n"
                "are those of kvstore.transfer.native. The caller keeps the records in place.\n\n"
                "Raises:\n"
                "    PeerGoneError, ProtocolError, PeerMismatchError, TransportError: the stream is over.");

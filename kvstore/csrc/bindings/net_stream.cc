@@ -138,6 +138,7 @@ void bind_net_stream(nb::module_& module) {
              "Whether there is something to receive, or the stream has ended, by a moment of time.monotonic().")
         .def("close", &net::Stream::close, "End the connection and every wait on it. Idempotent, from any thread.")
         .def_prop_rw("progress_deadline_s", &net::Stream::progress_deadline_s, &net::Stream::set_progress_deadline_s)
+        .def_prop_ro("frames_arrived", &net::Stream::frames_arrived, "DATA frames that have arrived whole.")
         .def_prop_ro("last_sent_s", [](const net::Stream& stream) { return net::seconds_of(stream.last_sent()); })
         .def_prop_ro("last_received_s",
                      [](const net::Stream& stream) { return net::seconds_of(stream.last_received()); });

@@ -177,7 +177,7 @@ Received receive_pieces(Stream& stream, Stream& control, Arrivals& arrivals, con
             return result;
         }
         result.settled = receive_body(stream, arrivals, rows, creditor);
-        result.frames += 1;
+        stream.count_frame();
         if (order.is_observed || !result.settled.damaged.empty() || !result.settled.completed.empty()) {
             result.event = Arrival::progress;
             if (order.is_observed) {

@@ -37,7 +37,6 @@ struct Received {
     std::uint64_t unread_bytes = 0;  // refused, overdue
     Settled settled;                 // progress
     std::vector<PieceRow> rows;      // progress, when observed: the pieces of the frame
-    std::uint64_t frames = 0;        // that arrived in this call
 };
 
 // Receives until there is something to tell. CREDIT leaves on `control`, which may be another connection of the

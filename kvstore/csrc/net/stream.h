@@ -54,6 +54,10 @@ class Stream {
     // Fills all of it; each slice has the no-progress deadline. Throws NetError(peer_gone, local).
     void receive(void* into, std::size_t size_bytes);
 
+    // DATA frames that have arrived whole: what a peer is told when the connection breaks.
+    std::uint64_t frames_arrived() const { return frames_arrived_.load(std::memory_order_acquire); }
+    void count_frame() { frames_arrived_.fetch_add(1, std::memory_order_release); }
+
     // Ends the connection and every wait on it. Idempotent.
     void close();
 
@@ -71,6 +75,7 @@ class Stream {
     std::atomic<double> progress_deadline_s_{0};
     std::atomic<Clock::rep> last_sent_;
     std::atomic<Clock::rep> last_received_;
+    std::atomic<std::uint64_t> frames_arrived_{0};
     // Not a timed mutex: thread sanitizers do not follow one.
     std::mutex turn_lock_;
     std::condition_variable turn_ended_;

@@ -1,0 +1,144 @@
+"""A further connection of an outgoing transfer: it takes pieces from the same state as the first, and sends them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore._native import StopFlag, send_pieces
+from kvstore.clock import Deadline
+from kvstore.errors import KVStoreError, ProtocolError
+from kvstore.transfer.frames import Kind
+from kvstore.transfer.greeting import check_hello, make_hello
+from kvstore.transfer.link import FrameLink
+from kvstore.transfer.messages import PIECE_ROW, Hello
+from kvstore.transfer.native import SEND_S
+from kvstore.transfer.pieces import split_rows
+from kvstore.transfer.settings import KEEPALIVE_FRACTION
+
+if TYPE_CHECKING:
+    from kvstore.transfer.outgoing_transfer import OutgoingTransfer
+
+LOG = logging.getLogger("kvstore.transfer")
+
+
+class Branch:
+    """One further connection, with a thread that ends with it. What it loses, the receiver names by LOST.
+
+    Args:
+        owner: the transfer.
+        generation: of the attachment that it joins.
+        frame_bytes_max: bytes of pieces in one frame.
+        progress_deadline_s: the longest silence that both sides bear.
+    """
+
+    def __init__(
+        self, owner: OutgoingTransfer, generation: int, frame_bytes_max: int, progress_deadline_s: float
+    ) -> None:
+        self._owner = owner
+        self._generation = generation
+        self._frame_bytes_max = frame_bytes_max
+        self._progress_deadline_s = progress_deadline_s
+        self._lock = threading.Lock()
+        self._link: FrameLink | None = None
+        self._stop = StopFlag()
+        self.number = 0
+        """Which further connection of the attachment it is, from 1; 0 until the receiver has said so."""
+        name = f"kvstore-send-{owner.transfer.counter}-branch"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Connect and send, in a thread of its own. Without one, the first connection does all."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            LOG.warning("transfer %s goes on over one connection: %s", self._owner.transfer, error)
+
+    def close(self) -> None:
+        """End the connection and the thread. Idempotent."""
+        with self._lock:
+            self._stop.set()
+            link = self._link
+        if link is not None:
+            link.close()
+        with self._owner.changed:
+            self._owner.notify()
+        if self._thread.ident is not None:
+            self._thread.join(self._progress_deadline_s)
+
+    def _run(self) -> None:
+        owner = self._owner
+        try:
+            link = self._join()
+            if link is not None:
+                self._send(link)
+        except KVStoreError as error:
+            LOG.debug("a further connection of transfer %s to %s ended: %s", owner.transfer, owner.address, error)
+        finally:
+            with self._lock:
+                self._stop.set()
+                link = self._link
+            if link is not None:
+                link.close()
+            with owner.changed:
+                owner.notify()
+
+    def _join(self) -> FrameLink | None:
+        """Connect and say which transfer this is for; None if the receiver does not take it."""
+        owner = self._owner
+        deadline = Deadline.after(owner.settings.connect_deadline_s).earlier(owner.deadline)
+        connection = owner.transport.connect(owner.address, owner.options, deadline)
+        try:
+            link = FrameLink(connection, self._progress_deadline_s)
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            self._link = link
+            if self._stop.is_set:
+                return None
+        hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection, can_join=True)
+        link.send(Kind.HELLO, owner.transfer, self._generation, hello.pack())
+        header = link.receive_header(deadline)
+        if header.kind is not Kind.HELLO or header.transfer != owner.transfer:
+            raise ProtocolError(f"{owner.address} answered a further connection with {header.kind.name}")
+        check_hello(hello, Hello.parse(link.receive_payload(header)), owner.address)
+        self.number = header.generation
+        return link if self.number and link.native is not None else None
+
+    def _send(self, link: FrameLink) -> None:
+        owner = self._owner
+        assert link.native is not None
+        while not self._stop.is_set:
+            with owner.changed:
+                seen = owner.change_count
+            start_s = time.monotonic()
+            frames, first_s, rows = send_pieces(
+                link.native,
+                owner.outgoing.departures,
+                *owner.transfer,
+                self._generation,
+                self._frame_bytes_max,
+                self.number,
+                start_s + SEND_S,
+                owner.observer is not None,
+                self._stop,
+            )
+            if frames:
+                owner.sent(first_s, link.last_sent_s)
+                if rows:
+                    owner.observe(split_rows(np.frombuffer(rows, PIECE_ROW)), start_s, link.last_sent_s)
+                with owner.changed:
+                    owner.notify()  # What was under way has left, and COMMIT may be due.
+                continue
+            keepalive_s = link.last_sent_s + self._progress_deadline_s * KEEPALIVE_FRACTION - time.monotonic()
+            if keepalive_s <= 0:
+                link.send(Kind.PING, owner.transfer, self._generation)
+                continue
+            with owner.changed:
+                if owner.change_count == seen and not self._stop.is_set:
+                    owner.changed.wait(keepalive_s)

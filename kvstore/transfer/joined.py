@@ -1,0 +1,64 @@
+"""A further connection of a transfer at its receiving end: it brings pieces, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, ProtocolError, StoreClosedError, WriteError
+from kvstore.transfer.frames import Kind, parse_header
+from kvstore.transfer.native import Arrival, receive
+
+if TYPE_CHECKING:
+    from kvstore._native import StopFlag, Stream
+    from kvstore.transfer.incoming import Attached
+    from kvstore.transfer.link import FrameLink
+    from kvstore.transfer.session import Session
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a further connection belongs to.
+
+    Attributes:
+        primary: the session of the transfer's first connection, which all control frames use.
+        control: that connection's stream.
+        attached: the attachment; the further connection ends with it.
+        number: of the connection within the attachment, from 1.
+    """
+
+    primary: Session
+    control: Stream
+    attached: Attached
+    number: int
+
+    def serve(self, link: FrameLink, stop: StopFlag, *, is_observed: bool) -> None:
+        """Receive until the connection or the attachment ends.
+
+        Raises:
+            PeerGoneError, DeadlineError, ProtocolError, TransportError: the connection is over.
+        """
+        stream = link.native
+        assert stream is not None, "only connections with a socket join"
+        while self.primary.is_attached(self.attached):
+            silence = Deadline(link.last_received_s + link.progress_deadline_s)
+            if not stream.wait_readable(silence.at_s):
+                raise DeadlineError(f"{link.peer_address} was silent for {link.progress_deadline_s:g} s")
+            start_s = time.monotonic()
+            incoming, generation = self.attached.incoming, self.attached.generation
+            try:
+                received = receive(stream, self.control, incoming, generation, stop, is_observed=is_observed)
+            except (WriteError, StoreClosedError):
+                return  # The first connection says so.
+            if received.event is Arrival.STOPPED:
+                return
+            if received.event is Arrival.CONTROL:
+                header = parse_header(received.header)
+                if header.kind is not Kind.PING:
+                    raise ProtocolError(f"{header.kind.name} of generation {header.generation} on a further connection")
+                continue
+            self.primary.follow_up(received, self.attached, start_s)
+            if received.unread_bytes:
+                return  # The transfer was given up.
