@@ -342,11 +342,12 @@ def _receive_in_child() -> None:
 
 
 def _send_in_child(target: str, pace: str) -> None:
-    """Store a prompt, say so, and send it slowly."""
+    """Store a prompt, say so, and send it: slowly, or as fast as it goes with a pace of 0."""
     with kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as store:
         ids = prompt(BIG_TOKENS)
         store_prompt(store, ids)
-        handle = store.send(match_all(store, ids), target, transport=TransportOptions(pacing_bytes_per_s=float(pace)))
+        options = TransportOptions(pacing_bytes_per_s=float(pace) or None)
+        handle = store.send(match_all(store, ids), target, transport=options)
         print("sending", flush=True)
         handle.result(WITHIN_S)
         sys.stdin.read()
