@@ -138,5 +138,11 @@ class TransferFullError(TransferError):
     retryable = True
 
 
+class TransferTooLargeError(TransferFullError):
+    """The transfer is more than the receiver could ever hold. Nothing was changed there."""
+
+    retryable = False
+
+
 class TransferAbortedError(TransferError):
     """One side gave the transfer up; the message carries its reason."""

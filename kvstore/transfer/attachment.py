@@ -19,6 +19,7 @@ from kvstore.errors import (
     TransferAbortedError,
     TransferError,
     TransferFullError,
+    TransferTooLargeError,
 )
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, KIB, MIB
 from kvstore.transfer.branch import Branch
@@ -350,6 +351,11 @@ class Attachment:
         owner = self._owner
         if abort.code is AbortCode.STALE_GENERATION:
             return PeerGoneError(f"{owner.address} gave this connection up: {abort.reason}")
+        if abort.code is AbortCode.TOO_LARGE:
+            return TransferTooLargeError(
+                f"{owner.address} can never have room for the {owner.offer.total_bytes} bytes of transfer "
+                f"{owner.transfer}: {abort.reason}; send it elsewhere, or give that node more memory"
+            )
         message = f"{owner.address} refused transfer {owner.transfer} ({abort.code.name}): {abort.reason}"
         if abort.code is AbortCode.CHECKSUM:
             return ChecksumTransferError(message)

@@ -127,7 +127,7 @@ class Inbox:
         """Reserve space for what an offer brings, or take a transfer up again that a connection lost.
 
         Raises:
-            PoolError: there is no room; the answer is FULL.
+            PoolError: there is no room; the answer is FULL if it is retryable, and final if not.
             OfferRefusedError: limits, or the transfer cannot be resumed.
             ProtocolError, WriteError: the offer does not fit the spec or the store.
             StoreClosedError: closing.

@@ -61,6 +61,7 @@ class AbortCode(enum.IntEnum):
     CLOSING = 9
     SOURCE = 10
     INTERNAL = 11
+    TOO_LARGE = 12
 
 
 class WantStatus(enum.IntEnum):

@@ -81,7 +81,8 @@ class Sender:
             find_transport: looks the transport up; for tests.
 
         Returns:
-            A handle whose result is the report. It fails with `TransferFullError` (no room there),
+            A handle whose result is the report. It fails with `TransferFullError` (no room there;
+            `TransferTooLargeError` if there never will be),
             `PeerMismatchError`, `PeerGoneError` (dead, or silent for the no-progress deadline),
             `TransferAbortedError` (either side gave up) or another `TransferError`. `cancel` aborts.
 

@@ -354,6 +354,9 @@ class Session:
         try:
             incoming = self._inbox.attach(self, header.transfer, Offer.parse(payload))
         except PoolError as error:
+            if not error.retryable:
+                self._refuse(header.transfer, AbortCode.TOO_LARGE, str(error))
+                return
             full = Want(WantStatus.FULL, reason=str(error))
             self._link.send(Kind.WANT, header.transfer, payload=full.pack())
             return

@@ -23,6 +23,7 @@ from kvstore.errors import (
     TransferAbortedError,
     TransferError,
     TransferFullError,
+    TransferTooLargeError,
     WriteError,
 )
 from kvstore.pool import HandOver
@@ -287,6 +288,24 @@ def test_pieces_of_more_than_a_slice(scheme: str, sender: Sender) -> None:
 
 
 def test_a_full_receiver_says_so_and_is_unchanged(source: kvstore.Store, scheme: str, sender: Sender) -> None:
+    ids, other = prompt(20), prompt(20, seed=1)
+    store_prompt(source, ids)
+    with (
+        kvstore.open(tiny_spec(), dram="128KiB") as target,
+        Endpoint(target.pool, address(scheme), settings=FAST) as endpoint,
+    ):
+        store_prompt(target, other)
+        with target.read(match_all(target, other)):
+            before = target.statistics()
+            with pytest.raises(TransferFullError, match="room") as caught:
+                send(sender, source, ids, endpoint.address).result(WITHIN_S)
+            assert caught.value.retryable
+            assert_settled(source, target)
+            assert target.statistics().committed_bytes == before.committed_bytes
+        assert endpoint.statistics().full == 1
+
+
+def test_a_receiver_that_can_never_hold_it_says_so(source: kvstore.Store, scheme: str, sender: Sender) -> None:
     ids = prompt(400)
     store_prompt(source, ids)
     with (
@@ -294,9 +313,9 @@ def test_a_full_receiver_says_so_and_is_unchanged(source: kvstore.Store, scheme:
         Endpoint(target.pool, address(scheme), settings=FAST) as endpoint,
     ):
         before = target.statistics()
-        with pytest.raises(TransferFullError, match="room") as caught:
+        with pytest.raises(TransferTooLargeError, match="never have room") as caught:
             send(sender, source, ids, endpoint.address).result(WITHIN_S)
-        assert caught.value.retryable
+        assert not caught.value.retryable
         assert_settled(source, target)
         after = target.statistics()
         assert (after.committed_bytes, after.nodes - after.ghosts) == (before.committed_bytes, 0)

@@ -12,7 +12,7 @@ import pytest
 import kvstore
 from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
-from kvstore.errors import LeaseError, StoreClosedError, TransferError, TransferFullError
+from kvstore.errors import LeaseError, StoreClosedError, TransferError, TransferTooLargeError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_MAX
 from kvstore.registry import transport_for
 from kvstore.testing.resources import leaves_nothing
@@ -240,8 +240,9 @@ def test_an_offer_that_can_never_fit_costs_nobody_else_anything(source: kvstore.
         wait_until(lambda: endpoint.connection_count == 0, "the break was noticed")
         ids = prompt(800, seed=3)
         store_prompt(other, ids, seed=3)
-        with pytest.raises(TransferFullError, match=str(small.pool.statistics().capacity_bytes)):
+        with pytest.raises(TransferTooLargeError, match=str(small.pool.statistics().capacity_bytes)) as caught:
             send_lease(other.read(match_all(other, ids)), endpoint.address, sender=sender).result(WITHIN_S)
+        assert not caught.value.retryable
         assert endpoint.transfer_count == 1
         assert endpoint.statistics().aborted == 0
 
