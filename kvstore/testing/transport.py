@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from kvstore._native import Stream
 from kvstore.abc import Connection, Listener, Transport, TransportOptions
 from kvstore.clock import Deadline
 from kvstore.errors import AddressError, DeadlineError, PeerGoneError, TransportError, UnavailableError
@@ -80,6 +81,34 @@ class TransportConformance:
         yield near, far
         near.close()
         far.close()
+
+    # The socket below, for native code
+
+    def test_a_native_stream_is_the_same_stream(self, pair: Pair) -> None:
+        near, far = pair
+        streams = [native_stream(connection) for connection in pair]
+        if None in streams:
+            assert streams == [None, None]
+            return
+        sending, receiving = (stream for stream in streams if stream is not None)
+        message = random_bytes(1 << 20)
+        received = bytearray(len(message))
+        sender = Background(lambda: sending.send([message[:1000], message[1000:]]))
+        far.receive([memoryview(received)], soon())
+        sender.result(TEST_S)
+        assert received == message
+        near.send([message[:100]], soon())
+        receiving.receive_into(memoryview(received)[:100])
+        assert received[:100] == message[:100]
+        # Closing the connection ends what native code waits for, without the native stream being closed.
+        waiting = Background(lambda: receiving.receive_header(soon().at_s))
+        far.close()
+        with pytest.raises(PeerGoneError):
+            waiting.result(TEST_S)
+        with pytest.raises(PeerGoneError):
+            far.native_stream()
+        for stream in (sending, receiving):
+            stream.close()
 
     # Bytes
 
@@ -454,6 +483,12 @@ class TransportConformance:
             with pytest.raises(PeerGoneError):
                 getting.result(TEST_S)
             assert into.count(2) == 0, "a get read memory whose exposure had ended"
+
+
+def native_stream(connection: Connection) -> Stream | None:
+    """A native stream on a connection's socket, if it has one."""
+    descriptor = connection.native_stream()
+    return None if descriptor is None else Stream(descriptor, connection.peer_address, TEST_S)
 
 
 def connect_pair(transport: Transport, listener: Listener, options: TransportOptions = UNPACED) -> Pair:

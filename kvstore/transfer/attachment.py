@@ -252,6 +252,7 @@ class Attachment:
         start_s = time.monotonic()
         if link.native is None:
             return self._send_frame(start_s)
+        owner.is_native = True
         frames, first_s, rows = send_pieces(
             link.native,
             owner.outgoing.departures,

@@ -182,9 +182,7 @@ class IncomingTransfer:
                 continue
             pieces, unasked = self.arrivals.pending(record)
             if not pieces and target.cost_us is not None:
-                # A further connection has brought the last piece, and its thread is about to say so.
-                self._seal(target)
-                continue
+                return None  # A further connection has brought the last piece, and its thread is about to say so.
             if not pieces or (unasked and not self.is_joined):
                 raise ProtocolError(f"COMMIT covers record {record}, which was not sent completely")
             return None

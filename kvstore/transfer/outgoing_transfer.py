@@ -110,6 +110,7 @@ class OutgoingTransfer:
         self._first_byte_s: float | None = None
         self._last_byte_s: float | None = None
         self._is_one_sided = False
+        self.is_native = False
         self._thread = threading.Thread(target=self._run, name=f"kvstore-send-{transfer.counter}", daemon=True)
 
     def start(self) -> None:
@@ -289,6 +290,7 @@ class OutgoingTransfer:
             pieces_again=self._pieces_again,
             reconnects=reconnects,
             is_one_sided=self._is_one_sided,
+            is_native=self.is_native,
             started_s=self.started_s,
             first_byte_s=self._first_byte_s,
             last_byte_s=self._last_byte_s,

@@ -70,6 +70,8 @@ def observe_layers(
 
 def split_rows(rows: Rows) -> list[tuple[int, Ids]]:
     """(record, piece ids) of each run of rows of one record."""
+    if not len(rows):
+        return []
     records = rows["record"]
     edges = [0, *(np.flatnonzero(np.diff(records.astype(np.int64))) + 1).tolist(), len(rows)]
     return [(int(records[start]), rows["piece"][start:stop].astype(np.int64)) for start, stop in pairwise(edges)]

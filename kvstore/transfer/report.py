@@ -25,6 +25,7 @@ class TransferReport:
         pieces_again: pieces that arrived damaged and were sent again.
         reconnects: connections beyond the first.
         is_one_sided: the receiver got the bytes from exposed memory.
+        is_native: native code sent the pieces, without the interpreter's lock.
         started_s: `send` was called.
         first_byte_s, last_byte_s: the first and the last DATA frame left; None if none was needed.
         producer_finished_s: every piece was there and committed on this side.
@@ -40,6 +41,7 @@ class TransferReport:
     pieces_again: int
     reconnects: int
     is_one_sided: bool
+    is_native: bool
     started_s: float
     first_byte_s: float | None
     last_byte_s: float | None

@@ -194,6 +194,9 @@ class Session:
         with self._lock:
             if self.is_attached(attached):
                 self._guard(attached, lambda: self._received(received, attached, start_s))
+            else:
+                # The pieces were the last ones, and the first connection's thread was faster with the rest.
+                self._observe(received.rows, attached, start_s)
 
     def dismiss(self, session: Session, joined: Joined, frames_arrived: int) -> None:
         """A further connection has ended; the sender is told what of it has arrived. From its thread."""

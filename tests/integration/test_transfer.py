@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import select
 import threading
@@ -111,6 +112,7 @@ def test_a_resume_point_arrives_whole(
     assert (report.tokens, report.pieces, report.total_bytes) == (tokens, pieces, sizes)
     assert (report.pieces_skipped, report.pieces_again, report.reconnects) == (0, 0, 0)
     assert report.is_one_sided is (scheme == "memory")
+    assert report.is_native is (scheme == "tcp" and os.environ["KVSTORE_TRANSFER"] != "python")
     assert report.last_byte_s is not None
     assert report.started_s <= report.last_byte_s <= report.committed_s
     assert 0 <= report.exposed_s <= report.seconds
