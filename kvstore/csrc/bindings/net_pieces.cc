@@ -154,6 +154,9 @@ void bind_arrivals(nb::module_& module) {
     module.def("receive_pieces", &receive, nb::arg("stream"), nb::arg("control"), nb::arg("arrivals"), nb::arg("epoch"),
                nb::arg("counter"), nb::arg("generation"), nb::arg("deadline_s"), nb::arg("linger_s"),
                nb::arg("is_observed"), nb::arg("stop"),
+               nb::sig("def receive_pieces(stream: Stream, control: Stream, arrivals: Arrivals, epoch: int, counter: int, "
+                       "generation: int, deadline_s: float, linger_s: float, is_observed: bool, stop: StopFlag)"
+                       " -> tuple[int, bytes, str, int, tuple[bytes, list[int]], bytes]"),
                "Receive DATA frames straight into their records until there is something to tell; no GIL meanwhile.\n\n"
                "(event, header, reason, unread_bytes, (damaged rows, completed records), rows). The events\n"
                "are those of kvstore.transfer.native. The caller keeps the records in place.\n\n"
@@ -245,7 +248,7 @@ void bind_departures(nb::module_& module) {
         .def(
             "records_complete",
             [](net::Departures& departures, std::uint32_t first, nb::handle costs_us) {
-                const Buffer buffer(costs_us);
+                const ValueBuffer buffer(costs_us);
                 departures.records_complete(first, buffer.values<std::uint64_t>("costs_us"));
             },
             nb::arg("first"), nb::arg("costs_us"), "Records `first` and on are whole and sealed, at costs (uint64).")
@@ -288,6 +291,9 @@ void bind_departures(nb::module_& module) {
     module.def("send_pieces", &send, nb::arg("stream"), nb::arg("departures"), nb::arg("epoch"), nb::arg("counter"),
                nb::arg("generation"), nb::arg("frame_bytes_max"), nb::arg("connection"), nb::arg("until_s"),
                nb::arg("is_observed"), nb::arg("stop"),
+               nb::sig("def send_pieces(stream: Stream, departures: Departures, epoch: int, counter: int, generation: int, "
+                       "frame_bytes_max: int, connection: int, until_s: float, is_observed: bool, stop: StopFlag)"
+                       " -> tuple[int, float, bytes]"),
                "Send DATA frames straight from their records until nothing can be sent; no GIL meanwhile.\n\n"
                "(frames, when the first had left, rows of the last one if observed). The caller keeps the records in\n"
                "place.\n\n"

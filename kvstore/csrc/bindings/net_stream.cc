@@ -117,11 +117,16 @@ void bind_net_stream(nb::module_& module) {
     nb::register_exception_translator(&translate);
     module.def("pack_frame_header", &pack_frame_header, nb::arg("kind"), nb::arg("flags"), nb::arg("epoch"),
                nb::arg("counter"), nb::arg("generation"), nb::arg("payload_bytes"), nb::arg("piece_count"),
-               nb::arg("payload_crc32c"), "The 64 bytes of a frame header; raises ProtocolError beyond the limits.");
+               nb::arg("payload_crc32c"),
+               nb::sig("def pack_frame_header(kind: int, flags: int, epoch: int, counter: int, generation: int, "
+                       "payload_bytes: int, piece_count: int, payload_crc32c: int) -> bytes"),
+               "The 64 bytes of a frame header; raises ProtocolError beyond the limits.");
     module.def("parse_frame_header", &parse_frame_header, nb::arg("data"),
+               nb::sig("def parse_frame_header(data: Buffer) -> tuple[int, int, int, int, int, int, int, int]"),
                "The fields of a frame header after all checks, in the order of `pack_frame_header`.\n\n"
                "Raises ProtocolError or PeerMismatchError.");
-    module.def("frame_limits", &limits, "The limits that frames are checked against, by their names in limits.py.");
+    module.def("frame_limits", &limits, nb::sig("def frame_limits() -> dict[str, int]"),
+               "The limits that frames are checked against, by their names in limits.py.");
 
     nb::class_<net::Stream>(module, "Stream",
                             "A connected stream socket. One thread receives, any sends whole frames, any closes.\n\n"
