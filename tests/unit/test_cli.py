@@ -97,8 +97,9 @@ def test_doctor_shows_every_finding() -> None:
     for name in (
         "python", "cpu", "memory", "shm", "arena", "hugepages", "limit.memlock", "limit.nofile", "native",
         "crc32c.avx512", "crc32c.sse42", "crc32c.portable", "copy.avx512", "copy.avx2", "copy.portable",
-        "copy.checksum", "copy.streaming", "copy.threads", "transport.memory", "transport.tcp",
-        "transport.ucx", "congestion.cubic", "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers", "cuda",
+        "copy.checksum", "copy.streaming", "copy.threads", "transport.memory", "transport.tcp", "transport.ucx",
+        "congestion.cubic", "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers",
+        "cuda",
     ):  # fmt: skip
         assert name in findings
     used = [name for name in findings if name.startswith("crc32c.") and findings[name]["in_use"]]
