@@ -293,7 +293,7 @@ def test_a_full_receiver_says_so_and_is_unchanged(source: kvstore.Store, scheme:
     ids, other = prompt(20), prompt(20, seed=1)
     store_prompt(source, ids)
     with (
-        kvstore.open(tiny_spec(), dram="128KiB") as target,
+        kvstore.open(tiny_spec(), dram="112KiB") as target,
         Endpoint(target.pool, address(scheme), settings=FAST) as endpoint,
     ):
         store_prompt(target, other)
