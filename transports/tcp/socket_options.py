@@ -31,6 +31,8 @@ NEAR_S = 0.001
 """Round trips shorter than this are within a machine or a rack, where losses are rare and loss-based control is at
 its best: `cubic` carries twice what `bbr` does there, which models a path that it can hardly measure."""
 NEAR_CONGESTION_CONTROL = "cubic"
+_NAME_BYTES_MAX = 16
+"""`TCP_CA_NAME_MAX` of `linux/tcp.h`."""
 _TCPI_RTT_OFFSET = 68
 """`tcpi_rtt` in `struct tcp_info`, microseconds."""
 
@@ -61,6 +63,9 @@ def prepare_socket(sock: socket.socket, options: TransportOptions) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     if options.congestion_control is not None:
         _set_congestion_control(sock, options.congestion_control)
+    elif _adapts(options):
+        # Until the round-trip time is known; see `adapt_congestion_control`.
+        _set_congestion_control(sock, NEAR_CONGESTION_CONTROL)
     if options.pacing_bytes_per_s is not None:
         _set_pacing(sock, options.pacing_bytes_per_s)
 
@@ -83,6 +88,13 @@ def near_congestion_control() -> str | None:
     return NEAR_CONGESTION_CONTROL
 
 
+def _default_congestion_control() -> str:
+    """What a new socket of this process has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        name = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _NAME_BYTES_MAX)
+    return name.rstrip(b"\0").decode()
+
+
 def round_trip_s(sock: socket.socket) -> float | None:
     """The round-trip time of a connected socket as the kernel has measured it; None where it does not say."""
     try:
@@ -95,14 +107,22 @@ def round_trip_s(sock: socket.socket) -> float | None:
     return microseconds / 1e6 if microseconds else None
 
 
+def _adapts(options: TransportOptions) -> bool:
+    """Whether the algorithm is this transport's to choose: the user has chosen none and wants no pace."""
+    is_free = options.congestion_control is None and options.pacing_bytes_per_s is None
+    return is_free and near_congestion_control() is not None
+
+
 def adapt_congestion_control(sock: socket.socket, options: TransportOptions) -> None:
-    """Choose for a connection that was just established, unless the user has chosen or wants it paced."""
-    name = near_congestion_control()
-    if name is None or options.congestion_control is not None or options.pacing_bytes_per_s is not None:
+    """Go back to the system's choice if a connection that was just established turns out to be a long one.
+
+    In this order because the other one does not work: a socket that was `bbr` stays paced whatever it is made later.
+    """
+    if not _adapts(options):
         return
     measured_s = round_trip_s(sock)
-    if measured_s is not None and measured_s < NEAR_S:
-        _set_congestion_control(sock, name)
+    if measured_s is None or measured_s >= NEAR_S:
+        _set_congestion_control(sock, _default_congestion_control())
 
 
 def _set_congestion_control(sock: socket.socket, name: str) -> None:
