@@ -83,9 +83,10 @@ format: $(DEPENDENCIES) ## put all Python files into the form that lint asks for
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-bench: $(NATIVE) ## micro-benchmarks, then gather against memcpy
+bench: $(NATIVE) ## micro-benchmarks, gather against memcpy, the index at a million blocks
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest benchmarks --benchmark-only --timeout=600 $(ARGS)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m benchmarks.gather_vs_memcpy
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m benchmarks.bench_index
 
 fuzz: $(NATIVE) ## damaged bytes against every parser, a minute each; ARGS="--seconds 600 --seed 7 record"
 	@$(RUN) -m tests.fuzz $(ARGS)

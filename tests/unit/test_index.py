@@ -328,6 +328,9 @@ def test_arguments_that_are_none() -> None:
         index.collect((path.root, 0, b"", None, b""), needs_of(spec, WHOLE), None)
     with pytest.raises(IndexError, match="no such node"):
         index.evict(7, False)
+    writes = plan(index, spec, path, [])
+    with pytest.raises(IndexError):
+        _ = writes.last_node
     assert index.find(b"short") is None
     assert index.find(path.root) is None
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from kvstore.errors import LeaseError, LeaseGoneError
 from kvstore.keys import ExtraInput
+from kvstore.pool import LadderCheckpoints
 from kvstore.spec import ChunkGrid, ModelSpec, Shard
 from kvstore.store import Store, open_store
 from kvstore.testing.specs import check_lease, dense, hybrid, latent, pure_state, put_all, put_states, put_tokens, spans
@@ -259,3 +263,33 @@ def test_counters() -> None:
         store.match([*ids, 1])
         statistics = store.statistics()
         assert (statistics.matches, statistics.hits, statistics.commits) == (2, 1, 1)
+
+
+def test_what_nobody_looks_at_is_not_computed() -> None:
+    """And what is computed later is as if it had been at once."""
+
+    class Counting(LadderCheckpoints):
+        asked = 0
+
+        def suggest(self, *arguments: Any) -> tuple[int, ...]:
+            Counting.asked += 1
+            return super().suggest(*arguments)
+
+    ids = ids_of(70)
+    with open_store(hybrid(B), dram="8MiB", checkpoints=Counting()) as store:
+        write(store, ids, (16, 48, 70))
+        match = store.match([*ids, 1])
+        assert match
+        assert (match.tokens, match.pending_tokens, Counting.asked) == (70, 0, 0)
+        assert not {"candidates", "missing", "suggested"} & match.__dict__.keys()
+        again = store.match([*ids, 1])
+        store.pool.evict(store.prompt(ids).path.key(0))
+        assert match == again
+        assert [candidate.tokens for candidate in match.candidates] == [70, 48, 16]
+        assert match.suggested == again.suggested
+        assert Counting.asked == 2
+        assert match.candidates is match.candidates
+        assert replace(match, tokens=48).candidates == match.candidates
+        assert match.candidates[1].path == store.prompt(ids).path.prefix(3)
+        with pytest.raises(AttributeError, match="candidate_s"):
+            _ = match.candidate_s

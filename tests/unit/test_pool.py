@@ -31,6 +31,8 @@ from kvstore.tiers import ArenaTier
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvstore.abc import Slot
+
 B = 16
 SLOT = 8192
 """A record of the small specs: a header page and a body page."""
@@ -150,6 +152,28 @@ def test_evict_enough_or_change_nothing() -> None:
         assert [store.match([*ids, 1]).tokens for ids in prompts] == [32, 32, 32]
         held.release()
         write(store, ids_of(80, 9))
+        store.pool.check()
+
+
+@pytest.mark.parametrize("needed", [1, 3, 4, 7, 11])
+def test_what_the_tier_asks_for_is_evicted_and_no_more(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes alone do not decide: a tier in slabs may need more room than is lacking."""
+
+    def would_fit(self: ArenaTier, sizes_bytes: Sequence[int], freeing: Sequence[Slot] = ()) -> bool:
+        return len(freeing) >= needed
+
+    with open_store(dense(B), dram="4MiB") as store:
+        for seed in range(12):
+            write(store, ids_of(16, seed))
+        monkeypatch.setattr(ArenaTier, "would_fit", would_fit)
+        store.write(ids_of(16, 100)).abort()
+        assert store.statistics().evicted_records == needed
+        store.pool.check()
+        monkeypatch.setattr(ArenaTier, "would_fit", lambda *_: False)
+        with pytest.raises(PoolFullError):
+            store.write(ids_of(16, 101))
+        monkeypatch.undo()
+        assert store.statistics().evicted_records == needed
         store.pool.check()
 
 

@@ -273,7 +273,7 @@ void bind_index(nb::module_& module) {
                      })
         .def_prop_ro("new_nodes",
                      [](const WriteSet& self) { return self.new_nodes + (self.is_new_root ? 1U : 0U); })
-        .def_prop_ro("last_node", [](const WriteSet& self) { return self.nodes.back(); })
+        .def_prop_ro("last_node", [](const WriteSet& self) { return self.nodes.at(self.nodes.size() - 1); })
         .def("missing", [](const WriteSet& self) { return rows_to_python(self.missing); })
         .def("held", [](const WriteSet& self) { return rows_to_python(self.held); })
         .def("set_slots", &set_slots, "slots"_a);

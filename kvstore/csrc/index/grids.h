@@ -5,6 +5,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "digest_hash.h"
 #include "types.h"
 
 namespace kvstore::index {
@@ -15,9 +16,6 @@ constexpr GridId unknown_grid = 0;  // the digest of zeros: nobody named the bou
 constexpr GridId any_grid = none;
 
 class Grids {
-    struct Hash {
-        std::size_t operator()(const Digest& digest) const { return static_cast<std::size_t>(digest.word()); }
-    };
     struct Entry {
         Digest digest;
         std::uint32_t users;
@@ -26,7 +24,9 @@ class Grids {
   public:
     static constexpr std::size_t grid_bytes = sizeof(Entry) + 2 * sizeof(Digest) + 48;
 
-    Grids() : entries_{Entry{Digest{}, 1}} { numbers_.emplace(Digest{}, unknown_grid); }
+    explicit Grids(std::uint64_t seed) : entries_{Entry{Digest{}, 1}}, numbers_(16, DigestHash(seed)) {
+        numbers_.emplace(Digest{}, unknown_grid);
+    }
 
     const Digest& digest(GridId id) const { return entries_[id].digest; }
     std::uint32_t users(GridId id) const { return entries_[id].users; }
@@ -54,7 +54,7 @@ class Grids {
             return found->second;
         }
         if (free_.empty()) {
-            entries_.reserve(entries_.size() + 1);
+            reserve_one(entries_);
             free_.reserve(entries_.capacity());
         }
         const GridId id = free_.empty() ? static_cast<GridId>(entries_.size()) : free_.back();
@@ -78,7 +78,7 @@ class Grids {
   private:
     std::vector<Entry> entries_;
     std::vector<GridId> free_;
-    std::unordered_map<Digest, GridId, Hash> numbers_;
+    std::unordered_map<Digest, GridId, DigestHash> numbers_;
 };
 
 }  // namespace kvstore::index

@@ -3,7 +3,7 @@
 namespace kvstore::index {
 
 Index::Index(std::vector<bool> is_state_group, std::uint32_t ghosts_max, bool keeps_order, std::uint64_t seed)
-    : is_state_group_(std::move(is_state_group)), ghosts_max_(ghosts_max), keeps_order_(keeps_order), nodes_(seed) {}
+    : is_state_group_(std::move(is_state_group)), ghosts_max_(ghosts_max), keeps_order_(keeps_order), nodes_(seed), grids_(seed) {}
 
 // What the index holds, by the size of each part. Freed places are used again before there are new ones.
 std::size_t Index::memory_bytes() const {
@@ -23,7 +23,8 @@ std::uint32_t Index::use_salt(const std::string& name) {
         ++salts_[found->second].roots;
         return found->second;
     }
-    free_salts_.reserve(salts_.size() + 1);
+    reserve_one(salts_);
+    free_salts_.reserve(salts_.capacity());
     const auto number = free_salts_.empty() ? static_cast<std::uint32_t>(salts_.size()) : free_salts_.back();
     if (free_salts_.empty()) {
         salts_.emplace_back();

@@ -10,9 +10,9 @@ std::size_t Nodes::allocated_bytes() const {
 }
 
 std::uint32_t Nodes::ids_hash(NodeId parent, std::span<const std::uint32_t> ids) const {
-    std::uint64_t state = begin_ids(parent);
+    std::uint64_t state = hash_.begin(parent);
     for (const std::uint32_t id : ids) {
-        state = mix_id(state, id);
+        state = hash_.next(state, id);
     }
     return fold(state);
 }
@@ -56,7 +56,7 @@ void Nodes::reserve(std::size_t count, std::size_t tail_tokens) {
     table_.reserve(table_.size() + count);
     if (tail_tokens != 0) {
         tails_by_ids_.reserve(tails_by_ids_.size() + 1);
-        tail_ids_.reserve(tail_ids_.size() + 1);
+        reserve_one(tail_ids_);
         // Freeing a tail notes its number, and must not have to allocate for that.
         free_tail_ids_.reserve(tail_ids_.capacity());
     }
@@ -182,9 +182,9 @@ void Nodes::matching_tails(NodeId parent, std::span<const std::uint32_t> ids, st
     }
     if (tail != none) {
         found.resize(begin);
-        std::uint64_t state = begin_ids(parent);
+        std::uint64_t state = hash_.begin(parent);
         for (std::size_t length = 1; length <= usable.size(); ++length) {
-            state = mix_id(state, usable[length - 1]);
+            state = hash_.next(state, usable[length - 1]);
             tails_by_ids_.find(fold(state), [&](NodeId id) {
                 if (parent == this->parent(id) && tail_ids(id).size() == length && continues(id)) {
                     found.push_back(id);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "chunked.h"
+#include "digest_hash.h"
 #include "id_table.h"
 #include "types.h"
 
@@ -58,8 +59,7 @@ struct Node {
 
 class Nodes {
   public:
-    // The seed keeps those who choose keys from choosing where they fall in the table.
-    explicit Nodes(std::uint64_t seed) : seed_(seed | 1) {}
+    explicit Nodes(std::uint64_t seed) : hash_(seed) {}
 
     // Bytes of one node: its parts, and its share of the table when that is as empty as it gets.
     static constexpr std::size_t node_bytes = sizeof(Step) + sizeof(Node) + sizeof(Digest) + 24;
@@ -78,6 +78,7 @@ class Nodes {
         return table_.find(hash(key), [&](NodeId id) { return keys_[id] == key; });
     }
     void prefetch(const Digest& key) const { table_.prefetch(hash(key)); }
+    std::uint32_t hash(const Digest& key) const { return fold(hash_(key)); }
 
     std::uint32_t prefix_count() const { return prefixes_; }
     std::uint32_t root_count() const { return roots_; }
@@ -141,21 +142,13 @@ class Nodes {
     }
 
   private:
-    std::uint32_t hash(const Digest& key) const { return fold(key.word() ^ seed_); }
-    std::uint32_t fold(std::uint64_t word) const {
-        return static_cast<std::uint32_t>((word * 0x9e3779b97f4a7c15ULL * seed_) >> 32);
-    }
-    std::uint64_t begin_ids(NodeId parent) const { return (std::uint64_t{parent} + 1) * seed_; }
-    static std::uint64_t mix_id(std::uint64_t state, std::uint32_t id) {
-        state = (state ^ id) * 0xff51afd7ed558ccdULL;
-        return state ^ (state >> 29);
-    }
+    static std::uint32_t fold(std::uint64_t word) { return static_cast<std::uint32_t>(word >> 32); }
     std::uint32_t ids_hash(NodeId parent, std::span<const std::uint32_t> ids) const;
     NodeId make(const Digest& key, NodeId parent, std::uint32_t end_tokens, std::uint32_t flags);
     void link(NodeId id);
     NodeId& head_of(NodeId id);
 
-    std::uint64_t seed_;
+    DigestHash hash_;
     Chunked<Step> steps_;  // a free place is its own parent
     Chunked<Node> nodes_;
     Chunked<Digest> keys_;

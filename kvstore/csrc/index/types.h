@@ -16,19 +16,22 @@ constexpr std::uint32_t none = 0xffffffff;
 
 constexpr std::size_t digest_bytes = 32;
 
-// A prefix key, a root key or the digest of a chunk grid: SHA-256, so its bytes are uniform unless somebody chose them.
+// A prefix key, a root key or the digest of a chunk grid: 32 bytes.
 struct Digest {
     std::array<std::uint8_t, digest_bytes> bytes;
 
     friend bool operator==(const Digest& left, const Digest& right) {
         return std::memcmp(left.bytes.data(), right.bytes.data(), digest_bytes) == 0;
     }
-    std::uint64_t word() const {
-        std::uint64_t value = 0;
-        std::memcpy(&value, bytes.data(), sizeof value);
-        return value;
-    }
 };
+
+// Afterwards one more element fits without allocating. Doubles, as `push_back` would: `reserve(size + 1)` might not.
+template <typename Vector>
+void reserve_one(Vector& values) {
+    if (values.size() == values.capacity()) {
+        values.reserve(values.empty() ? 8 : 2 * values.size());
+    }
+}
 
 // Where a record lies in its tier.
 struct Slot {

@@ -25,7 +25,7 @@ bool Index::known_nodes(const Path& path, std::vector<NodeId>& known) const {
         const Digest& key = path.key(number);
         const NodeId id = nodes_.find(key);
         if (id == none) {
-            const auto hash = static_cast<std::uint32_t>(key.word() >> 32);
+            const std::uint32_t hash = nodes_.hash(key);
             if (key == path.root ||
                 fresh.find(hash, [&](std::uint32_t other) { return path.key(other) == key; }) != none) {
                 return false;
@@ -153,7 +153,7 @@ void Index::enter(WriteSet& set, const Path& path, const std::string& salt, std:
 void Index::use_grids(WriteSet& set) {
     std::unordered_set<GridId> used;
     for (const Row& row : set.missing) {
-        set.grids.reserve(set.grids.size() + 1);
+        reserve_one(set.grids);
         const GridId grid = grids_.use(row.grid);
         if (grid == unknown_grid || !used.insert(grid).second) {
             grids_.drop(grid);

@@ -28,7 +28,8 @@ std::uint64_t mix(std::uint64_t value) {
 
 // A stand-in for SHA-256: what matters is that equal prefixes have equal keys and others do not.
 Digest digest_of(const Digest& parent, std::span<const std::uint32_t> ids) {
-    std::uint64_t state = parent.word();
+    std::uint64_t state = 0;
+    std::memcpy(&state, parent.bytes.data(), sizeof state);
     for (const std::uint32_t id : ids) {
         state = mix(state ^ (id + 1));
     }
@@ -507,6 +508,29 @@ void test_table() {
     }
 }
 
+// Digests that differ in one word only, as somebody would choose them, are spread all the same: no long searches.
+void test_chosen_digests() {
+    for (std::uint64_t seed = 0; seed < 4; ++seed) {
+        const DigestHash hash(seed);
+        for (std::size_t word = 0; word < 4; ++word) {
+            for (const unsigned shift : {0U, 20U, 47U}) {
+                std::set<std::uint32_t> distinct;
+                constexpr std::uint64_t count = 1 << 16;
+                for (std::uint64_t number = 0; number < count; ++number) {
+                    Digest digest{};
+                    const std::uint64_t value = number << shift;
+                    std::memcpy(digest.bytes.data() + 8 * word, &value, sizeof value);
+                    distinct.insert(static_cast<std::uint32_t>(hash(digest) >> 32));
+                }
+                check(distinct.size() > count - count / 100, "chosen digests fall onto each other");
+            }
+        }
+    }
+    const DigestHash one(1);
+    const DigestHash other(2);
+    check(one(Digest{}) != other(Digest{}), "the seed does not matter");
+}
+
 // More tails on one node than are compared one by one, and two of the same ids that extra inputs tell apart.
 void test_many_tails() {
     Index index({true}, 0, true, 9);
@@ -552,6 +576,7 @@ void test_many_tails() {
 
 int main() {
     test_table();
+    test_chosen_digests();
     test_many_tails();
     test_against_the_model();
 }
