@@ -14,7 +14,7 @@ class PoolStatistics:
     """What a pool has done, and what its bytes are used for.
 
     `committed`, `reserved` and `quarantined` bytes are slots, headers included; together with `index_bytes`,
-    an estimate, they are all that the budget counts.
+    the parts of the index that are in use, they are all that the budget counts.
     """
 
     matches: int = 0

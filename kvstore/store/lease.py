@@ -35,16 +35,19 @@ class Lease:
         spec: the model.
         shard: whose share is read.
         path: the resume point's prefix nodes.
-        records: its records, by group, span and node.
     """
 
     def __init__(self, spec: ModelSpec, hold: Hold, shard: Shard, copied: Callable[[int, float], None]) -> None:
         self.spec = spec
         self.shard = shard
         self.path: NodePath = hold.path
-        self.records: tuple[HeldRecord, ...] = hold.records
         self._hold = hold
         self._copied = copied
+
+    @property
+    def records(self) -> tuple[HeldRecord, ...]:
+        """The records of the resume point, by group, span and node; made when they are first looked at."""
+        return self._hold.records
 
     def __enter__(self) -> Lease:
         return self
