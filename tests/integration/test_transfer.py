@@ -720,7 +720,7 @@ def test_random_transfers_between_three_nodes(scheme: str, sender: Sender) -> No
     """A seeded mixture in small pools: every transfer ends, what is visible is whole, budgets add up."""
     generator = random.Random(11)
     spec = tiny_spec()
-    stores = [kvstore.open(spec, dram="192KiB") for _ in range(3)]
+    stores = [kvstore.open(spec, dram="160KiB") for _ in range(3)]
     endpoints = [Endpoint(store.pool, address(scheme), settings=FAST) for store in stores]
     try:
         ended = {"committed": 0, "full": 0, "aborted": 0}
