@@ -96,6 +96,26 @@ class StoreClosedError(KVStoreError):
     """The store was closed, or belongs to the process that forked this one."""
 
 
+class AttachError(KVStoreError):
+    """A process could not attach to an owner, or an owner could not offer its pool to processes."""
+
+
+class AttachProtocolError(AttachError):
+    """An attached process or its owner sent something that their protocol does not allow; they parted."""
+
+
+class OwnerGoneError(StoreClosedError):
+    """The process that owns the pool died, stopped or closed it: what its arena holds is void. Attach again."""
+
+    retryable = True
+
+
+class JointCommitError(KVStoreError):
+    """One party of a joint commit gave up, died or was late. Nothing became visible, everything was given back."""
+
+    retryable = True
+
+
 class UnavailableError(KVStoreError):
     """Something asked for is not installed or not supported on this machine."""
 

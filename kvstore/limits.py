@@ -71,6 +71,33 @@ HANDOVERS_PER_PROMPT_MAX = 64
 OPEN_WAITS_MAX = 4096
 """Handles of one store that wait for a hand-over or a resume point."""
 
+# Attached processes
+ATTACHED_PROCESSES_MAX = 256
+"""Processes attached to one owner, those counted that have gone silent and still have memory mapped."""
+ATTACH_MESSAGE_BYTES_MAX = 128 * MIB
+"""One message between an attached process and its owner; token ids of the longest prompt are 64 MiB."""
+ATTACH_TEXT_BYTES_MAX = 4096
+"""A reason, an error message, a name."""
+ATTACH_RECORDS_MAX = 1 << 20
+"""Records of one lease or one writer of an attached process."""
+ATTACHED_LEASES_MAX = 4096
+"""Leases that one attached process holds at once."""
+ATTACHED_WRITERS_MAX = 1024
+"""Writers that one attached process has open at once."""
+ATTACH_DEADLINE_S = 5.0
+"""How long an attached process waits for its owner's answer before it takes the owner for gone."""
+ATTACHED_SILENCE_S = 10.0
+"""An attached process that is silent for longer loses its leases and writers."""
+JOINT_PARTIES_MAX = 4096
+"""Writers of one joint commit."""
+JOINT_COMMITS_MAX = 4096
+"""Joint commits that are under way or remembered as failed."""
+JOINT_NAME_BYTES_MAX = 256
+JOINT_COMMIT_DEADLINE_S = 30.0
+"""How long a party of a joint commit waits for the others by default."""
+JOINT_OUTCOME_GRACE_S = 60.0
+"""How long a failed joint commit is remembered, so that a party that comes late is told."""
+
 # Transfer
 FRAME_HEADER_BYTES = 64
 FRAME_PAYLOAD_BYTES_MAX = 16 * MIB
@@ -102,5 +129,6 @@ assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
 assert FRAME_HEADER_BYTES % 16 == 0
 assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
 assert VICTIMS_AHEAD_MIN <= VICTIMS_AHEAD
+assert ATTACH_MESSAGE_BYTES_MAX >= 4 * PROMPT_TOKENS_MAX + HANDOVER_PAYLOAD_BYTES_MAX
 assert TRANSFERS_PER_PEER_MAX <= TRANSFERS_PER_NODE_MAX
 assert COPY_THREADS_DEFAULT <= COPY_THREADS_MAX

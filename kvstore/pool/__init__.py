@@ -9,14 +9,19 @@ from kvstore.pool.path import HandOver, NodePath, RecordName
 from kvstore.pool.pool import Pool
 from kvstore.pool.prompt import Prompt
 from kvstore.pool.rows import RecordNames
+from kvstore.pool.seam import BaseHold, BasePool, BaseTransaction, JointName
 from kvstore.pool.statistics import PoolStatistics
 from kvstore.pool.transaction import Transaction, commit_together
 
 __all__ = [
+    "BaseHold",
+    "BasePool",
+    "BaseTransaction",
     "Candidate",
     "HandOver",
     "HeldRecord",
     "Hold",
+    "JointName",
     "LRUPolicy",
     "LadderCheckpoints",
     "Match",

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvstore.errors import LeaseError, StoreClosedError
+from kvstore.pool.seam import BaseHold
 
 if TYPE_CHECKING:
     from kvstore._native import HeldRows
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from kvstore.pool.pool import Pool
 
 
-class Hold:
+class Hold(BaseHold):
     """Records that are neither evicted nor reused before `release`. Any thread.
 
     Attributes:

@@ -17,9 +17,11 @@ from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.held import PlacedRows
 from kvstore.pool.hold import Hold
 from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
+from kvstore.pool.joint import JointCommits
 from kvstore.pool.plan import clear_padding, name_table, place_table
 from kvstore.pool.room import Room
 from kvstore.pool.rows import RecordNames, Rows, slot_table
+from kvstore.pool.seam import BaseHold, BasePool
 from kvstore.pool.search import Query, answer, search
 from kvstore.pool.statistics import PoolStatistics
 from kvstore.pool.transaction import Transaction, commit_together, merge_grids
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
     from kvstore.pool.prompt import Prompt
+    from kvstore.pool.seam import JointName
     from kvstore.pool.transaction import PreparedCommit
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
@@ -44,7 +47,7 @@ GHOST_FRACTION_MAX = 1 / 32
 """Share of the capacity that ghosts may take: they must not crowd out the records that they are hints about."""
 
 
-class Pool:
+class Pool(BasePool):
     """Records of one model spec in one tier. Any thread may call any method.
 
     Args:
@@ -53,6 +56,8 @@ class Pool:
         eviction: ranks what may go; least recently used by default.
         checkpoints: suggests where to take states.
     """
+
+    is_closed = False
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class Pool:
         self._statistics = PoolStatistics()
         self._room = Room(tier, self._index, self._statistics)
         self._damages = 0
-        self.is_closed = False
+        self._joints = JointCommits(self.commit_together)
 
     def settle_later(self, end: Callable[[], None]) -> None:
         """Run `end` in the next call that begins here. For finalizers: they may run anywhere, also inside a lock."""
@@ -188,7 +193,7 @@ class Pool:
     def _views(self, slots: Sequence[Slot]) -> list[memoryview]:
         return [self._tier.view(slot) for slot in slots]
 
-    def check_current(self, hold: Hold) -> None:
+    def check_current(self, hold: BaseHold) -> None:
         """Raise unless the records of a hold are still what the index would give out.
 
         Damage takes records from under a hold: who holds the bytes may look at them, but nothing must be built on
@@ -197,6 +202,8 @@ class Pool:
         Raises:
             LeaseGoneError: a record was found damaged since.
         """
+        if not isinstance(hold, Hold):
+            raise LeaseGoneError("the lease is of another store")
         with self._lock:
             self._check_open()
             if hold.damages == self._damages:
@@ -276,6 +283,7 @@ class Pool:
         resume_nodes: Iterable[int] = (),
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,
+        joint: JointName | None = None,
     ) -> Transaction:
         """Reserve what is missing of the named records, evicting if need be, or change nothing.
 
@@ -287,13 +295,36 @@ class Pool:
             resume_nodes: nodes of the path that become resume points.
             basis: all records of a resume point that the caller holds and continues from.
             is_transient: the path's tail is for a hand-over only and goes with it.
+            joint: the joint commit that this becomes a party of.
 
         Raises:
             PoolFullError: not enough can be evicted. QuarantineFullError: too many dropped writers still
             have bytes moving. WriteError: attention records would not be contiguous from the root.
-            LeaseGoneError: a record of `basis` is not held any more.
+            LeaseGoneError: a record of `basis` is not held any more. JointCommitError: another party has failed.
         """
         self._settle()
+        party = self._joints.join(joint) if joint is not None else None
+        try:
+            transaction = self._begin(path, names, salt, grid, grid_digests, resume_nodes, basis, is_transient)
+        except BaseException:
+            if party is not None:
+                self._joints.leave(party)
+            raise
+        if party is not None:
+            transaction.become(party, self._joints)
+        return transaction
+
+    def _begin(
+        self,
+        path: NodePath,
+        names: Sequence[RecordName],
+        salt: bytes,
+        grid: ChunkGrid | None,
+        grid_digests: Mapping[RecordName, bytes] | None,
+        resume_nodes: Iterable[int],
+        basis: Sequence[HeldRecord],
+        is_transient: bool,
+    ) -> Transaction:
         named = RecordNames.of(names)
         table, digests = name_table(self.spec, path, named, grid, grid_digests)
         with self._lock:
@@ -558,12 +589,14 @@ class Pool:
             self._tier.close()
             self._index = PrefixIndex(self.spec)
             self._room = Room(self._tier, self._index, self._statistics)
+        self._joints.close(StoreClosedError("the store was closed while a joint commit waited for its parties"))
         self._notify()
 
     def close_in_child(self) -> None:
         """After a fork, in the child: threads do not survive it, and their locks stay as they were."""
         self.is_closed = True
         self._lock = threading.RLock()
+        self._joints = JointCommits(self.commit_together)
 
     def _check_open(self) -> None:
         if self.is_closed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING
@@ -12,26 +12,40 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore._native import addresses_of
-from kvstore.errors import LeaseGoneError, StoreClosedError, WriteError
-from kvstore.record import seal_records
+from kvstore.errors import LeaseGoneError, RecordError, StoreClosedError, WriteError
+from kvstore.pool.seam import BaseTransaction
+from kvstore.record import Record, seal_records
 from kvstore.spec import UNKNOWN_GRID
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
     from kvstore._native import WriteSet
     from kvstore.abc import Slot
     from kvstore.pool.held import HeldRecord, PlacedRows, TransactionRecord
+    from kvstore.pool.joint import JointCommits, Party
     from kvstore.pool.path import HandOver, NodePath, RecordPlace
     from kvstore.pool.pool import Pool
+    from kvstore.pool.seam import CommitEnd, JointName
     from kvstore.record import RecordLayout
 
 _serials = count()
 
 
-class Transaction:
+def frame_reserved(records: Sequence[TransactionRecord], costs_us: Mapping[int, int]) -> None:
+    """Write the framing of those records that are named with their costs; all pieces and checksums are in place."""
+    by_layout: dict[RecordLayout, list[int]] = {}
+    for number in costs_us:
+        by_layout.setdefault(records[number].layout, []).append(number)
+    for layout, members in by_layout.items():
+        chosen = [records[number] for number in members]
+        addresses = addresses_of([record.memory for record in chosen])
+        seal_records(layout, addresses, [record.header for record in chosen], [costs_us[number] for number in members])
+
+
+class Transaction(BaseTransaction):
     """Reserved records on one path, invisible until committed. Made by `Pool.begin`; any thread.
 
     While it lives, and while bytes still move in its slots, the committed records on its path are not evicted, and
@@ -79,6 +93,17 @@ class Transaction:
         self._end_reason: str | None = None
         self._unpinned = False
         self._given_back: set[int] = set()
+        self._party: tuple[Party, JointCommits] | None = None
+
+    def become(self, party: Party, joints: JointCommits) -> None:
+        """For `Pool.begin`: this is a party of a joint commit."""
+        party.transaction = self
+        self._party = (party, joints)
+
+    @property
+    def joint(self) -> JointName | None:
+        """The joint commit that this is a party of."""
+        return self._party[0].name if self._party is not None else None
 
     def __del__(self) -> None:
         if getattr(self, "_end_reason", "it was never begun") is None:
@@ -146,19 +171,41 @@ class Transaction:
         with self._lock:
             self._check_open()
             costs = {i: cost for i, cost in zip(indices, costs_us, strict=True) if not self._is_sealed[i]}
-            by_layout: dict[RecordLayout, list[int]] = {}
-            for i in costs:
-                by_layout.setdefault(self.records[i].layout, []).append(i)
-            for layout, members in by_layout.items():
-                records = [self.records[i] for i in members]
-                addresses = addresses_of([record.memory for record in records])
-                seal_records(layout, addresses, [record.header for record in records], [costs[i] for i in members])
+            frame_reserved(self.records, costs)
             sealed = list(costs)
             self._costs_us[sealed] = list(costs.values())
             self._is_sealed[sealed] = True
 
     def is_sealed(self, index: int) -> bool:
         return bool(self._is_sealed[index])
+
+    def accept_seal(self, index: int, cost_us: int, *, verify: bool = False) -> None:
+        """Another process has filled and framed a record: take it as sealed if it is the one that was reserved.
+
+        Args:
+            verify: recompute the checksum of every piece too.
+
+        Raises:
+            WriteError: the framing is not this reservation's, a checksum does not hold, or the transaction has ended.
+        """
+        self._check_open()
+        record = self.records[index]
+        framed = Record(record.layout, record.memory)
+        try:
+            found = framed.verify() if verify else framed.header()
+        except RecordError as error:
+            raise WriteError(f"a record that is to be committed is not what was reserved: {error}") from error
+        if found != replace(record.header, cost_us=cost_us):
+            raise WriteError(
+                f"a record that is to be committed is framed as {found.end_tokens} tokens of prefix "
+                f"{found.key.hex()[:16]}, costing {found.cost_us} us; reserved were {record.header.end_tokens} of "
+                f"{record.header.key.hex()[:16]}, announced {cost_us} us"
+            )
+        with self._lock:
+            self._check_open()
+            if not self._is_sealed[index]:
+                self._costs_us[index] = cost_us
+                self._is_sealed[index] = True
 
     def commit(self, upto_tokens: int | None = None, handover: HandOver | None = None) -> None:
         """Make everything up to a length visible at once, or nothing. Without a length, everything.
@@ -174,7 +221,19 @@ class Transaction:
             ended. StoreClosedError: the store was closed. LeaseGoneError: what this write continues from was found
             damaged since; everything was given back.
         """
+        self._check_open()
+        if self._party is not None:
+            raise WriteError("this writer is a party of a joint commit, which commits whole prompts: commit_jointly")
         commit_together(self._pool, [(self, upto_tokens, handover)])
+
+    def commit_jointly(self, handover: HandOver | None, ended: CommitEnd) -> None:
+        if self._party is None:
+            raise WriteError("this writer is no party of a joint commit; name one with joint= when it begins")
+        party, joints = self._party
+        if party.joint.failure is None:
+            with self._lock:
+                self._prepare(None, handover)
+        joints.offer(party, handover, ended)
 
     def given_back(self, indices: Sequence[int]) -> None:
         """For the pool: other writers' records took the places of these."""
@@ -220,6 +279,9 @@ class Transaction:
             uncommitted = [self.placed.slots[index] for index in np.flatnonzero(~self._is_committed).tolist()]
             self._pool._abandon(self, uncommitted, is_still=self._unpinned)
         self._pool._notify()
+        if self._party is not None:
+            party, joints = self._party
+            joints.fail(party, reason)
 
     @property
     def slots(self) -> list[Slot]:

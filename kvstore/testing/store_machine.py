@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvstore.errors import LeaseError, LeaseGoneError, PoolFullError, QuarantineFullError, WriteError
-from kvstore.pool import HandOver, RecordName
+from kvstore.pool import HandOver, Pool, RecordName, Transaction
 from kvstore.spec import UNKNOWN_GRID, WHOLE, ChunkGrid, ReuseRule, Shard, UnitRange
 from kvstore.store import open_store
 from kvstore.testing.specs import check_lease, put_states, put_tokens, tensors_of
@@ -27,7 +27,7 @@ from kvstore.testing.store_model import Copy, Ids, Prefix, StoreModel, bounds_of
 
 if TYPE_CHECKING:
     from kvstore.abc import EvictionPolicy
-    from kvstore.pool import Match, Prompt, Transaction
+    from kvstore.pool import BaseTransaction, Match, Prompt
     from kvstore.spec import ModelSpec
     from kvstore.store import Lease, Writer
 
@@ -71,6 +71,8 @@ class StoreMachine(RuleBasedStateMachine):
     spec: ClassVar[ModelSpec]
     dram_bytes: ClassVar[int]
     policy: ClassVar[type[EvictionPolicy] | None]
+    patience_s: ClassVar[float] = 0.0
+    """How long what one call brings about for another may take: nothing, within one process."""
 
     @classmethod
     def for_spec(
@@ -339,11 +341,14 @@ class StoreMachine(RuleBasedStateMachine):
         for live in chosen[is_unfinished:]:
             while live.todo:
                 self._put_next(live)
-        commits = [(live.writer.transaction, None, None) for live in chosen]
+        pool = self.store.pool
+        assert isinstance(pool, Pool), "writers of other processes become parties by name"
+        transactions = [live.writer.transaction for live in chosen]
+        commits = [(each, None, None) for each in transactions if isinstance(each, Transaction)]
         is_damaged = any(live.resume is not None and live.resume.is_damaged for live in chosen)
         is_complete = all(self._is_complete(live, *item) for live in chosen for item in live.reserved)
         try:
-            self.store.pool.commit_together(commits)
+            pool.commit_together(commits)
         except WriteError:
             assert not is_complete, "complete writers were refused"
             return
@@ -550,7 +555,7 @@ class StoreMachine(RuleBasedStateMachine):
         was_there = path[-1] in self.model.records
         assert not waiting.done()
         transaction.commit(handover=HandOver(ids[-1], payload))
-        arrival = waiting.result(0.0)
+        arrival = waiting.result(self.patience_s)
         assert arrival.handover == HandOver(ids[-1], payload)
         named = self._named(path, (len(ids),), 0, WHOLE, None)
         with arrival.lease as lease:
@@ -600,7 +605,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.close()
 
 
-def receive(lease: Lease, transaction: Transaction) -> None:
+def receive(lease: Lease, transaction: BaseTransaction) -> None:
     """Fill a transaction from a lease of another store, as a transfer does, and seal every record."""
     records = {held.name: held for held in lease.records}
     with transaction.moving():

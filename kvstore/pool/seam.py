@@ -1,0 +1,328 @@
+"""What a store needs of a pool: the pool of this process, or one that another process owns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from kvstore.errors import WriteError
+from kvstore.limits import JOINT_NAME_BYTES_MAX, JOINT_PARTIES_MAX
+from kvstore.spec.shard import WHOLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from kvstore.abc import Slot
+    from kvstore.pool.held import HeldRecord, TransactionRecord
+    from kvstore.pool.match import Match
+    from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
+    from kvstore.pool.prompt import Prompt
+    from kvstore.pool.statistics import PoolStatistics
+    from kvstore.spec import ChunkGrid, ModelSpec, Shard
+
+CommitEnd: TypeAlias = "Callable[[BaseException | None], None]"
+"""Told once how a commit ended: None for success. Called from any thread; must not block."""
+
+
+@dataclass(frozen=True)
+class JointName:
+    """One party of a commit that several writers make together.
+
+    Attributes:
+        name: the same for all parties; one attempt.
+        index, count: which party of how many.
+
+    Raises:
+        WriteError: the name is empty or too long, or there are too many parties.
+    """
+
+    name: str
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        size_bytes = len(self.name.encode(errors="replace"))
+        if not 1 <= size_bytes <= JOINT_NAME_BYTES_MAX:
+            raise WriteError(f"a joint commit's name has 1 to {JOINT_NAME_BYTES_MAX} bytes, not {size_bytes}")
+        if not 0 <= self.index < self.count <= JOINT_PARTIES_MAX:
+            raise WriteError(
+                f"party {self.index} of {self.count} cannot be; a joint commit has 1 to {JOINT_PARTIES_MAX} parties"
+            )
+
+
+class BaseHold(ABC):
+    """Records that are neither evicted nor reused before `release`. Any thread.
+
+    Attributes:
+        path: the resume point's nodes.
+        salt: whose prefix it is.
+        handover: what waits there for a decode process.
+    """
+
+    path: NodePath
+    salt: bytes
+    handover: HandOver | None
+
+    @property
+    @abstractmethod
+    def records(self) -> tuple[HeldRecord, ...]:
+        """By group, span and node, the order in which a model needs them."""
+
+    @property
+    @abstractmethod
+    def pool(self) -> BasePool:
+        """The pool that the records lie in."""
+
+    @property
+    @abstractmethod
+    def is_released(self) -> bool:
+        """Whether the records may have been reused."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise unless the records are still held. Who copied asks again afterwards.
+
+        Raises:
+            StoreClosedError: the pool is closed. LeaseError: the hold was released. LeaseGoneError: it expired.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let the records go. Idempotent."""
+
+    @abstractmethod
+    def release_later(self) -> None:
+        """As `release`, for finalizers: no lock is taken here, and the pool acts in its next call."""
+
+
+class BaseTransaction(ABC):
+    """Reserved records on one path, invisible until committed. Made by `BasePool.begin`; any thread.
+
+    Attributes:
+        path: the prefix nodes.
+    """
+
+    path: NodePath
+
+    @property
+    @abstractmethod
+    def records(self) -> tuple[TransactionRecord, ...]:
+        """What was missing and is now reserved."""
+
+    @property
+    @abstractmethod
+    def held(self) -> tuple[HeldRecord, ...]:
+        """The requested records that were there already, and those of the resume point that is continued."""
+
+    @property
+    @abstractmethod
+    def joint(self) -> JointName | None:
+        """The joint commit that this is a party of."""
+
+    @property
+    @abstractmethod
+    def is_open(self) -> bool:
+        """Whether it has neither been committed as a whole nor aborted."""
+
+    @abstractmethod
+    def moving(self) -> AbstractContextManager[None]:
+        """Bytes are about to land in, or leave from, the slots.
+
+        If the transaction ends meanwhile, its slots are quarantined until this block is left.
+
+        Raises:
+            StoreClosedError, WriteError: the transaction has ended.
+        """
+
+    @abstractmethod
+    def seal(self, index: int, cost_us: int = 0) -> None:
+        """Every piece and checksum of a record is in place: write its framing. Idempotent.
+
+        Raises:
+            StoreClosedError, WriteError: the transaction has ended.
+        """
+
+    @abstractmethod
+    def seal_all(self, indices: Sequence[int], costs_us: Sequence[int]) -> None:
+        """As `seal`, for many records at once."""
+
+    @abstractmethod
+    def is_sealed(self, index: int) -> bool:
+        """Whether a record is complete."""
+
+    @abstractmethod
+    def commit(self, upto_tokens: int | None = None, handover: HandOver | None = None) -> None:
+        """Make everything up to a length visible at once, or nothing. Without a length, everything.
+
+        Raises:
+            WriteError: a record within the range is not sealed, the hand-over is too large, the transaction has ended,
+            or it is a party of a joint commit. StoreClosedError: the store was closed. LeaseGoneError: what this write
+            continues from was found damaged since; everything was given back.
+        """
+
+    @abstractmethod
+    def commit_jointly(self, handover: HandOver | None, ended: CommitEnd) -> None:
+        """Commit everything once all parties of the joint commit have come this far; `ended` is told how it went.
+
+        Aborting the transaction meanwhile fails all parties, unless all were committed just before.
+
+        Raises:
+            WriteError: as `commit`, or it is no party of a joint commit. StoreClosedError: as `commit`.
+        """
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """Give back what was not committed. Idempotent, and without effect after a commit."""
+
+
+class BasePool(ABC):
+    """Records of one model spec. Any thread may call any method.
+
+    Attributes:
+        spec: the model.
+    """
+
+    spec: ModelSpec
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether the pool was closed, or cannot be reached any more."""
+
+    @abstractmethod
+    def settle_later(self, end: Callable[[], None]) -> None:
+        """Run `end` in a later call. For finalizers: they may run anywhere, also inside a lock."""
+
+    @abstractmethod
+    def match(
+        self,
+        prompt: Prompt,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        cap_tokens: int | None = None,
+    ) -> Match:
+        """The deepest resume point of a prompt, the other candidates, and why nothing deeper serves.
+
+        Args:
+            cap_tokens: deepest length allowed; by default one token less than the prompt has.
+
+        Raises:
+            StoreClosedError: the pool is closed.
+        """
+
+    @abstractmethod
+    def hold(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
+    ) -> BaseHold:
+        """Keep every record of a resume point in place until the hold is released.
+
+        Args:
+            grid: the chunk boundaries that the records must have been computed with.
+            grids: their digests by record, instead of `grid`, where only those are known (a hand-over).
+
+        Raises:
+            LeaseGoneError: a record is not there any more; nothing is held.
+        """
+
+    @abstractmethod
+    def check_current(self, hold: BaseHold) -> None:
+        """Raise unless the records of a hold are still what the index would give out.
+
+        Raises:
+            LeaseGoneError: a record was found damaged since.
+        """
+
+    @abstractmethod
+    def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], BaseHold] | None:
+        """Take the hand-over that waits at the end of a path and hold its records, in one step; None without one."""
+
+    @abstractmethod
+    def return_handover(self, path: NodePath, handover: HandOver, grids: Mapping[RecordPlace, bytes]) -> None:
+        """Put back what was accepted and is not wanted; without effect if its records have gone."""
+
+    @abstractmethod
+    def take_handover(self, path: NodePath) -> HandOver | None:
+        """The hand-over that waits at the end of a path, once, without holding anything."""
+
+    @abstractmethod
+    def missing(self, path: NodePath, names: Iterable[RecordName], grid: ChunkGrid | None = None) -> list[RecordName]:
+        """Those of the named records that are not committed."""
+
+    @abstractmethod
+    def begin(
+        self,
+        path: NodePath,
+        names: Sequence[RecordName],
+        *,
+        salt: bytes,
+        grid: ChunkGrid | None = None,
+        grid_digests: dict[RecordName, bytes] | None = None,
+        resume_nodes: Iterable[int] = (),
+        basis: Sequence[HeldRecord] = (),
+        is_transient: bool = False,
+        joint: JointName | None = None,
+    ) -> BaseTransaction:
+        """Reserve what is missing of the named records, evicting if need be, or change nothing.
+
+        Args:
+            names: the records that the writer will provide.
+            salt: for accounting; the path's keys already cover it.
+            grid: chunk boundaries that the writer computes with.
+            grid_digests: their digests by record, instead of `grid`, where only those are known (a receiver).
+            resume_nodes: nodes of the path that become resume points.
+            basis: all records of a resume point that the caller holds and continues from.
+            is_transient: the path's tail is for a hand-over only and goes with it.
+            joint: the joint commit that this becomes a party of.
+
+        Raises:
+            PoolFullError: not enough can be evicted. QuarantineFullError: too many dropped writers still
+            have bytes moving. WriteError: attention records would not be contiguous from the root.
+            LeaseGoneError: a record of `basis` is not held any more. JointCommitError: another party has failed.
+        """
+
+    @abstractmethod
+    def evict(self, key: bytes, *, states_only: bool = False) -> int:
+        """Drop a node's states, or its attention with everything below it; bytes freed.
+
+        Returns 0 when the node is unknown or something of it is held.
+        """
+
+    @abstractmethod
+    def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
+        """A record of this node is damaged: forget it and all that only it made reachable, held or not.
+
+        Args:
+            slot: where the damaged record lies; if it has left the index meanwhile, nothing happens.
+        """
+
+    @abstractmethod
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each change that may let others go on, outside any lock. It must not block."""
+
+    @abstractmethod
+    def unsubscribe(self, listener: Callable[[], None]) -> None:
+        """End a subscription; without effect if there is none."""
+
+    @abstractmethod
+    def statistics(self) -> PoolStatistics:
+        """Counters and the budget as they are now."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Assert every invariant, the budget included; for tests (it walks the whole index)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything. Leases and writers that are still open end with `StoreClosedError`. Idempotent."""
+
+    @abstractmethod
+    def close_in_child(self) -> None:
+        """After a fork, in the child: threads do not survive it, and their locks stay as they were."""
