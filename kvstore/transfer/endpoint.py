@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvstore.abc import Connection, Transport
-    from kvstore.pool import Pool
+    from kvstore.pool import BasePool
     from kvstore.transfer.inbox import InboxStatistics
     from kvstore.transfer.report import TransferObserver
 
@@ -51,7 +51,7 @@ class Endpoint:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: BasePool,
         address: str,
         *,
         options: TransportOptions | None = None,

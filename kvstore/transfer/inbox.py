@@ -16,7 +16,7 @@ from kvstore.transfer.offer import OfferFlag, check_offer
 from kvstore.transfer.outcomes import Outcomes
 
 if TYPE_CHECKING:
-    from kvstore.pool import Pool, Transaction
+    from kvstore.pool import BasePool, BaseTransaction
     from kvstore.spec import ModelSpec
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.joined import Joined
@@ -76,7 +76,7 @@ class Inbox:
     """
 
     def __init__(
-        self, pool: Pool, settings: TransferSettings, boot_epoch: int, observer: TransferObserver | None
+        self, pool: BasePool, settings: TransferSettings, boot_epoch: int, observer: TransferObserver | None
     ) -> None:
         self.spec: ModelSpec = pool.spec
         self.settings = settings
@@ -190,7 +190,7 @@ class Inbox:
             self._statistics.resumed += 1
             return incoming
 
-    def _reserve(self, offer: Offer, offered: tuple[OfferedRecord, ...], silence_s: float) -> Transaction:
+    def _reserve(self, offer: Offer, offered: tuple[OfferedRecord, ...], silence_s: float) -> BaseTransaction:
         """Space for everything that is missing, waiting a little for it."""
         path = offer.path
         resume_nodes = [node for tokens in offer.resume_tokens if (node := path.node_at(tokens)) is not None]

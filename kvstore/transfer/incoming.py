@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import Transaction
+    from kvstore.pool import BaseTransaction
     from kvstore.record import RecordLayout
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.messages import Exposure, Rows
@@ -74,7 +74,7 @@ class IncomingTransfer:
     """
 
     def __init__(
-        self, transfer: TransferId, offer: Offer, offered: tuple[OfferedRecord, ...], transaction: Transaction
+        self, transfer: TransferId, offer: Offer, offered: tuple[OfferedRecord, ...], transaction: BaseTransaction
     ) -> None:
         self.transfer = transfer
         self.offer = offer

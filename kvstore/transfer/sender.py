@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Transport
     from kvstore.handle import Handle
-    from kvstore.pool import HandOver, Hold
+    from kvstore.pool import BaseHold, HandOver
     from kvstore.store.lease import Lease
     from kvstore.store.writer import Writer
     from kvstore.transfer.report import TransferObserver, TransferReport
@@ -161,7 +161,7 @@ def _check_options(priority: int, total_deadline_s: float | None) -> None:
 
 
 def send_lease(
-    lease: Lease | Hold,
+    lease: Lease | BaseHold,
     address: str,
     *,
     handover: HandOver | None = None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvstore.pool import HandOver, HeldRecord, Hold, NodePath, RecordName, TransactionRecord
+    from kvstore.pool import BaseHold, HandOver, HeldRecord, NodePath, RecordName, TransactionRecord
     from kvstore.record import RecordHeader, RecordLayout
     from kvstore.spec import ModelSpec
     from kvstore.store.lease import Lease
@@ -118,7 +118,7 @@ class LeaseSource(Source):
         handover: makes the transfer a hand-over.
     """
 
-    def __init__(self, lease: Lease | Hold, handover: HandOver | None = None) -> None:
+    def __init__(self, lease: Lease | BaseHold, handover: HandOver | None = None) -> None:
         self._lease = lease
         self._handover = handover
         self.path = lease.path
