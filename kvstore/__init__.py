@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvstore.pool import Candidate, HandOver, Match, Prompt
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
     from kvstore.store import Arrival, Lease, Store, Writer
+    from kvstore.store import attach_store as attach
     from kvstore.store import open_store as open
 
 _HOMES = {
@@ -39,8 +40,10 @@ _HOMES = {
     "Store": "kvstore.store",
     "TransportOptions": "kvstore.abc",
     "Writer": "kvstore.store",
+    "attach": "kvstore.store",
     "open": "kvstore.store",
 }
+_NAMES_THERE = {"attach": "attach_store", "open": "open_store"}
 
 __all__ = [
     "Arrival",
@@ -58,6 +61,7 @@ __all__ = [
     "TransportOptions",
     "Writer",
     "__version__",
+    "attach",
     "open",
 ]
 
@@ -66,7 +70,7 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
-    value: object = getattr(import_module(home), "open_store" if name == "open" else name)
+    value: object = getattr(import_module(home), _NAMES_THERE.get(name, name))
     globals()[name] = value
     return value
 

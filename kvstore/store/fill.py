@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvstore.errors import KVStoreError
-    from kvstore.pool import Transaction, TransactionRecord
+    from kvstore.pool import BaseTransaction, TransactionRecord
     from kvstore.record.array_view import ArrayView
     from kvstore.spec import CacheGroup, Shard
 
@@ -73,7 +73,7 @@ class SpanRecords:
         return self.address[nodes] + np.uint64(self.layout.checksum_offset)
 
 
-def spans_of(transaction: Transaction) -> dict[tuple[int, int], SpanRecords]:
+def spans_of(transaction: BaseTransaction) -> dict[tuple[int, int], SpanRecords]:
     """The transaction's records by (group, span)."""
     grouped: dict[tuple[int, int], list[tuple[int, TransactionRecord]]] = {}
     for number, record in enumerate(transaction.records):

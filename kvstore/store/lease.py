@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import HandOver, HeldRecord, Hold, NodePath, Pool, Prompt
+    from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt
     from kvstore.record import RecordLayout
     from kvstore.spec import ModelSpec, Shard, TensorSpec, UnitRange
 
@@ -37,7 +37,7 @@ class Lease:
         path: the resume point's prefix nodes.
     """
 
-    def __init__(self, spec: ModelSpec, hold: Hold, shard: Shard, copied: Callable[[int, float], None]) -> None:
+    def __init__(self, spec: ModelSpec, hold: BaseHold, shard: Shard, copied: Callable[[int, float], None]) -> None:
         self.spec = spec
         self.shard = shard
         self.path: NodePath = hold.path
@@ -119,7 +119,7 @@ class Lease:
         self.check()
         self._hold.pool.check_current(self._hold)
 
-    def continues_in(self, pool: Pool, prompt: Prompt) -> bool:
+    def continues_in(self, pool: BasePool, prompt: Prompt) -> bool:
         """Whether this is a resume point of `prompt` in that very pool."""
         path = prompt.path
         blocks = len(self.path.keys)

@@ -1,4 +1,4 @@
-"""The store: one pool in this process, and what engines do with it."""
+"""The store: a pool of this process, or one that another process owns, and what engines do with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kvstore.attached import AttachedPool, Owner
 from kvstore.errors import LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
-from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
-from kvstore.pool import HandOver, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
+from kvstore.limits import ATTACH_DEADLINE_S, CHECKPOINTS_PER_WRITE_MAX
+from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
 from kvstore.pool.plan import grid_digest
 from kvstore.record import slot_sizes_bytes
 from kvstore.spec import WHOLE, ReuseRule
@@ -55,6 +56,9 @@ def open_store(
     dram: int | str = DRAM_DEFAULT,
     eviction: EvictionPolicy | None = None,
     checkpoints: CheckpointPolicy | None = None,
+    socket: str | None = None,
+    arena: str | None = None,
+    **owner: Any,
 ) -> Store:
     """Open a store in this process; also `kvstore.open`.
 
@@ -64,18 +68,42 @@ def open_store(
             allocated here.
         eviction: ranks what may go; least recently used by default.
         checkpoints: suggests where to take states; a halving ladder by default.
+        socket: path of a Unix socket at which other processes of this host attach, with `kvstore.attach`.
+        arena: name of the shared memory in `/dev/shm`; by default it has none, and goes with the last process.
+        owner: how processes attach: `allow_uids`, `silence_s`, `verify`; see `kvstore.attached.Owner`.
 
     Raises:
-        ArenaError: there is too little memory. RecordTooLargeError: not even one record fits.
+        ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
+        one record fits. AttachError: another owner serves the socket, or it cannot be made.
         ValueError: `dram` is not a size.
     """
     sizes = slot_sizes_bytes(spec)
-    tier = ArenaTier(parse_bytes(dram), largest_slot_bytes=sizes[-1], slot_sizes_bytes=sizes)
+    tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=sizes[-1], slot_sizes_bytes=sizes)
     try:
-        return Store(Pool(spec, tier, eviction=eviction, checkpoints=checkpoints))
+        pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
+        return Store(pool, Owner(pool, tier, socket, **owner) if socket is not None else None)
     except BaseException:
         tier.close()
         raise
+
+
+def attach_store(socket: str, *, spec: ModelSpec | None = None, deadline_s: float = ATTACH_DEADLINE_S) -> Store:
+    """A store on the pool of another process of this host; also `kvstore.attach`.
+
+    It has the interface of the owner's own. Bytes move between this process and the arena directly; the owner only
+    decides. While this process holds a lease or has a writer open, a thread tells the owner that it lives; stopped for
+    longer than the owner bears (10 s by default), it loses them, with `LeaseGoneError` and `WriteError`.
+
+    Args:
+        socket: the path that the owner opened its store with.
+        spec: the model that is expected; by default whatever the owner serves.
+        deadline_s: an owner that does not answer for so long is taken for gone.
+
+    Raises:
+        AttachError: no owner listens there, or it refuses this process. OwnerGoneError: it does not answer.
+        SpecError: it serves another spec; the message names both fingerprints.
+    """
+    return Store(AttachedPool(socket, spec=spec, deadline_s=deadline_s))
 
 
 class Store:
@@ -84,17 +112,17 @@ class Store:
     After a fork the child's store is closed: use spawn, or open another store there.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: BasePool, owner: Owner | None = None) -> None:
         self.pool = pool
+        self._owner = owner
         self.spec: ModelSpec = pool.spec
-        self._waiters = Waiters()
+        self._waiters = Waiters(pool)
         # Its own thread keeps an open endpoint alive; one that was closed need not be remembered.
         self._endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
         self._sender: Sender | None = None
         self._lock = threading.Lock()
         self._copied_bytes = 0
         self._copied_s = 0.0
-        pool.subscribe(self._waiters.retry)
         _OPEN_STORES.add(self)
 
     def __enter__(self) -> Store:
@@ -198,6 +226,7 @@ class Store:
         resume: Lease | None = None,
         grid: ChunkGrid | None = None,
         shard: Shard = WHOLE,
+        joint: str | None = None,
     ) -> Writer:
         """Reserve space for what the store lacks of a prompt, and write it while it is computed.
 
@@ -209,12 +238,15 @@ class Store:
             resume: the lease that the engine continues from; nothing before its end need be put again.
             grid: the chunk boundaries that the engine computes with; needed for strict matches later.
             shard: the tensor-parallel position whose share is written.
+            joint: name of a commit that the writers of all `shard.count` positions make together, in whichever process:
+                their shares become visible in one step, or none does. A name stands for one attempt.
 
         Raises:
             PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
             WriteError: a length in `resume_at` is impossible, or `resume` is no lease of this store on this prompt.
             LeaseError: `resume` was released. LeaseGoneError: it was found damaged since it was leased.
-            TokenError: as `prompt`. SpecError: a `Prompt` of another spec.
+            TokenError: as `prompt`. SpecError: a `Prompt` of another spec. JointCommitError: another party of `joint`
+            has failed already.
         """
         target = self._as_prompt(prompt, salt, adapter, extras)
         if resume is not None:
@@ -242,6 +274,7 @@ class Store:
             grid=grid,
             resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
             basis=resume.records if resume is not None else (),
+            joint=JointName(joint, shard.index, shard.count) if joint is not None else None,
         )
         writer = Writer(self, target, transaction, lengths, shard)
         if resume is not None:
@@ -425,6 +458,8 @@ class Store:
         with ExitStack() as last:
             last.callback(_OPEN_STORES.discard, self)
             last.callback(self.pool.close)
+            if self._owner is not None:
+                last.callback(self._owner.close)
             last.callback(self._waiters.close)
             for endpoint in endpoints:
                 last.callback(endpoint.close)
@@ -435,7 +470,9 @@ class Store:
         self._lock = threading.Lock()
         self._endpoints = weakref.WeakSet()
         self._sender = None
-        self._waiters = Waiters()
+        self._waiters = Waiters(self.pool)
+        if self._owner is not None:
+            self._owner.close_in_child()
         self.pool.close_in_child()
 
     @property

@@ -14,6 +14,8 @@ from kvstore.limits import OPEN_WAITS_MAX
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvstore.pool import BasePool
+
 
 @dataclass(frozen=True)
 class _Waiter:
@@ -27,13 +29,19 @@ class Waiters:
 
     One thread at a time tries; another one that comes meanwhile only makes it look again. So no attempt runs
     twice at once, and an attempt that changes the pool does not nest.
+
+    Args:
+        pool: its changes are followed while something waits, and only then: in another process they cost a message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: BasePool) -> None:
+        self._pool = pool
         self._lock = threading.Lock()
+        self._follow_lock = threading.RLock()
         self._waiting: OrderedDict[int, _Waiter] = OrderedDict()
         self._is_trying = False
         self._look_again = False
+        self._is_subscribed = False
 
     def add(
         self, waiting_for: str, attempt: Callable[[], Any], undo: Callable[[Any], None] | None = None
@@ -51,8 +59,21 @@ class Waiters:
             if len(self._waiting) >= OPEN_WAITS_MAX:
                 raise PoolError(f"{OPEN_WAITS_MAX} waits are open, which is the limit; cancel some")
             self._waiting[id(handle)] = _Waiter(handle, attempt, undo)
+        self._follow()
         self.retry()
         return handle
+
+    def _follow(self) -> None:
+        """Subscribe to the pool or end the subscription, as the waits now ask for. Not under the lock."""
+        with self._follow_lock:
+            wanted = bool(self._waiting)
+            if wanted == self._is_subscribed:
+                return
+            self._is_subscribed = wanted
+            if wanted:
+                self._pool.subscribe(self.retry)
+            else:
+                self._pool.unsubscribe(self.retry)
 
     def retry(self) -> None:
         """Try every open wait again, oldest first."""
@@ -95,10 +116,12 @@ class Waiters:
     def _forget(self, waiter: _Waiter) -> None:
         with self._lock:
             self._waiting.pop(id(waiter.handle), None)
+        self._follow()
 
     def _cancel(self, handle: Handle[Any], reason: str) -> None:
         with self._lock:
             self._waiting.pop(id(handle), None)
+        self._follow()
         handle.fail(PoolError(f"the wait was given up: {reason}"))
 
     def close(self) -> None:
@@ -106,5 +129,6 @@ class Waiters:
         with self._lock:
             waiting = list(self._waiting.values())
             self._waiting.clear()
+        self._follow()
         for waiter in waiting:
             waiter.handle.fail(StoreClosedError("the store was closed while waiting"))

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kvstore.errors import WriteError
+from kvstore.errors import DeadlineError, WriteError
+from kvstore.handle import Handle
+from kvstore.limits import JOINT_COMMIT_DEADLINE_S
 from kvstore.spec import ReuseRule
 from kvstore.store.fill import (
     SpanRecords,
@@ -28,8 +30,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.handle import Handle
-    from kvstore.pool import HandOver, Prompt, Transaction
+    from kvstore.pool import BaseTransaction, HandOver, Prompt
     from kvstore.record.array_view import ArrayView
     from kvstore.spec import ModelSpec, Shard
     from kvstore.store.lease import Lease
@@ -67,7 +68,7 @@ class Writer:
     """
 
     def __init__(
-        self, store: Store, prompt: Prompt, transaction: Transaction, resume_at: tuple[int, ...], shard: Shard
+        self, store: Store, prompt: Prompt, transaction: BaseTransaction, resume_at: tuple[int, ...], shard: Shard
     ) -> None:
         self.prompt = prompt
         self.resume_at = resume_at
@@ -301,18 +302,78 @@ class Writer:
         """Stream the prompt's resume point to another node while it is written; see `Store.send`."""
         return self._store._send_writer(self, address, **options)
 
-    def commit(self, upto_tokens: int | None = None, *, handover: HandOver | None = None) -> None:
+    def commit(
+        self,
+        upto_tokens: int | None = None,
+        *,
+        handover: HandOver | None = None,
+        deadline_s: float = JOINT_COMMIT_DEADLINE_S,
+    ) -> None:
         """Make what was written visible, all or nothing. With a length, only what ends there or before.
+
+        A party of a joint commit waits here for the others, and commits its whole prompt.
+
+        Args:
+            deadline_s: how long a party waits; then it gives up, and with it all parties.
 
         Raises:
             WriteError: something within the range was not put, or the writer has ended; or a hand-over whose prompt's
-            end is no checkpoint.
+            end is no checkpoint. JointCommitError: a party gave up, died or was late; nothing became visible.
         """
+        if self.transaction.joint is not None:
+            if upto_tokens is not None and upto_tokens < self.transaction.path.tokens:
+                raise WriteError("a party of a joint commit commits its whole prompt, not a part of it")
+            self._commit_jointly(handover, deadline_s)
+            return
+        self._check_handover(handover)
+        self.transaction.commit(upto_tokens, handover)
+        self._committed(upto_tokens, handover)
+
+    def _commit_jointly(self, handover: HandOver | None, deadline_s: float) -> None:
+        waiting = self.commit_async(handover=handover)
+        try:
+            waiting.result(deadline_s)
+        except DeadlineError:
+            waiting.cancel(f"the other parties did not come within {deadline_s:g} s")
+            # Whether the others came in the last moment is known soon; giving up ends the wait in any case.
+            waiting.result(JOINT_COMMIT_DEADLINE_S)
+
+    def commit_async(self, *, handover: HandOver | None = None) -> Handle[None]:
+        """As `commit` of the whole prompt, without waiting: a party of a joint commit may have to wait for the others.
+
+        The handle resolves when everything is visible. `cancel()` gives up, and fails all parties.
+
+        Raises:
+            WriteError: as `commit`.
+        """
+        self._check_handover(handover)
+        joint = self.transaction.joint
+        what = f"the joint commit {joint.name!r}" if joint is not None else "the commit"
+        handle: Handle[None] = Handle(what, self.abort)
+        if joint is None:
+            self.transaction.commit(None, handover)
+            self._committed(None, handover)
+            handle.resolve(None)
+            return handle
+
+        def ended(error: BaseException | None) -> None:
+            if error is None:
+                self._committed(None, handover)
+                handle.resolve(None)
+            else:
+                self._aborted(str(error))
+                handle.fail(error)
+
+        self.transaction.commit_jointly(handover, ended)
+        return handle
+
+    def _check_handover(self, handover: HandOver | None) -> None:
         if handover is not None and len(self.prompt) not in self.resume_at:
             raise WriteError(
                 f"a hand-over waits at the prompt's end, {len(self.prompt)} tokens, which is not in resume_at; add it"
             )
-        self.transaction.commit(upto_tokens, handover)
+
+    def _committed(self, upto_tokens: int | None, handover: HandOver | None) -> None:
         upto = self.transaction.path.tokens if upto_tokens is None else upto_tokens
         for listener in tuple(self._listeners):
             listener.committed(upto, handover)
@@ -322,5 +383,10 @@ class Writer:
         if not self.transaction.is_open:
             return
         self.transaction.abort(reason)
-        for listener in tuple(self._listeners):
+        self._aborted(reason)
+
+    def _aborted(self, reason: str) -> None:
+        # Without the lock: a put that is under way holds it, and this must not wait for that.
+        listeners, self._listeners = self._listeners, []
+        for listener in listeners:
             listener.aborted(reason)

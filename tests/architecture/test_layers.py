@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 # A package may import those listed before it, and itself. What stands in one group is on one level.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore._version", "kvstore._native", "kvstore.errors", "kvstore.limits", "kvstore.units"),
-    ("kvstore.clock",),
+    ("kvstore.clock", "kvstore.wire"),
     ("kvstore.handle",),
     ("kvstore.spec",),
     ("kvstore.abc", "kvstore.keys"),
     ("kvstore.registry", "kvstore.record", "kvstore.codec"),
     ("kvstore.tiers",),
     ("kvstore.pool",),
+    ("kvstore.attached",),
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore",),
     ("kvstore.adapters",),

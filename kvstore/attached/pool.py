@@ -1,0 +1,432 @@
+"""The pool of another process on this host, as a pool."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakValueDictionary
+
+from kvstore.attached.connection import Connection
+from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldRequest, MatchRequest, parse_match
+from kvstore.attached.frames import Kind
+from kvstore.attached.hold import AttachedHold
+from kvstore.attached.mapping import Mapping
+from kvstore.attached.messages import pack_key, pack_number, parse_empty, parse_number, parse_statistics
+from kvstore.attached.tables import pack_path
+from kvstore.attached.term import TermView
+from kvstore.attached.transaction import AttachedTransaction
+from kvstore.attached.writing import BeginRequest, Begun, MissingRequest, parse_numbers
+from kvstore.clock import Deadline
+from kvstore.errors import (
+    AttachProtocolError,
+    KVStoreError,
+    LeaseGoneError,
+    OwnerGoneError,
+    SpecError,
+    StoreClosedError,
+)
+from kvstore.limits import ATTACH_DEADLINE_S
+from kvstore.pool import BasePool, HeldRecord, TransactionRecord
+from kvstore.pool.plan import grid_digest
+from kvstore.spec.shard import WHOLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Mapping as ByPlace
+
+    from kvstore.abc import Slot
+    from kvstore.attached.tables import PlacedRecord
+    from kvstore.pool import BaseHold, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt, RecordName
+    from kvstore.pool.path import RecordPlace
+    from kvstore.spec import ChunkGrid, ModelSpec, Shard
+
+T = TypeVar("T")
+
+BEATS_PER_SILENCE = 4
+"""Signs of life within the time after which silence is taken for a stopped process."""
+
+
+class AttachedPool(BasePool):
+    """What a store in a worker process stands on. Any thread may call any method.
+
+    The arena is mapped once; requests carry names and places, never bytes of records. A thread tells the owner that
+    this process lives while it holds or writes anything, so a lease or writer may take as long as it needs, unless the
+    process is stopped.
+
+    Args:
+        path: the owner's socket.
+        spec: what the owner must serve; None takes whatever it serves.
+        deadline_s: an owner that does not answer for so long is gone.
+
+    Attributes:
+        silence_s: how long this process may be stopped before it loses its leases and writers.
+
+    Raises:
+        AttachError: no owner listens at `path`, or it refuses this process. OwnerGoneError: it does not answer.
+        SpecError: it serves another spec.
+    """
+
+    def __init__(self, path: str, *, spec: ModelSpec | None = None, deadline_s: float = ATTACH_DEADLINE_S) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._watch_lock = threading.Lock()
+        self._open: set[int] = set()
+        self._transactions: WeakValueDictionary[int, AttachedTransaction] = WeakValueDictionary()
+        self._listeners: list[Callable[[], None]] = []
+        self._dropped: deque[Callable[[], None]] = deque()
+        self._settling = threading.local()
+        self._settle_lock = threading.Lock()
+        self._kick = threading.Event()
+        self._has_changed = False
+        self._beat_s: float | None = None
+        self._is_closed = False
+        self.deadline_s = deadline_s
+        self._connection = Connection(path, None if spec is None else spec.fingerprint, deadline_s)
+        try:
+            welcome = self._connection.welcome
+            assert welcome is not None
+            if spec is not None and spec.fingerprint != welcome.spec.fingerprint:
+                raise SpecError(
+                    f"the owner at {path} serves the spec with fingerprint {welcome.spec.fingerprint.hex()}, this "
+                    f"process wants {spec.fingerprint.hex()}; attach with the owner's spec"
+                )
+            self.spec = spec or welcome.spec
+            self.tier_name = welcome.tier
+            self.owner_pid = welcome.pid
+            self.boot_epoch = welcome.boot_epoch
+            self.silence_s = welcome.silence_ms / 1000
+            self._arena_bytes = welcome.arena_bytes
+            arena, page = self._connection.descriptors
+            if os.fstat(arena).st_size < welcome.arena_bytes:
+                raise AttachProtocolError(
+                    f"the arena has fewer than the {welcome.arena_bytes} bytes that its owner announced"
+                )
+            self._mapping: Mapping | None = Mapping(arena, welcome.arena_bytes)
+            self._arena = self._mapping.memory
+            self._term = TermView(page)
+        except BaseException:
+            self._connection.close_in_child()
+            raise
+        finally:
+            for descriptor in self._connection.descriptors:
+                os.close(descriptor)
+        self._keeper = threading.Thread(target=self._keep, name="kvstore-attached-keeper", daemon=True)
+        self._connection.start(self)
+        self._keeper.start()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed or self._connection.gone is not None or os.getpid() != self._pid
+
+    @property
+    def term(self) -> int:
+        """What was held under another term is gone."""
+        return self._term.term
+
+    @property
+    def silence_reason(self) -> str:
+        """Why leases and writers ended with their term."""
+        return f"this process was silent for more than {self.silence_s:g} s, and its owner gave up its writers"
+
+    def check_open(self) -> None:
+        """Raise `OwnerGoneError` or `StoreClosedError` unless the pool can be used."""
+        if os.getpid() != self._pid:
+            raise StoreClosedError("the store belongs to the process that forked this one; attach again here")
+        if self._is_closed:
+            raise StoreClosedError("the store is closed; attach again")
+        gone = self._connection.gone
+        if gone is not None:
+            raise OwnerGoneError(str(gone))
+
+    # Requests
+
+    def request(self, kind: Kind, message: bytes) -> memoryview:
+        """Ask the owner; raises what it raised, or `OwnerGoneError`."""
+        self.check_open()
+        return self._connection.request(kind, message, self.deadline_s)
+
+    def ask(self, kind: Kind, message: bytes, end: Callable[[memoryview | None, KVStoreError | None], None]) -> None:
+        """Ask the owner something that may take long; `end` is called by the connection's reader."""
+        self.check_open()
+        self._connection.ask(kind, message, end, Deadline.after(self.deadline_s))
+        self._kick.set()
+
+    def post(self, kind: Kind, message: bytes) -> None:
+        """Tell the owner something."""
+        self.check_open()
+        self._connection.post(kind, message, self.deadline_s)
+
+    def _opened(self, number: int) -> None:
+        with self._lock:
+            self._open.add(number)
+        if len(self._open) == 1:
+            self._kick.set()
+
+    def forget(self, number: int) -> None:
+        """A lease or writer has ended: no signs of life are owed for it."""
+        with self._lock:
+            self._open.discard(number)
+
+    def let_go(self, number: int, *, is_current: bool) -> None:
+        """For `AttachedHold`: its records are not read any more."""
+        self.forget(number)
+        if is_current:
+            self.post(Kind.RELEASE, pack_number(number))
+
+    def settle_later(self, end: Callable[[], None]) -> None:
+        self._dropped.append(end)
+
+    def soon(self, end: Callable[[], None]) -> None:
+        """Run `end` soon, in a thread that may wait for the owner. Not for finalizers."""
+        self._dropped.append(end)
+        self._kick.set()
+
+    def _settle(self) -> None:
+        if getattr(self._settling, "is_running", False):
+            return
+        self._settling.is_running = True
+        try:
+            # Whoever comes while the keeper settles waits for it: what was dropped before a call has ended in it.
+            with self._settle_lock:
+                while self._dropped:
+                    with suppress(StoreClosedError):  # whatever was to end has ended with the pool
+                        self._dropped.popleft()()
+        finally:
+            self._settling.is_running = False
+
+    # Reading
+
+    def match(
+        self,
+        prompt: Prompt,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        cap_tokens: int | None = None,
+    ) -> Match:
+        self._settle()
+        request = MatchRequest(prompt, shard, grid, cap_tokens)
+        answer = self.request(Kind.MATCH, request.pack())
+        return self._understood(lambda: parse_match(answer, request, self.spec))
+
+    def _understood(self, parse: Callable[[], T]) -> T:
+        """What the owner answered; one that does not speak the protocol is as good as gone."""
+        try:
+            return parse()
+        except AttachProtocolError as error:
+            self._connection.lose(f"it broke the protocol: {error}")
+            raise
+
+    def hold(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: ByPlace[RecordPlace, bytes] | None = None,
+    ) -> AttachedHold:
+        self._settle()
+        answer = self.request(Kind.HOLD, HoldRequest(path, shard, grid, grids).pack())
+        return self._held(path, self._understood(lambda: Held.parse(answer, self.spec, path, self._arena_bytes)))
+
+    def _held(self, path: NodePath, held: Held) -> AttachedHold:
+        hold = AttachedHold(self, path, held, self._held_records(held.records))
+        self._opened(held.number)
+        return hold
+
+    def _held_records(self, records: Sequence[PlacedRecord]) -> tuple[HeldRecord, ...]:
+        return tuple(HeldRecord(r.name, r.layout, self._memory(r).toreadonly(), r.header, r.slot) for r in records)
+
+    def _memory(self, record: PlacedRecord) -> memoryview:
+        return self._arena[record.offset : record.offset + record.slot.size_bytes]
+
+    def check_current(self, hold: BaseHold) -> None:
+        hold.check()
+        if not isinstance(hold, AttachedHold) or hold.pool is not self:
+            raise LeaseGoneError("the lease is of another store")
+        parse_empty(self.request(Kind.CHECK, pack_number(hold.number)), "CHECK")
+
+    def accept_handover(self, path: NodePath) -> tuple[HandOver, ByPlace[RecordPlace, bytes], AttachedHold] | None:
+        self._settle()
+        answer = self.request(Kind.ACCEPT, pack_path(path))
+        accepted = self._understood(lambda: Accepted.parse(answer, self.spec, path, self._arena_bytes))
+        if accepted is None:
+            return None
+        return accepted.handover, accepted.grids, self._held(path, accepted.held)
+
+    def return_handover(self, path: NodePath, handover: HandOver, grids: ByPlace[RecordPlace, bytes]) -> None:
+        parse_empty(self.request(Kind.RETURN, HandOverMessage(path, handover, grids).pack()), "RETURN")
+
+    def take_handover(self, path: NodePath) -> HandOver | None:
+        self._settle()
+        answer = self.request(Kind.TAKE, pack_path(path))
+        return HandOverMessage.parse(answer, self.spec).handover
+
+    # Writing
+
+    def missing(self, path: NodePath, names: Iterable[RecordName], grid: ChunkGrid | None = None) -> list[RecordName]:
+        asked = tuple(names)
+        answer = self.request(Kind.MISSING, MissingRequest(path, asked, grid).pack())
+        return [asked[number] for number in parse_numbers(answer, len(asked))]
+
+    def begin(
+        self,
+        path: NodePath,
+        names: Sequence[RecordName],
+        *,
+        salt: bytes,
+        grid: ChunkGrid | None = None,
+        grid_digests: dict[RecordName, bytes] | None = None,
+        resume_nodes: Iterable[int] = (),
+        basis: Sequence[HeldRecord] = (),
+        is_transient: bool = False,
+        joint: JointName | None = None,
+    ) -> AttachedTransaction:
+        self._settle()
+        named = tuple(
+            (name, grid_digests[name] if grid_digests else grid_digest(self.spec, path, name.node, name.group, grid))
+            for name in names
+        )
+        slots = tuple(record.slot for record in basis)
+        request = BeginRequest(path, salt, named, tuple(resume_nodes), slots, is_transient, joint)
+        answer = self.request(Kind.BEGIN, request.pack())
+        begun = self._understood(lambda: Begun.parse(answer, self.spec, path, self._arena_bytes))
+        records = tuple(TransactionRecord(r.name, r.layout, self._memory(r), r.header, r.slot) for r in begun.records)
+        transaction = AttachedTransaction(self, path, begun, records, self._held_records(begun.held), joint)
+        with self._lock:
+            self._transactions[begun.number] = transaction
+        self._opened(begun.number)
+        return transaction
+
+    # Removing
+
+    def evict(self, key: bytes, *, states_only: bool = False) -> int:
+        self._settle()
+        return parse_number(self.request(Kind.EVICT, pack_key(key, flag=states_only)), "EVICT")
+
+    def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
+        parse_empty(self.request(Kind.CONDEMN, pack_key(key, flag=is_state, slot=slot)), "CONDEMN")
+
+    # Changes
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        with self._lock:
+            self._listeners.append(listener)
+            is_first = len(self._listeners) == 1
+        if is_first:
+            self._watch()
+
+    def unsubscribe(self, listener: Callable[[], None]) -> None:
+        with self._lock:
+            had = bool(self._listeners)
+            self._listeners = [known for known in self._listeners if known != listener]
+            is_last = had and not self._listeners
+        if is_last:
+            with suppress(StoreClosedError):  # nothing is told any more as it is
+                self._watch()
+
+    def _watch(self) -> None:
+        """Tell the owner whether anybody wants to know of changes; what it answers is as of now."""
+        with self._watch_lock:
+            wants = bool(self._listeners)
+            self.post(Kind.WATCH, bytes([wants]))
+
+    def changed(self) -> None:
+        """For the connection's reader."""
+        self._has_changed = True
+        self._kick.set()
+
+    def expired(self, term: int, reason: str) -> None:
+        """For the connection's reader."""
+        with self._lock:
+            transactions = list(self._transactions.values())
+            self._open.clear()
+        for transaction in transactions:
+            if transaction.term < term:
+                transaction.expire(reason)
+
+    def gone(self) -> None:
+        """For the connection's reader."""
+        self._has_changed = True
+        self._kick.set()
+
+    def _keep(self) -> None:
+        """The keeper: signs of life, what finalizers left to do, and telling listeners.
+
+        While nothing is to be done, it prepares the mapping.
+        """
+        last_beat_s = 0.0
+        while True:
+            mapping = self._mapping
+            if mapping is not None and mapping.prepare_some():
+                wait_s: float | None = 0.0
+            else:
+                wait_s = self.silence_s / BEATS_PER_SILENCE if self._open or self._dropped else None
+            del mapping  # else it would outlive `close`
+            self._kick.wait(wait_s)
+            self._kick.clear()
+            if self._has_changed:
+                self._has_changed = False
+                for listener in tuple(self._listeners):
+                    listener()
+            self._settle()
+            if self.is_closed:
+                return
+            if self._open and time.monotonic() - last_beat_s >= 0.9 * self.silence_s / BEATS_PER_SILENCE:
+                last_beat_s = time.monotonic()
+                with suppress(StoreClosedError):
+                    self._beat()
+
+    def _beat(self) -> None:
+        """One sign of life at a time; one that stays unanswered means that the owner is gone."""
+        if self._beat_s is None:
+            self._beat_s = time.monotonic()
+            self._connection.ask(Kind.BEAT, b"", self._beaten, Deadline.after(self.deadline_s))
+        elif time.monotonic() - self._beat_s > self.deadline_s:
+            self._connection.lose(f"it gave no sign of life for {self.deadline_s:g} s: it is stopped, or overloaded")
+
+    def _beaten(self, answer: memoryview | None, error: KVStoreError | None) -> None:
+        del answer, error
+        self._beat_s = None
+
+    # The pool itself
+
+    def statistics(self) -> PoolStatistics:
+        self._settle()
+        return parse_statistics(self.request(Kind.STATISTICS, b""))
+
+    def check(self) -> None:
+        self._settle()
+        parse_empty(self.request(Kind.INSPECT, b""), "INSPECT")
+
+    def close(self) -> None:
+        """Detach. What this process holds or writes ends; the owner and other processes go on."""
+        with self._lock:
+            if self._is_closed or os.getpid() != self._pid:
+                return
+            self._is_closed = True
+            transactions = list(self._transactions.values())
+        is_still = all(transaction.come_to_rest(self.deadline_s) for transaction in transactions)
+        if is_still and self._connection.gone is None:
+            with suppress(OwnerGoneError):
+                self._connection.post(Kind.BYE, b"", self.deadline_s)
+        self._connection.close(self.deadline_s)
+        # The memory stays mapped for as long as somebody views it.
+        self._arena, self._mapping = memoryview(b""), None
+        self._term.close()
+        self._has_changed = True
+        self._kick.set()
+        if threading.current_thread() is not self._keeper:
+            self._keeper.join(self.deadline_s)
+
+    def close_in_child(self) -> None:
+        self._is_closed = True
+        self._lock = threading.Lock()
+        self._watch_lock = threading.Lock()
+        self._settle_lock = threading.Lock()
+        self._kick = threading.Event()
+        self._connection.close_in_child()
