@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from kvstore.transfer.messages import (
 )
 from kvstore.transfer.offer import Offer, check_offer
 from tests.format.records import RECORDS
+from tests.fuzz.attached_targets import MESSAGES, REFUSALS
 from tests.unit.test_messages import small_offer, small_spec
 
 if TYPE_CHECKING:
@@ -93,6 +95,11 @@ def _records() -> Target:
     return Target(seeds, read_record_stream, (RecordError,))
 
 
+def _attached(name: str) -> Target:
+    seeds, parse = MESSAGES[name]
+    return Target(tuple(seeds), lambda data: parse(memoryview(data)), REFUSALS)
+
+
 HELLO = Hello(
     boot_epoch=5,
     fingerprint=bytes(32),
@@ -120,4 +127,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "abort": lambda: _message(Abort, Abort(AbortCode.CANCELLED, "the user left")),
     "piece-table": _piece_tables,
     "record": _records,
+    **{name: partial(_attached, name) for name in MESSAGES},
 }
