@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 from kvstore.cli.finding import Finding
+from kvstore.cli.processes import process_findings
 from kvstore.errors import KVStoreError
 from kvstore.tiers import ArenaTier
 from kvstore.tiers.arena import SHARED_MEMORY_DIRECTORY
@@ -36,7 +37,7 @@ ARENA_PROBE_BYTES = 4 << 20
 
 
 def machine_findings() -> list[Finding]:
-    return [_python(), _cpu(), *_memory(), _shared_memory(), _arena(), _huge_pages(), *_limits()]
+    return [_python(), _cpu(), *_memory(), _shared_memory(), _arena(), _huge_pages(), *process_findings(), *_limits()]
 
 
 def _python() -> Finding:

@@ -291,3 +291,11 @@ def test_good_files_are_shown_beside_bad_ones(tmp_path: Path) -> None:
 
 def test_names_from_a_file_reach_no_terminal() -> None:
     assert printable("model \x1b[31m[red]\n") == "model \\x1b[31m[red]\\n"
+
+
+def test_doctor_tries_what_attached_processes_need() -> None:
+    result = invoke("doctor", "--json", "--require", "attach.pidfd", "--require", "attach.memory")
+    assert result.exit_code == 0, result.output
+    findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
+    assert "SCM_RIGHTS" in findings["attach.memory"]["offered"]
+    assert findings["attach.pidfd"]["in_use"]
