@@ -59,6 +59,7 @@ class Prompt:
         path = NodePath(
             chain.root, spec.block_tokens, tuple(chain.block_keys), chain.tail_key(), tuple(chain.tail_ids.tolist())
         )
+        _ = path.packed  # joined with the keys' making, rather than in the first match
         return cls(ids, salt, adapter, inputs, path)
 
     def __len__(self) -> int:
