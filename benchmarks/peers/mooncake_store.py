@@ -85,7 +85,11 @@ class MooncakePeer(Peer):
         return f"Mooncake Store {self._version}, TCP, batches"
 
     def put(self, source: npt.NDArray[np.uint8]) -> None:
-        # An object is never replaced there, and one that was read lately cannot be removed: new names each time.
+        # An object is never replaced there. Removing the last round's takes 256 short requests, a few percent of a put,
+        # and keeps the memory warm: into fresh pages it puts a third as fast. What was read within the last seconds
+        # cannot be removed and stays.
+        for name in self._names:
+            self._store.remove(name)
         turn = next(self._rounds)
         self._names = [f"{turn}/{number}" for number in range(len(source))]
         codes = self._store.batch_put_from(self._names, self._addresses(source), [source.shape[1]] * len(source))
