@@ -2,7 +2,7 @@
 # dependencies, the native module. Packages come from wherever your pip is configured to get them.
 #
 #   PYTHON=...   the Python to make .venv with (3.11 or later; found by itself otherwise)
-#   ARGS=...     more arguments for demo, test, bench, fuzz
+#   ARGS=...     more arguments for demo, test, bench, fuzz, soak
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ NATIVE := $(VENV)/.native-$(PLACE)
 WEIGHTS := $(VENV)/.smollm2-$(PLACE)
 NATIVE_SOURCES := $(shell find kvstore/csrc -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: help build demo test lint format bench fuzz wheel sanitize clean distclean
+.PHONY: help build demo test lint format bench fuzz soak wheel sanitize clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,11 @@ bench: $(NATIVE) ## micro-benchmarks, gather against memcpy, the index at a mill
 
 fuzz: $(NATIVE) ## damaged bytes against every parser, a minute each; ARGS="--seconds 600 --seed 7 record"
 	@$(RUN) -m tests.fuzz $(ARGS)
+
+soak: $(NATIVE) ## kills at random points, the long form: an hour or so; `make test` has the short one
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE KVSTORE_KILLS=$${KVSTORE_KILLS:-1000} \
+	  KVSTORE_SOAK_ROUNDS=$${KVSTORE_SOAK_ROUNDS:-200} $(RUN) -m pytest --timeout=7200 tests/crash \
+	  tests/integration/test_transfer_connections.py $(ARGS)
 
 # Built and installed as a user would: isolated build, bare environment, no torch.
 wheel: $(DEPENDENCIES) ## a wheel in dist/, with its import test in a bare environment

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvstore._native import crc32c
+from kvstore._native import crc32c, parse_frame_header
 from kvstore.errors import KVStoreError, PeerMismatchError, ProtocolError, RecordError
+from kvstore.limits import FRAME_HEADER_BYTES
 from kvstore.pool import HandOver
 from kvstore.record import read_record_stream, write_record_stream
 from kvstore.transfer.frames import FrameHeader, Kind, TransferId, parse_header
@@ -70,6 +71,30 @@ def _headers() -> Target:
     return Target(tuple(header.pack() for header in headers), parse_header, (ProtocolError, PeerMismatchError), mend)
 
 
+def _native_headers() -> Target:
+    """The native parser refuses what the Python one refuses, and reads the rest alike."""
+    python = _headers()
+
+    def read(data: bytes) -> tuple[int, ...] | None:
+        try:
+            header = parse_header(data)
+        except (ProtocolError, PeerMismatchError):
+            return None
+        sizes = (header.payload_bytes, header.piece_count, header.payload_crc32c)
+        return (int(header.kind), header.flags, *header.transfer, header.generation, *sizes)
+
+    def parse(data: bytes) -> None:
+        expected = read(data[:FRAME_HEADER_BYTES].ljust(FRAME_HEADER_BYTES, b"\0"))
+        try:
+            found = parse_frame_header(data[:FRAME_HEADER_BYTES].ljust(FRAME_HEADER_BYTES, b"\0"))
+        except (ProtocolError, PeerMismatchError):
+            assert expected is None, f"only the native parser refuses {expected}"
+            raise
+        assert found == expected, f"the native parser reads {found}, the Python one {expected}"
+
+    return Target(python.seeds, parse, python.refusals, python.mend)
+
+
 def _message(kind: Any, *messages: Any) -> Target:
     return Target(
         tuple(message.pack() for message in messages), lambda data: kind.parse(memoryview(data)), (ProtocolError,)
@@ -114,6 +139,7 @@ HELLO = Hello(
 
 TARGETS: dict[str, Callable[[], Target]] = {
     "frame-header": _headers,
+    "frame-header-native": _native_headers,
     "hello": lambda: _message(Hello, HELLO),
     "offer": _offers,
     "want": lambda: _message(
