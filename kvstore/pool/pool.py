@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -183,12 +184,17 @@ class Pool(BasePool):
     def _make_hold(self, path: NodePath, held: HeldRows) -> Hold:
         rows = Rows(self.spec, path, *held.rows())
         slots = rows.slots()
-        self._room.pin_all(slots)
-        self._index.hold(held)
-        waiting = self._index.handovers(held.last_node)
-        handover = waiting[0][0] if waiting else None
-        placed = PlacedRows(rows, slots, self._views(slots))
-        return Hold(self, path, self._index.native.salt(held.last_node), held, placed, handover, self._damages)
+        with ExitStack() as undoing:
+            self._room.pin_all(slots)
+            undoing.callback(self._room.unpin_all, slots)
+            self._index.hold(held)
+            undoing.callback(lambda: self._room.freed(self._index.release(held)))
+            waiting = self._index.handovers(held.last_node)
+            handover = waiting[0][0] if waiting else None
+            placed = PlacedRows(rows, slots, self._views(slots))
+            hold = Hold(self, path, self._index.native.salt(held.last_node), held, placed, handover, self._damages)
+            undoing.pop_all()
+        return hold
 
     def _views(self, slots: Sequence[Slot]) -> list[memoryview]:
         return [self._tier.view(slot) for slot in slots]
@@ -238,9 +244,10 @@ class Pool(BasePool):
             held = self._index.native.collect(path.packed, needs_of(self.spec, WHOLE), None, places)
             if held is None:
                 return None
+            hold = self._make_hold(path, held)  # which may fail, and then the hand-over still waits
             taken = self._index.take_handover(node)
             assert taken is not None
-            return (*taken, self._make_hold(path, held))
+            return (*taken, hold)
 
     def _end_of(self, path: NodePath) -> int | None:
         return self._index.native.find(path.key(len(path) - 1))
@@ -343,36 +350,35 @@ class Pool(BasePool):
             )
             held_slots = held_rows.slots()
             pinned = [*held_slots, *(record.slot for records in (inherited, basis) for record in records)]
-            self._room.pin_all(pinned)
-            try:
+            with ExitStack() as undoing:
+                self._room.pin_all(pinned)
+                undoing.callback(self._room.unpin_all, pinned)
                 self._index.native.enter(
                     writes, path.packed, salt, self._basis_tail(path, basis), sorted(set(resume_nodes))
                 )
-                try:
-                    slots = self._room.reserve(sizes)
-                except BaseException:
-                    self._index.native.undo(writes)
-                    raise
-            except BaseException:
-                self._room.unpin_all(pinned)
-                raise
-            writes.set_slots(slot_table(slots))
-            placed = PlacedRows(rows, slots, self._views(slots))
-            layouts, classes = rows.classes
-            for row in rows.padded():
-                clear_padding(layouts[classes[row]], placed.memories[row])
-            placed_held = PlacedRows(held_rows, held_slots, self._views(held_slots))
-            return Transaction(
-                self,
-                path,
-                writes,
-                placed,
-                placed_held,
-                inherited,
-                tuple(basis),
-                self._damages,
-                is_transient=is_transient,
-            )
+                undoing.callback(self._index.native.undo, writes)
+                slots = self._room.reserve(sizes)
+                undoing.callback(self._room.give_back_all, slots)
+                undoing.callback(self._room.unpin_all, slots)
+                writes.set_slots(slot_table(slots))
+                placed = PlacedRows(rows, slots, self._views(slots))
+                layouts, classes = rows.classes
+                for row in rows.padded():
+                    clear_padding(layouts[classes[row]], placed.memories[row])
+                placed_held = PlacedRows(held_rows, held_slots, self._views(held_slots))
+                transaction = Transaction(
+                    self,
+                    path,
+                    writes,
+                    placed,
+                    placed_held,
+                    inherited,
+                    tuple(basis),
+                    self._damages,
+                    is_transient=is_transient,
+                )
+                undoing.pop_all()
+            return transaction
 
     @staticmethod
     def _check_plan(path: NodePath, writes: WriteSet) -> None:

@@ -67,7 +67,11 @@ class Room:
         slots = self._tier.allocate_all(sizes)
         if slots is None:
             raise PoolFullError(f"the {self._tier.name} tier has no {len(sizes)} slots left; try again later")
-        self._tier.pin_all(slots)
+        try:
+            self._tier.pin_all(slots)
+        except BaseException:
+            self._tier.free_all(slots)
+            raise
         self._reserved_records += len(slots)
         self.reserved_bytes += sum(slot.size_bytes for slot in slots)
         return slots
@@ -129,10 +133,11 @@ class Room:
                 else:
                     low = middle
             native.trim_choice(high)
+            victims = self._index.evict_chosen()
         except BaseException:
             native.drop_choice()
             raise
-        self.freed(self._index.evict_chosen())
+        self.freed(victims)
 
     def _would_fit(self, sizes: Sequence[int], chosen: int) -> bool:
         """Whether the first so many of the chosen victims leave enough room."""

@@ -17,7 +17,7 @@ from kvstore.errors import (
     WriteError,
 )
 from kvstore.limits import QUARANTINE_FRACTION_MAX
-from kvstore.pool import HandOver, Pool, RecordName, Transaction
+from kvstore.pool import HandOver, Pool, Prompt, RecordName, Transaction
 from kvstore.pool.index import NODE_BYTES, RECORD_BYTES
 from kvstore.record import record_layout
 from kvstore.spec import ChunkGrid, Shard
@@ -29,7 +29,7 @@ from kvstore.testing.store_machine import receive
 from kvstore.tiers import ArenaTier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvstore.abc import Slot
 
@@ -731,3 +731,75 @@ def test_statistics_add_up() -> None:
             assert total + statistics.index_bytes <= statistics.capacity_bytes
         assert (statistics.commits, statistics.aborts, statistics.matches, statistics.hits) == (9, 3, 12, 0)
         assert record_layout(store.spec, 0, 0, store.spec.groups[0].all_units).slot_bytes == SLOT
+
+
+# A tier that fails
+
+
+class FailingTier(ArenaTier):
+    """Fails once, in the call after so many."""
+
+    calls_left: int | None = None
+
+    def _count(self) -> None:
+        if self.calls_left is not None:
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                self.calls_left = None
+                raise OSError("injected")
+
+    def allocate_all(self, sizes_bytes: Sequence[int]) -> list[Slot] | None:
+        self._count()
+        return super().allocate_all(sizes_bytes)
+
+    def pin_all(self, slots: Iterable[Slot]) -> None:
+        self._count()
+        super().pin_all(slots)
+
+    def view(self, slot: Slot) -> memoryview:
+        self._count()
+        return super().view(slot)
+
+
+def test_a_tier_that_fails_costs_nothing() -> None:
+    tier = FailingTier(room(20))
+    store = Store(Pool(hybrid(B), tier))
+    write(store, ids_of(40), resume_at=(40,))
+    before = store.statistics()
+    longer, failures = ids_of(72), 0
+    for calls in range(40):
+        hit = store.match(longer)
+        tier.calls_left = calls
+        try:
+            with store.read(hit) as lease:
+                store.write(longer, resume=lease).abort("enough")
+        except OSError:
+            failures += 1
+        tier.calls_left = None
+        store.pool.check()
+        after = store.statistics()
+        assert (after.reserved_bytes, after.quarantined_bytes) == (0, 0)
+        assert after.committed_bytes == before.committed_bytes
+    assert 5 < failures < 40
+    key = store.prompt(longer).path.key(0)
+    assert store.pool.evict(key) > 0, "something is still held"
+    store.close()
+
+
+def test_a_handover_that_cannot_be_held_still_waits() -> None:
+    tier = FailingTier(room(20))
+    pool = Pool(dense(B), tier)
+    prompt = Prompt.of(pool.spec, ids_of(20))
+    names = [RecordName(node, 0, 0, UnitRange(0, 2)) for node in range(2)]
+    transaction = pool.begin(prompt.path, names, salt=b"", is_transient=True)
+    transaction.seal_all([0, 1], [0, 0])
+    transaction.commit(handover=HandOver(7))
+    tier.calls_left = 0
+    with pytest.raises(OSError, match="injected"):
+        pool.accept_handover(prompt.path)
+    accepted = pool.accept_handover(prompt.path)
+    assert accepted is not None
+    assert accepted[0] == HandOver(7)
+    accepted[2].release()
+    pool.check()
+    pool.close()
