@@ -120,6 +120,9 @@ class PrefixIndex {
             }
         }
         check_nodes(basis_tail);
+        if ((*path).size() == 0) {
+            throw std::invalid_argument("a write has at least one node: an empty prompt has nothing to store");
+        }
         index_.enter(set, *path, std::string(salt.c_str(), salt.size()), std::move(basis_tail), std::move(resume_nodes));
     }
 

@@ -1,5 +1,6 @@
 // Ranking, choosing and removing: what goes when something goes, and what stays as a ghost.
 #include <algorithm>
+#include <array>
 
 #include "index.h"
 
@@ -159,10 +160,9 @@ std::uint64_t Index::choose(std::uint64_t target_bytes) {
 }
 
 void Index::push_victims(std::span<const Handle> handles) {
-    if (next_pushed_ == pushed_.size()) {
-        pushed_.clear();
-        next_pushed_ = 0;
-    }
+    // What was taken goes, or the list would grow as long as it is never used up.
+    pushed_.erase(pushed_.begin(), pushed_.begin() + static_cast<std::ptrdiff_t>(next_pushed_));
+    next_pushed_ = 0;
     for (const Handle handle : handles) {
         if (!nodes_.has(node_of(handle), is_pushed << kind_of(handle))) {
             pushed_.push_back(handle);
@@ -210,6 +210,7 @@ void Index::drop_choice() {
 std::vector<Slot> Index::evict_chosen() {
     std::vector<Slot> freed;
     const std::vector<Handle> victims = chosen_;
+    reserve_removal(victims, freed);
     drop_choice();
     for (const Handle handle : victims) {
         remove(node_of(handle), kind_of(handle) != 0, freed);
@@ -221,6 +222,7 @@ std::vector<Slot> Index::evict(NodeId id, bool states_only) {
     std::vector<Handle> found;
     std::vector<Slot> freed;
     if (closure(id, states_only, found)) {
+        reserve_removal(found, freed);
         for (const Handle handle : found) {
             remove(node_of(handle), kind_of(handle) != 0, freed);
         }
@@ -239,24 +241,44 @@ bool Index::has_slot(NodeId id, bool is_state, const Slot& slot) const {
 
 std::vector<Slot> Index::condemn(NodeId id, bool is_state) {
     std::vector<Slot> freed;
+    std::vector<Handle> handles;
     if (is_state) {
-        remove(id, true, freed);
-        return freed;
+        handles.push_back(handle_of(id, true));
+    } else {
+        std::vector<NodeId> members;
+        nodes_.below(id, members, [](NodeId) { return false; });
+        members.push_back(id);
+        for (const NodeId member : members) {
+            handles.insert(handles.end(), {handle_of(member, true), handle_of(member, false)});
+        }
     }
-    std::vector<NodeId> members;
-    nodes_.below(id, members, [](NodeId) { return false; });
-    members.push_back(id);
-    for (const NodeId member : members) {
-        remove(member, true, freed);
-        remove(member, false, freed);
+    reserve_removal(handles, freed);
+    for (const Handle handle : handles) {
+        remove(node_of(handle), kind_of(handle) != 0, freed);
     }
     return freed;
 }
 
 std::vector<Slot> Index::remove_unchecked(NodeId id, bool is_state) {
     std::vector<Slot> freed;
+    reserve_removal(std::array{handle_of(id, is_state)}, freed);
     remove(id, is_state, freed);
     return freed;
+}
+
+// Afterwards `remove` of these throws nothing: half a removal would leave slots that nobody frees.
+void Index::reserve_removal(std::span<const Handle> handles, std::vector<Slot>& freed) {
+    std::size_t records = 0;
+    for (const Handle handle : handles) {
+        if (!nodes_.has(node_of(handle), is_detached)) {
+            records += count_of(node_of(handle), kind_of(handle) != 0);
+        }
+    }
+    freed.reserve(freed.size() + records);
+    lost_handovers_.reserve(lost_handovers_.size() + handles.size());
+    if (!keeps_order_) {
+        events_.reserve(events_.size() + handles.size());
+    }
 }
 
 // Below attention nothing may be left: whoever removes it has removed that before.

@@ -26,14 +26,14 @@ std::uint32_t Index::use_salt(const std::string& name) {
     reserve_one(salts_);
     free_salts_.reserve(salts_.capacity());
     const auto number = free_salts_.empty() ? static_cast<std::uint32_t>(salts_.size()) : free_salts_.back();
+    std::string kept = name;
+    salt_numbers_.emplace(name, number);  // the last that may throw
     if (free_salts_.empty()) {
         salts_.emplace_back();
-    }
-    salts_[number] = {name, 0, 1};
-    salt_numbers_.emplace(name, number);
-    if (!free_salts_.empty()) {
+    } else {
         free_salts_.pop_back();
     }
+    salts_[number] = {std::move(kept), 0, 1};
     salt_name_bytes_ += 2 * name.size();
     return number;
 }

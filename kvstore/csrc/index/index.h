@@ -226,6 +226,7 @@ class Index {
     void drop_if_over(NodeId id, std::vector<Slot>& freed);
 
     // evict.cc
+    void reserve_removal(std::span<const Handle> handles, std::vector<Slot>& freed);
     void remove(NodeId id, bool is_state, std::vector<Slot>& freed);
     void refresh(NodeId id, bool is_state);
     void unrank(NodeId id, bool is_state);

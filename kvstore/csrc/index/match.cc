@@ -1,5 +1,6 @@
 // The read side: how much of a prompt is there, and collecting it.
 #include <algorithm>
+#include <array>
 
 #include "index.h"
 
@@ -227,6 +228,9 @@ std::optional<Held> Index::collect(const Path& path, const Needs& needs, const G
 }
 
 void Index::hold(const Held& held) {
+    if (!keeps_order_) {
+        events_.reserve(events_.size() + held.nodes.size() + 1);
+    }
     for (const NodeId id : held.nodes) {
         ++nodes_[id].attention_holds;
     }
@@ -237,6 +241,7 @@ void Index::hold(const Held& held) {
 std::vector<Slot> Index::release(const Held& held) {
     std::vector<Slot> freed;
     const NodeId last = held.nodes.back();
+    reserve_removal(std::array{handle_of(last, true), handle_of(last, false)}, freed);
     for (const NodeId id : held.nodes) {
         --nodes_[id].attention_holds;
     }

@@ -109,6 +109,7 @@ void Index::make_nodes(WriteSet& set, const Path& path, const std::string& salt)
         parent = nodes_.add_root(path.root, use_salt(salt));
     }
     const NodeId root = parent;
+    std::uint32_t made = 0;
     try {
         for (std::uint32_t number = 0; number < count; ++number) {
             NodeId id = nodes_.find(path.key(number));
@@ -116,6 +117,7 @@ void Index::make_nodes(WriteSet& set, const Path& path, const std::string& salt)
                 id = path.is_tail(number)
                          ? nodes_.add_tail(path.key(number), parent, path.end_tokens(number), path.tail_ids)
                          : nodes_.add(path.key(number), parent, path.end_tokens(number));
+                ++made;
             }
             no_ghost(id);
             ++nodes_[id].reserved;
@@ -123,9 +125,9 @@ void Index::make_nodes(WriteSet& set, const Path& path, const std::string& salt)
             parent = id;
         }
     } catch (...) {
-        release_nodes(set.nodes, set.new_nodes);
+        release_nodes(set.nodes, made);
         set.nodes.clear();
-        if (nodes_.is_leaf(root)) {
+        if (nodes_.is_live(root) && nodes_.is_leaf(root)) {  // else it went with its last node, or others use it
             drop_salt_root(nodes_[root].root);
             nodes_.detach(root);
             nodes_.recycle(root);
@@ -155,7 +157,14 @@ void Index::use_grids(WriteSet& set) {
     for (const Row& row : set.missing) {
         reserve_one(set.grids);
         const GridId grid = grids_.use(row.grid);
-        if (grid == unknown_grid || !used.insert(grid).second) {
+        bool is_fresh = false;
+        try {
+            is_fresh = grid != unknown_grid && used.insert(grid).second;
+        } catch (...) {
+            grids_.drop(grid);
+            throw;
+        }
+        if (!is_fresh) {
             grids_.drop(grid);
         } else {
             set.grids.push_back(grid);
@@ -245,9 +254,20 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
     std::stable_sort(order.begin(), order.end(), [&](std::uint32_t left, std::uint32_t right) {
         return set.missing[ready[left]].node < set.missing[ready[right]].node;
     });
+    // Whatever needs memory comes first: half a commit would leave records whose slots are given back.
     records_.reserve(ready.size());
     std::vector<std::uint32_t> given_back;
+    given_back.reserve(ready.size());
     std::vector<Handle> changed;
+    changed.reserve(ready.size());
+    std::size_t words = 0;
+    for (const std::uint64_t index : ready) {
+        words = std::max<std::size_t>(words, set.missing[index].units.stop / 64U + 1U);
+    }
+    lacking_.reserve(words);
+    if (!keeps_order_) {
+        events_.reserve(events_.size() + 2 * ready.size() + set.nodes.size() + 1);
+    }
     for (const std::uint32_t number : order) {
         const auto index = static_cast<std::uint32_t>(ready[number]);
         const Row& row = set.missing[index];
@@ -309,6 +329,11 @@ void Index::leave(WriteSet& set) {
 
 std::vector<Slot> Index::let_go(WriteSet& set) {
     std::vector<Slot> freed;
+    std::vector<Handle> handles;
+    for (const NodeId id : set.basis_tail) {
+        handles.insert(handles.end(), {handle_of(id, true), handle_of(id, false)});
+    }
+    reserve_removal(handles, freed);
     stop_relying(set);
     for (const NodeId id : set.basis_tail) {
         drop_if_over(id, freed);
