@@ -572,11 +572,40 @@ void test_many_tails() {
     check(index.check().empty(), "the index is damaged");
 }
 
+// Victims that are pushed before the last ones are used up, again and again: what was taken does not pile up.
+void test_pushed_victims_do_not_pile_up() {
+    Index index({false}, 0, false, 3);
+    const Prompt prompt({1, 2, 3, 4, 5, 6, 7, 8}, 0);
+    std::vector<Name> names;
+    for (std::uint32_t node = 0; node < prompt.path().size(); ++node) {
+        names.push_back({node, 0, 0, {0, 1}, Digest{}});
+    }
+    WriteSet set = index.plan(prompt.path(), names, false);
+    index.enter(set, prompt.path(), "", {}, {});
+    index.commit(set, std::array<std::uint64_t, 4>{0, 1, 2, 3}, std::array<std::uint64_t, 4>{}, {});
+    index.leave(set);
+    index.let_go(set);
+    std::vector<Handle> ranked;
+    for (auto key = prompt.keys.rbegin(); key != prompt.keys.rend(); ++key) {
+        ranked.push_back(index.ranked_handle(*key, false));
+    }
+    const std::size_t before = index.allocated_bytes();
+    for (int round = 0; round < 10000; ++round) {
+        index.push_victims(ranked);
+        index.choose(1);
+        check(index.chosen_count() == 1, "there is no victim");
+        index.drop_choice();
+        check(index.pushed_count() < ranked.size(), "a victim was pushed twice");
+    }
+    check(index.allocated_bytes() < before + 1024, "pushed victims pile up");
+}
+
 }  // namespace
 
 int main() {
     test_table();
     test_chosen_digests();
     test_many_tails();
+    test_pushed_victims_do_not_pile_up();
     test_against_the_model();
 }
