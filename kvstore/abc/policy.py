@@ -30,7 +30,8 @@ class Evictable:
 class EvictionPolicy(ABC):
     """Ranks evictables. The pool calls it under its lock, so it needs none; it does no I/O.
 
-    The pool guarantees: an item is inserted once, accessed only while present, and removed once.
+    The pool guarantees: an item is inserted once, accessed only while present, and removed once. A policy that raises
+    is not asked again: what was being stored or read goes on, and the next write that must evict is refused by name.
     """
 
     @abstractmethod

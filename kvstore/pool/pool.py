@@ -332,6 +332,8 @@ class Pool(BasePool):
         basis: Sequence[HeldRecord],
         is_transient: bool,
     ) -> Transaction:
+        if not len(path):
+            raise WriteError("a prompt without tokens has nothing to store")
         named = RecordNames.of(names)
         table, digests = name_table(self.spec, path, named, grid, grid_digests)
         with self._lock:

@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.errors import (
     LeaseGoneError,
+    PoolError,
     PoolFullError,
     QuarantineFullError,
     RecordTooLargeError,
@@ -17,7 +18,7 @@ from kvstore.errors import (
     WriteError,
 )
 from kvstore.limits import QUARANTINE_FRACTION_MAX
-from kvstore.pool import HandOver, Pool, Prompt, RecordName, Transaction
+from kvstore.pool import HandOver, LRUPolicy, NodePath, Pool, Prompt, RecordName, Transaction
 from kvstore.pool.index import NODE_BYTES, RECORD_BYTES
 from kvstore.record import record_layout
 from kvstore.spec import ChunkGrid, Shard
@@ -29,9 +30,9 @@ from kvstore.testing.store_machine import receive
 from kvstore.tiers import ArenaTier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from kvstore.abc import Slot
+    from kvstore.abc import Evictable, Slot
 
 B = 16
 SLOT = 8192
@@ -803,3 +804,65 @@ def test_a_handover_that_cannot_be_held_still_waits() -> None:
     accepted[2].release()
     pool.check()
     pool.close()
+
+
+def test_a_path_without_nodes_is_refused() -> None:
+    with open_store(dense(B), dram=room(4)) as store:
+        path = store.prompt(ids_of(B)).path
+        with pytest.raises(WriteError, match="without tokens"):
+            store.pool.begin(NodePath(path.root, B, ()), [], salt=b"")
+        store.pool.check()
+        assert store.statistics().index_bytes == 0
+
+
+# A policy that fails
+
+
+class FailingPolicy(LRUPolicy):
+    """Raises in one of its methods."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self._method = method
+
+    def _fail_in(self, method: str) -> None:
+        if method == self._method:
+            raise RuntimeError("a mistake of the policy's")
+
+    def insert(self, item: Evictable) -> None:
+        self._fail_in("insert")
+        super().insert(item)
+
+    def access(self, item: Evictable) -> None:
+        self._fail_in("access")
+        super().access(item)
+
+    def remove(self, item: Evictable) -> None:
+        self._fail_in("remove")
+        super().remove(item)
+
+    def ranked(self) -> Iterator[Evictable]:
+        self._fail_in("ranked")
+        return super().ranked()
+
+
+@pytest.mark.parametrize("method", ["insert", "access", "remove", "ranked"])
+def test_a_policy_that_fails_is_named_and_breaks_nothing(method: str) -> None:
+    store = Store(Pool(dense(B), ArenaTier(room(12)), eviction=FailingPolicy(method)))
+    for seed in range(2):
+        write(store, ids_of(40, seed))
+        prompt = store.prompt(ids_of(40, seed))
+        with store.read(store.match([*ids_of(40, seed), 0])) as lease:
+            check_lease(lease, prompt)
+    assert store.pool.evict(store.prompt(ids_of(40, 1)).path.key(2)) > 0
+
+    def fill() -> None:
+        for seed in range(2, 10):
+            write(store, ids_of(40, seed))
+
+    with pytest.raises(PoolError, match="FailingPolicy failed with RuntimeError: a mistake"):
+        fill()
+    store.pool.check()
+    assert store.statistics().reserved_bytes == 0
+    assert store.match([*ids_of(40), 0]).tokens == 40
+    store.close()
