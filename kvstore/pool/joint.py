@@ -96,6 +96,19 @@ class JointCommits:
             if not party.joint.parties and party.joint.failure is None:
                 self._joints.pop(party.name.name, None)
 
+    def begun(self, party: Party) -> None:
+        """A party has reserved its share. If another failed meanwhile, nobody has told this one: it is given back.
+
+        Raises:
+            JointCommitError: another party has failed.
+        """
+        failure = party.joint.failure
+        if failure is not None:
+            error = _failed(party.name, failure)
+            if party.transaction is not None:
+                party.transaction.abort(str(error))
+            raise error
+
     def offer(self, party: Party, handover: HandOver | None, ended: CommitEnd) -> None:
         """A party is ready. The last one to come commits all of them."""
         joint = party.joint
@@ -109,7 +122,10 @@ class JointCommits:
                 joint.is_over = True
                 self._joints.pop(party.name.name, None)
         if failure is not None:
-            ended(_failed(party.name, failure))
+            error = _failed(party.name, failure)
+            if party.transaction is not None:
+                party.transaction.abort(str(error))
+            ended(error)
             return
         self._commit_all(ready)
 

@@ -319,6 +319,7 @@ class Pool(BasePool):
             raise
         if party is not None:
             transaction.become(party, self._joints)
+            self._joints.begun(party)
         return transaction
 
     def _begin(

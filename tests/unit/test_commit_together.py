@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvstore.errors import LeaseGoneError, StoreClosedError, WriteError
+from kvstore.errors import JointCommitError, LeaseGoneError, StoreClosedError, WriteError
 from kvstore.pool import HandOver
 from kvstore.spec import ChunkGrid, Shard
 from kvstore.store import Store, Writer, open_store
@@ -178,3 +178,19 @@ def test_a_closed_store_says_so(store: Store) -> None:
     store.close()
     with pytest.raises(StoreClosedError):
         commit(store, writers)
+
+
+def test_a_party_that_begins_while_another_fails(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store.write(range(32), shard=Shard(0, 2), joint="both")
+    begin = store.pool._begin  # type: ignore[attr-defined]
+
+    def slow_begin(*arguments: object) -> object:
+        transaction = begin(*arguments)
+        first.abort("a worker died")
+        return transaction
+
+    monkeypatch.setattr(store.pool, "_begin", slow_begin)
+    with pytest.raises(JointCommitError, match="a worker died"):
+        store.write(range(32), shard=Shard(1, 2), joint="both")
+    assert store.statistics().reserved_bytes == 0, "what the late party had reserved stays"
+    store.pool.check()
