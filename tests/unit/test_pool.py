@@ -866,3 +866,21 @@ def test_a_policy_that_fails_is_named_and_breaks_nothing(method: str) -> None:
     assert store.statistics().reserved_bytes == 0
     assert store.match([*ids_of(40), 0]).tokens == 40
     store.close()
+
+
+def test_a_tail_for_a_handover_goes_with_the_last_who_relied_on_it() -> None:
+    pool = Pool(dense(B), ArenaTier(room(20)))
+    prompt = Prompt.of(pool.spec, ids_of(20))
+    names = [RecordName(node, 0, 0, UnitRange(0, 2)) for node in range(2)]
+    transaction = pool.begin(prompt.path, names, salt=b"", is_transient=True)
+    transaction.seal_all([0, 1], [0, 0])
+    transaction.commit(handover=HandOver(7))
+    other = pool.begin(prompt.path, names, salt=b"")
+    accepted = pool.accept_handover(prompt.path)
+    assert accepted is not None
+    accepted[2].release()
+    assert pool.match(Prompt.of(pool.spec, [*ids_of(20), 0])).tokens == 20, "what a writer relies on has gone"
+    other.abort("enough")
+    assert pool.match(Prompt.of(pool.spec, [*ids_of(20), 0])).tokens == B
+    pool.check()
+    pool.close()

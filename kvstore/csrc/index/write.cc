@@ -329,13 +329,16 @@ void Index::leave(WriteSet& set) {
 
 std::vector<Slot> Index::let_go(WriteSet& set) {
     std::vector<Slot> freed;
+    // Tails that came for a hand-over, which may have been taken while this writer relied on them.
+    std::vector<NodeId> tails = set.basis_tail;
+    tails.push_back(set.nodes.back());
     std::vector<Handle> handles;
-    for (const NodeId id : set.basis_tail) {
+    for (const NodeId id : tails) {
         handles.insert(handles.end(), {handle_of(id, true), handle_of(id, false)});
     }
     reserve_removal(handles, freed);
     stop_relying(set);
-    for (const NodeId id : set.basis_tail) {
+    for (const NodeId id : tails) {
         drop_if_over(id, freed);
     }
     for (const std::vector<NodeId>* nodes : {&set.nodes, &set.basis_tail}) {
