@@ -280,7 +280,7 @@ class AttachedPool(BasePool):
         *,
         salt: bytes,
         grid: ChunkGrid | None = None,
-        grid_digests: dict[RecordName, bytes] | None = None,
+        grid_digests: ByPlace[RecordName, bytes] | None = None,
         resume_nodes: Iterable[int] = (),
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,

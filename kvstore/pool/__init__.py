@@ -1,11 +1,13 @@
 """The pool: which records are kept, found and let go."""
 
+from kvstore.pool.arrays import RecordArrays
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.held import HeldRecord, TransactionRecord
 from kvstore.pool.hold import Hold
 from kvstore.pool.lru import LRUPolicy
 from kvstore.pool.match import Candidate, Match, Missing
 from kvstore.pool.path import HandOver, NodePath, RecordName
+from kvstore.pool.plan import RecordDigests
 from kvstore.pool.pool import Pool
 from kvstore.pool.prompt import Prompt
 from kvstore.pool.rows import RecordNames
@@ -30,6 +32,8 @@ __all__ = [
     "Pool",
     "PoolStatistics",
     "Prompt",
+    "RecordArrays",
+    "RecordDigests",
     "RecordName",
     "RecordNames",
     "Transaction",

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from kvstore._native import addresses_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
 
     from kvstore.abc import Slot
     from kvstore.pool.path import RecordName
@@ -64,6 +70,11 @@ class PlacedRows:
     rows: Rows
     slots: Sequence[Slot]
     memories: Sequence[memoryview]
+
+    @cached_property
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        """Of each record's first byte, `[n]`."""
+        return addresses_of(self.memories)
 
     def held(self) -> tuple[HeldRecord, ...]:
         """The records one by one, as committed ones."""

@@ -7,9 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvstore.errors import LeaseError, StoreClosedError
+from kvstore.pool.arrays import RecordArrays
 from kvstore.pool.seam import BaseHold
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from kvstore._native import HeldRows
     from kvstore.pool.held import HeldRecord, PlacedRows
     from kvstore.pool.path import HandOver, NodePath
@@ -51,6 +55,10 @@ class Hold(BaseHold):
     def records(self) -> tuple[HeldRecord, ...]:
         """The records one by one, by group, span and node: the order in which a model needs them."""
         return self.placed.held()
+
+    @cached_property
+    def arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+        return RecordArrays.of_rows(self.placed.rows), self.placed.addresses
 
     @property
     def is_released(self) -> bool:

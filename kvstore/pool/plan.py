@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,7 @@ from kvstore.keys import KEY_BYTES
 from kvstore.spec import UNKNOWN_GRID, ReuseRule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -31,6 +33,42 @@ def grid_digest(spec: ModelSpec, path: NodePath, node: int, group: int, grid: Ch
     return grid.digest_at(end_tokens)
 
 
+class RecordDigests(Mapping["RecordName", bytes]):
+    """Chunk grid digests of records by name, kept as the number of each one's digest.
+
+    Attributes:
+        names: the records.
+        numbers: which of `digests` each has, in the order of `names`.
+        digests: some may be equal, and some may not occur.
+    """
+
+    def __init__(self, names: RecordNames, numbers: npt.NDArray[np.integer], digests: Sequence[bytes]) -> None:
+        self.names = names
+        self.numbers = numbers
+        self.digests = digests
+
+    @cached_property
+    def _by_name(self) -> dict[RecordName, bytes]:
+        return {name: self.digests[number] for name, number in zip(self.names, self.numbers.tolist(), strict=True)}
+
+    def __getitem__(self, name: RecordName) -> bytes:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[RecordName]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def distinct(self) -> tuple[npt.NDArray[np.uint64], list[bytes]]:
+        """The numbers and digests with each digest that occurs once."""
+        known: dict[bytes, int] = {}
+        renumbered = np.zeros(len(self.digests), np.uint64)
+        for number in np.unique(self.numbers).tolist():
+            renumbered[number] = known.setdefault(self.digests[number], len(known))
+        return renumbered[self.numbers], list(known)
+
+
 def name_table(
     spec: ModelSpec,
     path: NodePath,
@@ -45,6 +83,9 @@ def name_table(
     """
     table = np.zeros((len(names), 6), np.uint64)
     table[:, :5] = names.table
+    if isinstance(grid_digests, RecordDigests) and grid_digests.names is names and len(names):
+        table[:, 5], distinct = grid_digests.distinct()
+        return table, b"".join(distinct)
     if grid_digests:
         known: dict[bytes, int] = {}
         table[:, 5] = [known.setdefault(grid_digests[name], len(known)) for name in names]

@@ -12,7 +12,7 @@ from kvstore.abc import Slot
 from kvstore.keys import KEY_BYTES
 from kvstore.pool.path import RecordName
 from kvstore.record import RecordHeader, record_layout
-from kvstore.spec import UnitRange
+from kvstore.spec import ReuseRule, UnitRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -71,6 +71,25 @@ class RecordNames(Sequence[RecordName]):
         node, group, span, start, stop = self.table[index].tolist()
         return RecordName(node, group, span, UnitRange(start, stop))
 
+    @cached_property
+    def classes(self) -> tuple[list[tuple[int, int, int, int]], npt.NDArray[np.int64]]:
+        """What occurs of (group, span, first unit, unit after the last), and the number of each record's."""
+        group, span, start, stop = (self.table[:, column] for column in (GROUP, SPAN, START, STOP))
+        one = np.uint64(1 << 13)  # above the most units and spans
+        packed = ((group * one + span) * one + start) * one + stop
+        _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
+        classes = [(row[0], row[1], row[2], row[3]) for row in self.table[first, 1:].tolist()]
+        return classes, inverse.reshape(-1).astype(np.int64)
+
+    def positions_of(self, others: RecordNames) -> npt.NDArray[np.int64]:
+        """Where each of `others`, all of which are among these, stands here."""
+        both = RecordNames.join([self, others])
+        classes, numbers = both.classes
+        keys = both.table[:, NODE].astype(np.int64) * len(classes) + numbers
+        order = np.argsort(keys[: len(self)])
+        found: npt.NDArray[np.int64] = order[np.searchsorted(keys[: len(self)], keys[len(self) :], sorter=order)]
+        return found
+
 
 class Rows:
     """Records of a path in a table of the native index, one a row.
@@ -101,15 +120,14 @@ class Rows:
     @cached_property
     def classes(self) -> tuple[list[RecordLayout], npt.NDArray[np.int64]]:
         """The layouts that occur, and the number of each record's."""
-        group, span, start, stop = (self.table[:, column] for column in (GROUP, SPAN, START, STOP))
-        one = np.uint64(1 << 13)  # above the most units and spans
-        packed = ((group * one + span) * one + start) * one + stop
-        _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
-        layouts = []
-        for row in first.tolist():
-            units = UnitRange(int(start[row]), int(stop[row]))
-            layouts.append(record_layout(self.spec, int(group[row]), int(span[row]), units))
-        return layouts, inverse.reshape(-1).astype(np.int64)
+        classes, numbers = self.record_names.classes
+        layouts = [record_layout(self.spec, group, span, UnitRange(*units)) for group, span, *units in classes]
+        return layouts, numbers
+
+    @cached_property
+    def record_names(self) -> RecordNames:
+        """Their names, as an array."""
+        return RecordNames(self.table[:, : STOP + 1])
 
     @property
     def slot_sizes(self) -> list[int]:
@@ -157,6 +175,24 @@ class Rows:
             for (node, group, digest, cost_us), end_tokens in zip(columns, self.end_tokens.tolist(), strict=True)
         ]
 
+    @cached_property
+    def valid_tokens(self) -> npt.NDArray[np.int64]:
+        """Tokens that each record really holds."""
+        return valid_tokens(self.spec, self.table[:, GROUP].astype(np.int64), self.end_tokens)
+
+    @cached_property
+    def framing(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
+        """What framing a record takes: key, parent and grid, `[n, 96]`; end, valid tokens and cost, `[n, 3]`."""
+        root, _, keys, tail_key, _ = self.path.packed
+        chain = np.frombuffer(b"".join((root, keys, tail_key or b"")), np.uint8).reshape(-1, KEY_BYTES)
+        grids = np.frombuffer(b"".join(self.digests), np.uint8).reshape(-1, KEY_BYTES)
+        nodes = self.table[:, NODE].astype(np.int64)
+        digests = np.concatenate(
+            (chain[nodes + 1], chain[nodes], grids[self.table[:, DIGEST].astype(np.int64)]), axis=1
+        )
+        numbers = np.stack((self.end_tokens, self.valid_tokens, self.table[:, COST_US].astype(np.int64)), axis=1)
+        return digests, numbers.astype(np.uint64)
+
     def padded(self) -> list[int]:
         """Records that will be filled in part only."""
         layouts, numbers = self.classes
@@ -166,6 +202,15 @@ class Rows:
         valid = np.where(is_state, np.minimum(self.end_tokens, capacity), (self.end_tokens - 1) % block + 1)
         rows: list[int] = np.flatnonzero((capacity > 0) & (valid < capacity)).tolist()
         return rows
+
+
+def valid_tokens(
+    spec: ModelSpec, groups: npt.NDArray[np.int64], end_tokens: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """As `CacheGroup.valid_tokens`, for records of these groups that end at these lengths."""
+    windows = np.array([group.window_tokens or 0 for group in spec.groups], np.int64)[groups]
+    is_attention = np.array([group.rule is ReuseRule.ATTENTION for group in spec.groups], np.bool_)[groups]
+    return np.where(is_attention, (end_tokens - 1) % spec.block_tokens + 1, np.minimum(end_tokens, windows))
 
 
 def slots_of(table: npt.NDArray[np.uint64]) -> list[Slot]:

@@ -6,13 +6,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from kvstore._native import addresses_of
 from kvstore.errors import WriteError
 from kvstore.limits import JOINT_NAME_BYTES_MAX, JOINT_PARTIES_MAX
+from kvstore.pool.arrays import RecordArrays
 from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
+
+    import numpy as np
+    import numpy.typing as npt
 
     from kvstore.abc import Slot
     from kvstore.pool.held import HeldRecord, TransactionRecord
@@ -52,6 +57,13 @@ class JointName:
             )
 
 
+def _arrays_of(
+    records: Sequence[HeldRecord] | Sequence[TransactionRecord],
+) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+    arrays = RecordArrays.of((record.name, record.layout, record.header) for record in records)
+    return arrays, addresses_of([record.memory for record in records])
+
+
 class BaseHold(ABC):
     """Records that are neither evicted nor reused before `release`. Any thread.
 
@@ -69,6 +81,11 @@ class BaseHold(ABC):
     @abstractmethod
     def records(self) -> tuple[HeldRecord, ...]:
         """By group, span and node, the order in which a model needs them."""
+
+    @property
+    def arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+        """As `records`, as arrays, and the address of each one's first byte."""
+        return _arrays_of(self.records)
 
     @property
     @abstractmethod
@@ -110,6 +127,11 @@ class BaseTransaction(ABC):
     @abstractmethod
     def records(self) -> tuple[TransactionRecord, ...]:
         """What was missing and is now reserved."""
+
+    @property
+    def reserved_arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+        """As `records`, as arrays, and the address of each one's first byte."""
+        return _arrays_of(self.records)
 
     @property
     @abstractmethod
@@ -264,7 +286,7 @@ class BasePool(ABC):
         *,
         salt: bytes,
         grid: ChunkGrid | None = None,
-        grid_digests: dict[RecordName, bytes] | None = None,
+        grid_digests: Mapping[RecordName, bytes] | None = None,
         resume_nodes: Iterable[int] = (),
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,

@@ -13,8 +13,10 @@ import numpy as np
 
 from kvstore._native import addresses_of
 from kvstore.errors import LeaseGoneError, RecordError, StoreClosedError, WriteError
+from kvstore.pool.arrays import RecordArrays
 from kvstore.pool.seam import BaseTransaction
-from kvstore.record import Record, seal_records
+from kvstore.record import Record, seal_records, seal_rows
+from kvstore.record.seal import COST_US_MAX
 from kvstore.spec import UNKNOWN_GRID
 
 if TYPE_CHECKING:
@@ -115,6 +117,10 @@ class Transaction(BaseTransaction):
         return self.placed.reserved()
 
     @cached_property
+    def reserved_arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+        return RecordArrays.of_rows(self.placed.rows), self.placed.addresses
+
+    @cached_property
     def held(self) -> tuple[HeldRecord, ...]:
         """The requested records that were there already, and those of the resume point that is continued."""
         return (*self.inherited, *self.placed_held.held())
@@ -170,11 +176,23 @@ class Transaction(BaseTransaction):
         self._check_open()
         with self._lock:
             self._check_open()
-            costs = {i: cost for i, cost in zip(indices, costs_us, strict=True) if not self._is_sealed[i]}
-            frame_reserved(self.records, costs)
-            sealed = list(costs)
-            self._costs_us[sealed] = list(costs.values())
-            self._is_sealed[sealed] = True
+            chosen = np.asarray(indices, np.int64)
+            costs = np.asarray(costs_us, np.uint64)
+            is_new = ~self._is_sealed[chosen]
+            chosen = chosen[is_new]
+            self._costs_us[chosen] = costs[is_new]
+            self._frame(chosen)
+            self._is_sealed[chosen] = True
+
+    def _frame(self, indices: npt.NDArray[np.int64]) -> None:
+        """Write the framing of reserved records, with the costs that are known of them."""
+        layouts, classes = self.placed.rows.classes
+        digests, numbers = self.placed.rows.framing
+        for number in np.unique(classes[indices]).tolist():
+            members = indices[classes[indices] == number]
+            fields = numbers[members]
+            fields[:, 2] = np.minimum(self._costs_us[members], np.uint64(COST_US_MAX))
+            seal_rows(layouts[number], self.placed.addresses[members], digests[members].data, fields)
 
     def is_sealed(self, index: int) -> bool:
         return bool(self._is_sealed[index])

@@ -4,7 +4,7 @@ from kvstore.record.columns import SegmentUnits, TensorColumn
 from kvstore.record.header import RecordHeader
 from kvstore.record.layout import Piece, RecordLayout, record_layout, slot_sizes_bytes
 from kvstore.record.record import Record
-from kvstore.record.seal import seal_records
+from kvstore.record.seal import seal_records, seal_rows
 from kvstore.record.stream import StreamedPiece, StreamedRecord, read_record_stream, write_record_stream
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "read_record_stream",
     "record_layout",
     "seal_records",
+    "seal_rows",
     "slot_sizes_bytes",
     "write_record_stream",
 ]

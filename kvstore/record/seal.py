@@ -42,5 +42,20 @@ def seal_records(
         ],
         np.uint64,
     ).reshape(-1, 3)
+    seal_rows(layout, addresses, digests, numbers)
+
+
+def seal_rows(
+    layout: RecordLayout,
+    addresses: npt.NDArray[np.uint64],
+    digests: bytes | memoryview,
+    numbers: npt.NDArray[np.uint64],
+) -> None:
+    """As `seal_records`, from arrays.
+
+    Args:
+        digests: key, parent and chunk grid of each record, `[n, 96]`.
+        numbers: end, valid tokens and cost of each record, `[n, 3]`.
+    """
     record_class, gaps = layout.framing
     frame_records(layout.header_template, record_class, gaps, addresses, digests, numbers)

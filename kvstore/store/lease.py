@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt
+    from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt, RecordArrays
     from kvstore.record import RecordLayout
     from kvstore.spec import ModelSpec, Shard, TensorSpec, UnitRange
 
@@ -48,6 +48,11 @@ class Lease:
     def records(self) -> tuple[HeldRecord, ...]:
         """The records of the resume point, by group, span and node; made when they are first looked at."""
         return self._hold.records
+
+    @property
+    def arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+        """As `records`, as arrays, and the address of each one's first byte."""
+        return self._hold.arrays
 
     def __enter__(self) -> Lease:
         return self
