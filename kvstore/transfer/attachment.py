@@ -126,9 +126,9 @@ class Attachment:
     def _branch_out(self, want: Want) -> None:
         """Open further connections if that pays: they take pieces from the same state, a slow one fewer."""
         owner = self._owner
-        sizes = [record.layout.piece_sizes for record in owner.source.records]
-        wanted_bytes = sum(int(sizes[record][first : first + n].sum()) for record, first, n in want.ranges.tolist())
-        if not self._may_join or owner.options.pacing_bytes_per_s is not None or wanted_bytes < JOIN_BYTES_MIN:
+        if not self._may_join or owner.options.pacing_bytes_per_s is not None:
+            return
+        if owner.outgoing.bytes_of(want.ranges) < JOIN_BYTES_MIN:
             return
         for _ in range(owner.settings.connections - 1):
             branch = Branch(owner, self._generation, self._frame_bytes_max, self._progress_deadline_s)
@@ -226,12 +226,12 @@ class Attachment:
                 if owner.change_count != seen:
                     continue
                 seals = owner.outgoing.next_seals(SEALS_PER_FRAME)
-                commit = None if seals else self._due_commit()
-                if not seals and commit is None:
+                commit = None if len(seals) else self._due_commit()
+                if not len(seals) and commit is None:
                     self._wait_for_change()
                     continue
-            if seals:
-                link.send(Kind.SEAL, owner.transfer, self._generation, Seal.of(seals).pack())
+            if len(seals):
+                link.send(Kind.SEAL, owner.transfer, self._generation, Seal(seals).pack())
             elif commit is not None:
                 link.send(Kind.COMMIT, owner.transfer, self._generation, commit.pack())
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
 from kvstore.errors import PoolError, StoreClosedError, TransferError
+from kvstore.pool import RecordDigests
 from kvstore.transfer.incoming import IncomingTransfer
 from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.offer import OfferFlag, check_offer
 from kvstore.transfer.outcomes import Outcomes
 
 if TYPE_CHECKING:
-    from kvstore.pool import BasePool, BaseTransaction
+    from kvstore.pool import BasePool, BaseTransaction, RecordArrays
     from kvstore.spec import ModelSpec
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.joined import Joined
     from kvstore.transfer.messages import Commit
-    from kvstore.transfer.offer import Offer, OfferedRecord
+    from kvstore.transfer.offer import Offer
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.session import Session
     from kvstore.transfer.settings import TransferSettings
@@ -190,7 +191,7 @@ class Inbox:
             self._statistics.resumed += 1
             return incoming
 
-    def _reserve(self, offer: Offer, offered: tuple[OfferedRecord, ...], silence_s: float) -> BaseTransaction:
+    def _reserve(self, offer: Offer, offered: RecordArrays, silence_s: float) -> BaseTransaction:
         """Space for everything that is missing, waiting a little for it."""
         path = offer.path
         resume_nodes = [node for tokens in offer.resume_tokens if (node := path.node_at(tokens)) is not None]
@@ -200,9 +201,9 @@ class Inbox:
             try:
                 return self._pool.begin(
                     path,
-                    [record.name for record in offered],
+                    offered.names,
                     salt=offer.salt,
-                    grid_digests={record.name: record.grid for record in offered},
+                    grid_digests=RecordDigests(offered.names, offered.digest_numbers, offered.digests),
                     resume_nodes=resume_nodes,
                     is_transient=OfferFlag.HANDOVER in offer.flags,
                 )

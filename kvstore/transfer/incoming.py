@@ -21,34 +21,26 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import BaseTransaction
+    from kvstore.pool import BaseTransaction, RecordArrays
     from kvstore.record import RecordLayout
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.messages import Exposure, Rows
-    from kvstore.transfer.offer import Offer, OfferedRecord
+    from kvstore.transfer.offer import Offer
 
     Ids = npt.NDArray[np.int64]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A reserved record that pieces arrive in.
 
     Attributes:
-        index: its number in the transaction.
         layout, memory, address: where its pieces go.
-        end_tokens: length of the prefix at whose end it lies.
-        cost_us: what its SEAL said; None before.
-        is_sealed: it is complete and framed.
     """
 
-    index: int
     layout: RecordLayout
     memory: memoryview
     address: int
-    end_tokens: int
-    cost_us: int | None = None
-    is_sealed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,9 +65,7 @@ class IncomingTransfer:
         is_joined: further connections have carried pieces of this attachment, so that COMMIT may overtake some.
     """
 
-    def __init__(
-        self, transfer: TransferId, offer: Offer, offered: tuple[OfferedRecord, ...], transaction: BaseTransaction
-    ) -> None:
+    def __init__(self, transfer: TransferId, offer: Offer, offered: RecordArrays, transaction: BaseTransaction) -> None:
         self.transfer = transfer
         self.offer = offer
         self.transaction = transaction
@@ -86,29 +76,29 @@ class IncomingTransfer:
         self.commit: Commit | None = None
         self.is_joined = False
         self.record_count = len(offered)
-        numbers = {record.name: number for number, record in enumerate(offered)}
-        self._targets = {
-            numbers[record.name]: Target(
-                index, record.layout, record.memory, address_of(record.memory), record.header.end_tokens
-            )
-            for index, record in enumerate(transaction.records)
-        }
+        self._reserved, addresses = transaction.reserved_arrays
+        self._numbers = offered.names.positions_of(self._reserved.names)
+        """Of the reserved records in the offer."""
+        self._index = np.full(self.record_count, -1, np.int64)
+        """Number of each offered record in the transaction; -1 for what was here already."""
+        self._index[self._numbers] = np.arange(len(self._reserved))
+        self._costs_us = np.zeros(self.record_count, np.uint64)
+        self._is_sealed = np.zeros(self.record_count, np.bool_)
         self.arrivals = Arrivals(self.record_count)
-        by_layout: dict[RecordLayout, list[int]] = {}
-        for number, target in self._targets.items():
-            by_layout.setdefault(target.layout, []).append(number)
-        for layout, wanted in by_layout.items():
-            addresses = np.array([self._targets[number].address for number in wanted], np.uint64)
-            self.arrivals.add_records(np.array(wanted, np.uint32), piece_layout(layout), addresses)
+        for number, layout in enumerate(self._reserved.layouts):
+            members = np.flatnonzero(self._reserved.layout_numbers == number)
+            self.arrivals.add_records(
+                self._numbers[members].astype(np.uint32), piece_layout(layout), addresses[members]
+            )
 
     @property
     def has_all(self) -> bool:
         """Whether nothing had to be reserved: every record was here already."""
-        return not self._targets
+        return not len(self._reserved)
 
     @property
     def largest_piece_bytes(self) -> int:
-        return max((int(target.layout.piece_sizes.max()) for target in self._targets.values()), default=0)
+        return max((int(layout.piece_sizes.max()) for layout in self._reserved.layouts), default=0)
 
     @property
     def received_bytes(self) -> int:
@@ -127,7 +117,11 @@ class IncomingTransfer:
 
     def arriving(self, rows: Rows) -> list[Arriving]:
         """Claimed rows by the record that they belong to, in their order."""
-        return [Arriving(record, self._targets[record], ids) for record, ids in split_rows(rows)]
+        return [Arriving(record, self._target(record), ids) for record, ids in split_rows(rows)]
+
+    def _target(self, record: int) -> Target:
+        reserved = self.transaction.records[int(self._index[record])]
+        return Target(reserved.layout, reserved.memory, address_of(reserved.memory))
 
     def arrived(self, rows: Rows, computed: npt.NDArray[np.uint32]) -> Rows | None:
         """Keep the claimed pieces whose checksums hold; the ranges of the others, to be wanted again, or None.
@@ -139,32 +133,32 @@ class IncomingTransfer:
 
     def settled(self, damaged: bytes, completed: list[int]) -> Rows | None:
         """Seal the records that a frame has completed; the ranges of what arrived damaged, or None. Raises as above."""
-        for record in completed:
-            self._seal(self._targets[record])
+        self._seal(np.array(completed, np.int64))
         if not damaged:
             return None
         return _ranges((record, np.sort(ids)) for record, ids in split_rows(np.frombuffer(damaged, PIECE_ROW)))
 
     # Seals and the commit
 
-    def seal(self, record: int, cost_us: int) -> None:
-        """SEAL: the sender has sent every piece of a record.
+    def seal(self, rows: Rows) -> None:
+        """SEAL: the sender has sent every piece of these records.
 
         Raises:
-            ProtocolError: no such record was offered.
+            ProtocolError: a record that was not offered.
+            WriteError, StoreClosedError: the transaction has ended.
         """
-        if record >= self.record_count:
-            raise ProtocolError(f"SEAL names record {record} of {self.record_count}")
-        target = self._targets.get(record)
-        if target is not None and not target.is_sealed:
-            target.cost_us = cost_us
-            if self.arrivals.note_seal(record):
-                self._seal(target)
+        records = np.ascontiguousarray(rows["record"])
+        if len(records) and records.max() >= self.record_count:
+            raise ProtocolError(f"SEAL names record {records.max()} of {self.record_count}")
+        rows = rows[~self._is_sealed[records]]
+        records = np.ascontiguousarray(rows["record"])
+        self._costs_us[records] = rows["cost_us"]
+        self._seal(np.array(self.arrivals.note_seals(records), np.int64))
 
-    def _seal(self, target: Target) -> None:
-        assert target.cost_us is not None, "a record is complete only once its SEAL is known"
-        self.transaction.seal(target.index, target.cost_us)
-        target.is_sealed = True
+    def _seal(self, records: Ids) -> None:
+        if len(records):
+            self.transaction.seal_all(self._index[records].tolist(), self._costs_us[records].tolist())
+            self._is_sealed[records] = True
 
     def committable(self) -> Commit | None:
         """The COMMIT that was asked for, once everything that it covers is here.
@@ -177,11 +171,12 @@ class IncomingTransfer:
             return None
         if self.offer.path.node_at(commit.upto_tokens) is None:
             raise ProtocolError(f"COMMIT names {commit.upto_tokens} tokens, which is no end of a prefix node")
-        for record, target in self._targets.items():
-            if target.is_sealed or target.end_tokens > commit.upto_tokens:
-                continue
-            pieces, unasked = self.arrivals.pending(record)
-            if not pieces and target.cost_us is not None:
+        is_covered = self._reserved.end_tokens <= commit.upto_tokens
+        unsealed = self._numbers[is_covered & ~self._is_sealed[self._numbers]]
+        if len(unsealed):
+            record = int(unsealed[0])
+            pieces, unasked, is_seal_known = self.arrivals.pending(record)
+            if not pieces and is_seal_known:
                 return None  # A further connection has brought the last piece, and its thread is about to say so.
             if not pieces or (unasked and not self.is_joined):
                 raise ProtocolError(f"COMMIT covers record {record}, which was not sent completely")

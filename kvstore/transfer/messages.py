@@ -225,8 +225,8 @@ class Seal:
     def of(cls, records: list[tuple[int, int]]) -> Seal:
         """From (record, cost_us) pairs."""
         rows = np.zeros(len(records), SEAL_ROW)
-        for row, (record, cost_us) in zip(rows, records, strict=True):
-            row["record"], row["cost_us"] = record, cost_us
+        rows["record"] = [record for record, _ in records]
+        rows["cost_us"] = [cost_us for _, cost_us in records]
         return cls(rows)
 
     def pack(self) -> bytes:
@@ -238,7 +238,7 @@ class Seal:
         count, zero = reader.fixed(_COUNT)
         rows = reader.rows(SEAL_ROW, count)
         reader.finish()
-        check_zero("SEAL", zero, *rows["reserved"].tolist())
+        check_zero("SEAL", zero, bool(rows["reserved"].any()))
         return cls(rows)
 
 

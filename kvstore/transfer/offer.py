@@ -18,16 +18,19 @@ from kvstore.limits import (
     PROMPT_TOKENS_MAX,
     SALT_BYTES_MAX,
 )
-from kvstore.pool.path import NodePath, RecordName
+from kvstore.pool.arrays import RecordArrays
+from kvstore.pool.path import NodePath
+from kvstore.pool.rows import RecordNames, valid_tokens
 from kvstore.record import record_layout
-from kvstore.spec import CacheGroup, ModelSpec, ReuseRule, UnitRange
+from kvstore.spec import UnitRange
 from kvstore.transfer.pieces import pieces_bytes
 from kvstore.transfer.wire import Reader, check_zero
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import numpy.typing as npt
 
-    from kvstore.record import RecordHeader, RecordLayout
+    from kvstore.record import RecordLayout
+    from kvstore.spec import ModelSpec
     from kvstore.transfer.messages import Rows
 
 GRIDS_MAX = 4096
@@ -52,6 +55,7 @@ OFFER_RECORD = np.dtype(
         ("size_bytes", "<u8"),
     ]
 )
+NAME_FIELDS = ("node", "group", "span", "unit_start", "unit_stop")
 _OFFER = struct.Struct("<HHHHIIIIQIIB7x")
 
 assert OFFER_RECORD.itemsize == 32
@@ -157,34 +161,23 @@ class Offer:
         return cls(path, salt, resume_tokens, grid_digests, rows, total, deadline_ms, priority, OfferFlag(flags))
 
 
-@dataclass(frozen=True)
-class OfferedRecord:
-    """One row of an offer, after it was found to agree with the spec."""
-
-    name: RecordName
-    layout: RecordLayout
-    grid: bytes
-    valid_tokens: int
-
-
-def offer_rows(
-    records: Sequence[tuple[RecordName, RecordLayout, RecordHeader]],
-) -> tuple[Rows, tuple[bytes, ...]]:
+def offer_rows(arrays: RecordArrays) -> tuple[Rows, tuple[bytes, ...]]:
     """The rows and grids that describe records."""
-    grids: dict[bytes, int] = {}
-    rows = []
-    for name, layout, header in records:
-        grid = grids.setdefault(header.grid, len(grids))
-        units, pieces = name.units, len(layout.pieces)
-        record = (name.node, name.group, name.span, units.start, units.stop, grid, CODEC_RAW, COVERAGE_ALL)
-        rows.append((*record, pieces, header.valid_tokens, pieces_bytes(layout)))
-    if len(grids) > GRIDS_MAX:
-        raise TransferError(f"the records come from {len(grids)} chunk grids, the limit is {GRIDS_MAX}")
-    return np.array(rows, OFFER_RECORD), tuple(grids)
+    if len(arrays.digests) > GRIDS_MAX:
+        raise TransferError(f"the records come from {len(arrays.digests)} chunk grids, the limit is {GRIDS_MAX}")
+    rows = np.zeros(len(arrays), OFFER_RECORD)
+    for column, field in enumerate(NAME_FIELDS):
+        rows[field] = arrays.names.table[:, column]
+    rows["grid"] = arrays.digest_numbers
+    rows["codec"], rows["coverage"] = CODEC_RAW, COVERAGE_ALL
+    rows["pieces"] = arrays.by_layout(len(layout.pieces) for layout in arrays.layouts)
+    rows["valid_tokens"] = arrays.valid_tokens
+    rows["size_bytes"] = arrays.by_layout(pieces_bytes(layout) for layout in arrays.layouts)
+    return rows, tuple(arrays.digests)
 
 
-def check_offer(offer: Offer, spec: ModelSpec) -> tuple[OfferedRecord, ...]:
-    """The offered records as this side's spec understands them.
+def check_offer(offer: Offer, spec: ModelSpec) -> RecordArrays:
+    """The offered records as this side's spec understands them; what they cost is not known yet.
 
     Raises:
         ProtocolError: a record that the spec does not have, or described otherwise than the spec does.
@@ -192,67 +185,56 @@ def check_offer(offer: Offer, spec: ModelSpec) -> tuple[OfferedRecord, ...]:
     path = offer.path
     if path.block_tokens != spec.block_tokens:
         raise ProtocolError(f"OFFER has {path.block_tokens} tokens per block, the spec {spec.block_tokens}")
-    checked: list[OfferedRecord] = []
-    seen: set[RecordName] = set()
-    classes: dict[tuple[int, int, int, int], _RecordClass] = {}
-    ends = [path.end_tokens(node) for node in range(len(path))]
-    resume_tokens = frozenset(offer.resume_tokens)
-    total_bytes = 0
-    for number, row in enumerate(offer.records.tolist()):
-        node, group, span, unit_start, unit_stop, grid, codec, coverage, pieces, valid_tokens, size_bytes = row
-        what = f"record {number} of the offer"
-        if node >= len(ends) or group >= len(spec.groups) or span >= len(spec.spans[group]):
-            raise ProtocolError(f"{what} names node {node}, group {group}, span {span}, which do not exist")
-        if grid >= len(offer.grids):
-            raise ProtocolError(f"{what} names chunk grid {grid} of {len(offer.grids)}")
-        if codec != CODEC_RAW or coverage != COVERAGE_ALL:
-            raise ProtocolError(f"{what} has codec {codec} and coverage {coverage}; version 1 moves raw, whole records")
-        key = (group, span, unit_start, unit_stop)
-        if (known := classes.get(key)) is None:
-            known = classes[key] = _record_class(spec, key, what)
-        name = RecordName(node, group, span, known.units)
-        if name in seen:
-            raise ProtocolError(f"{what} is named twice")
-        seen.add(name)
-        end_tokens = ends[node]
-        if (pieces, size_bytes) != (known.pieces, known.size_bytes):
-            raise ProtocolError(
-                f"{what} has {pieces} pieces of {size_bytes} bytes in all; the spec says {known.pieces} pieces"
-            )
-        if valid_tokens != known.group.valid_tokens(spec.block_tokens, end_tokens):
-            raise ProtocolError(f"{what} holds {valid_tokens} tokens at length {end_tokens}, which the spec does not")
-        if known.group.rule is ReuseRule.STATE and end_tokens not in resume_tokens:
-            raise ProtocolError(f"{what} is a state at length {end_tokens}, which is no resume point of the offer")
-        total_bytes += size_bytes
-        checked.append(OfferedRecord(name, known.layout, offer.grids[grid], valid_tokens))
+    rows = offer.records
+    columns = [rows[field].astype(np.int64) for field in NAME_FIELDS]
+    node, group, span = columns[:3]
+    _refuse((node >= len(path)) | (group >= len(spec.groups)), "names a node or a group that does not exist")
+    spans = np.array([len(spec.spans[number]) for number in range(len(spec.groups))], np.int64)
+    _refuse(span >= spans[group], "names a span that does not exist")
+    grids = rows["grid"].astype(np.int64)
+    _refuse(grids >= len(offer.grids), f"names a chunk grid of which there are {len(offer.grids)}")
+    is_other = (rows["codec"] != CODEC_RAW) | (rows["coverage"] != COVERAGE_ALL)
+    _refuse(is_other, "has another codec or coverage than 0; version 1 moves raw, whole records")
+    units = np.array([spec.groups[number].unit_count for number in range(len(spec.groups))], np.int64)
+    _refuse((columns[3] >= columns[4]) | (columns[4] > units[group]), "names shard units that its group does not have")
+    names = RecordNames(np.stack(columns, axis=1).astype(np.uint64))
+    classes, numbers = names.classes
+    layouts = [_layout(spec, each) for each in classes]
+    _, first = np.unique(node * len(classes) + numbers, return_index=True)
+    is_repeated = np.ones(len(rows), np.bool_)
+    is_repeated[first] = False
+    _refuse(is_repeated, "is named twice")
+    pieces = np.array([len(layout.pieces) for layout in layouts], np.int64)[numbers]
+    sizes = np.array([pieces_bytes(layout) for layout in layouts], np.int64)[numbers]
+    is_other = (rows["pieces"] != pieces) | (rows["size_bytes"] != sizes.astype(np.uint64))
+    _refuse(is_other, "has pieces of which the spec says another number or size")
+    ends = (node + 1) * path.block_tokens
+    ends[node >= len(path.keys)] = path.tokens
+    valid = valid_tokens(spec, group, ends)
+    _refuse(rows["valid_tokens"] != valid, "holds more or fewer tokens than the spec says")
+    is_stray = np.isin(group, spec.state_groups) & ~np.isin(ends, offer.resume_tokens)
+    _refuse(is_stray, "is a state at no resume point of the offer")
+    total_bytes = int(sizes.sum())
     if total_bytes != offer.total_bytes:
         raise ProtocolError(f"OFFER claims {offer.total_bytes} bytes, its records add up to {total_bytes}")
-    return tuple(checked)
+    costs_us = np.zeros(len(rows), np.uint64)
+    return RecordArrays(names, layouts, numbers, ends, valid, list(offer.grids), grids, costs_us)
 
 
-@dataclass(frozen=True)
-class _RecordClass:
-    """What records of one group, span and units have in common."""
-
-    units: UnitRange
-    group: CacheGroup
-    layout: RecordLayout
-    pieces: int
-    size_bytes: int
+def _refuse(is_wrong: npt.NDArray[np.bool_], how: str) -> None:
+    """Raises `ProtocolError` for the first record that is wrong."""
+    wrong = np.flatnonzero(is_wrong)
+    if wrong.size:
+        raise ProtocolError(f"record {wrong[0]} of the offer {how}")
 
 
-def _record_class(spec: ModelSpec, key: tuple[int, int, int, int], what: str) -> _RecordClass:
-    """Raises `ProtocolError` for units that the spec does not have."""
-    group_index, span, unit_start, unit_stop = key
-    group = spec.groups[group_index]
+def _layout(spec: ModelSpec, each: tuple[int, int, int, int]) -> RecordLayout:
+    """Raises `ProtocolError` for units that hold nothing."""
+    group, span, start, stop = each
     try:
-        units = UnitRange(unit_start, unit_stop)
+        return record_layout(spec, group, span, UnitRange(start, stop))
     except SpecError as error:
-        raise ProtocolError(f"{what}: {error}") from error
-    if unit_stop > group.unit_count:
-        raise ProtocolError(f"{what} names shard unit {unit_stop - 1} of {group.unit_count}")
-    layout = record_layout(spec, group_index, span, units)
-    return _RecordClass(units, group, layout, len(layout.pieces), pieces_bytes(layout))
+        raise ProtocolError(f"the offer names units {start} to {stop} of group {group}: {error}") from error
 
 
 def _digests(data: bytes) -> tuple[bytes, ...]:

@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore._native import Departures, crc32c
-from kvstore.record.array_view import address_of
 from kvstore.transfer.frames import FLAG_REMOTE, PIECE_ROW_BYTES, FrameHeader, Kind
 from kvstore.transfer.messages import PIECE_ROW, SEAL_ROW
 from kvstore.transfer.pieces import contiguous_runs, piece_layout, split_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import numpy.typing as npt
 
-    from kvstore._native import PieceLayout
-    from kvstore.record import RecordLayout
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.messages import Rows
-    from kvstore.transfer.source import SourceRecord
+    from kvstore.transfer.source import Costs, Source
 
     Ids = npt.NDArray[np.int64]
 
@@ -48,23 +45,15 @@ class Outgoing:
     """Which pieces are whole, which the receiver wants, and which seals are due. Any thread.
 
     Attributes:
-        records: what is sent; their memory stays in place as long as frames are taken.
+        source: what is sent; its memory stays in place as long as frames are taken.
         departures: the state itself, which native code takes its frames from.
     """
 
-    def __init__(self, records: tuple[SourceRecord, ...]) -> None:
-        self.records = records
-        layouts: dict[RecordLayout, int] = {}
-        native: list[PieceLayout] = []
-        for record in records:
-            if record.layout not in layouts:
-                layouts[record.layout] = len(native)
-                native.append(piece_layout(record.layout))
-        self.departures = Departures(
-            native,
-            np.array([layouts[record.layout] for record in records], np.uint32),
-            np.array([address_of(record.memory) for record in records], np.uint64),
-        )
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        table = source.table
+        layouts = [piece_layout(layout) for layout in table.layouts]
+        self.departures = Departures(layouts, table.layout_numbers.astype(np.uint32), source.addresses)
 
     # What the source reports
 
@@ -76,9 +65,9 @@ class Outgoing:
         """All pieces of a record are whole."""
         self.departures.record_sealed(record, cost_us)
 
-    def records_complete(self, first: int, costs_us: Sequence[int]) -> None:
+    def records_complete(self, first: int, costs_us: Costs) -> None:
         """Records `first` and on are whole and sealed, at these costs."""
-        self.departures.records_complete(first, np.array(costs_us, np.uint64))
+        self.departures.records_complete(first, np.ascontiguousarray(costs_us, np.uint64))
 
     # What the receiver says
 
@@ -129,7 +118,7 @@ class Outgoing:
 
     def _views(self, parts: list[tuple[int, Ids]]) -> Iterator[memoryview]:
         for record, ids in parts:
-            source = self.records[record]
+            source = self.source.records[record]
             for start, stop in contiguous_runs(source.layout, ids):
                 yield source.memory[start:stop]
 
@@ -141,10 +130,20 @@ class Outgoing:
         """A frame did not leave."""
         self.departures.unsent(frame.payload[0])
 
-    def next_seals(self, count_max: int) -> list[tuple[int, int]]:
-        """(record, cost_us) of records whose wanted pieces have all been sent."""
-        rows = np.frombuffer(self.departures.next_seals(count_max), SEAL_ROW)
-        return list(zip(rows["record"].tolist(), rows["cost_us"].tolist(), strict=True))
+    def next_seals(self, count_max: int) -> Rows:
+        """Rows of SEAL, of records whose wanted pieces have all been sent."""
+        return np.frombuffer(self.departures.next_seals(count_max), SEAL_ROW)
+
+    def bytes_of(self, ranges: Rows) -> int:
+        """Bytes of pieces that the receiver has named, all of which were offered."""
+        table = self.source.table
+        total = 0
+        for number, layout in enumerate(table.layouts):
+            chosen = ranges[table.layout_numbers[ranges["record"]] == number]
+            ends = np.concatenate(([0], np.cumsum(layout.piece_sizes)))
+            first = chosen["first"].astype(np.int64)
+            total += int((ends[first + chosen["count"]] - ends[first]).sum())
+        return total
 
     # What has gone out
 
@@ -154,9 +153,10 @@ class Outgoing:
 
     def bytes_by_group(self) -> dict[str, int]:
         """Piece bytes that were sent, by the name of the record's group; groups without any are left out."""
-        totals: dict[str, int] = {}
+        table = self.source.table
         sent = np.frombuffer(self.departures.bytes_sent_by_record(), np.uint64)
-        for number in np.flatnonzero(sent).tolist():
-            name = self.records[number].layout.group.name
-            totals[name] = totals.get(name, 0) + int(sent[number])
+        totals: dict[str, int] = {}
+        for number, layout in enumerate(table.layouts):
+            if size_bytes := int(sent[table.layout_numbers == number].sum()):
+                totals[layout.group.name] = totals.get(layout.group.name, 0) + size_bytes
         return totals

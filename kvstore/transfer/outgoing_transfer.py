@@ -27,7 +27,7 @@ from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.report import TransferReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from kvstore.abc import Transport, TransportOptions
     from kvstore.pool import HandOver
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.settings import TransferSettings
-    from kvstore.transfer.source import Ids, Source
+    from kvstore.transfer.source import Costs, Ids, Source
 
 LOG = logging.getLogger("kvstore.transfer")
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -81,7 +81,7 @@ class OutgoingTransfer:
         self.deadline = Deadline(self.started_s + total_deadline_s)
         self._total_deadline_s = total_deadline_s
         self._on_end = on_end
-        rows, grids = offer_rows([(record.name, record.layout, record.header) for record in source.records])
+        rows, grids = offer_rows(source.table)
         flags = OfferFlag.HANDOVER if source.is_transient else OfferFlag(0)
         self.offer = Offer(
             path=source.path,
@@ -100,7 +100,7 @@ class OutgoingTransfer:
         self.change_count = 0
         self.stop = StopFlag()
         """Set to have native code return to where everything below is looked at."""
-        self.outgoing = Outgoing(source.records)
+        self.outgoing = Outgoing(source)
         self.handover: HandOver | None = None
         self.producer_finished_s: float | None = None
         self.failure: str | None = None
@@ -152,7 +152,7 @@ class OutgoingTransfer:
             self.outgoing.record_sealed(record, cost_us)
             self.notify()
 
-    def records_complete(self, first: int, costs_us: Sequence[int]) -> None:
+    def records_complete(self, first: int, costs_us: Costs) -> None:
         with self.changed:
             self.outgoing.records_complete(first, costs_us)
             self.notify()
@@ -190,7 +190,7 @@ class OutgoingTransfer:
         """Tell the observer of a frame's pieces. Any thread."""
         if self.observer is not None:
             for record, ids in parts:
-                layout = self.source.records[record].layout
+                layout = self.source.table.layout(record)
                 observe_layers(self.observer.piece_sent, layout, ids, start_s, end_s)
 
     # The thread
@@ -275,7 +275,7 @@ class OutgoingTransfer:
 
     def _report(self, committed: Committed, reconnects: int) -> TransferReport:
         now = time.monotonic()
-        offered = sum(len(record.layout.pieces) for record in self.source.records)
+        offered = int(self.source.table.by_layout(len(layout.pieces) for layout in self.source.table.layouts).sum())
         wanted = self._pieces_wanted or 0
         names = [group.name for group in self.spec.groups]
         if self.producer_finished_s is None:

@@ -339,8 +339,7 @@ class Session:
             elif header.kind is Kind.EXPOSE:
                 self._expose(Expose.parse(payload), attached)
             elif header.kind is Kind.SEAL:
-                for record, _, cost_us in Seal.parse(payload).rows.tolist():
-                    incoming.seal(record, cost_us)
+                incoming.seal(Seal.parse(payload).rows)
             else:
                 incoming.commit = Commit.parse(payload)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from kvstore._native import addresses_of
 from kvstore.errors import TransferError, WriteError
+from kvstore.pool import RecordArrays
 from kvstore.spec import ReuseRule
 from kvstore.transfer.pieces import pieces_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
     import numpy.typing as npt
 
     from kvstore.pool import BaseHold, HandOver, HeldRecord, NodePath, RecordName, TransactionRecord
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     Ids = npt.NDArray[np.int64]
     Checksums = npt.NDArray[np.uint32]
+    Costs = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class SourceListener(Protocol):
     def record_sealed(self, record: int, cost_us: int) -> None:
         """Every piece of a record has been reported."""
 
-    def records_complete(self, first: int, costs_us: Sequence[int]) -> None:
+    def records_complete(self, first: int, costs_us: Costs) -> None:
         """Records `first` and on may be sent as a whole; nothing more is said of them."""
 
     def finished(self, handover: HandOver | None) -> None:
@@ -75,27 +78,35 @@ class Source(ABC):
         salt: whose prefix it is.
         resume_tokens: lengths at which states are among the records, ascending.
         is_transient: the path's tail exists for a hand-over only.
-        records: in the order in which they should be sent.
+        table: the records, in the order in which they should be sent.
+        addresses: where each of them lies, `[n]`.
     """
 
     path: NodePath
     salt: bytes
     resume_tokens: tuple[int, ...]
     is_transient: bool
-    records: tuple[SourceRecord, ...]
+    table: RecordArrays
+    addresses: npt.NDArray[np.uint64]
+
+    @property
+    @abstractmethod
+    def records(self) -> tuple[SourceRecord, ...]:
+        """The records one by one."""
+
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether every record was committed before the transfer began."""
 
     @property
     def spec(self) -> ModelSpec:
         """The model that the records are of."""
-        return self.records[0].layout.spec
+        return self.table.layouts[0].spec
 
     @property
     def total_bytes(self) -> int:
-        return sum(pieces_bytes(record.layout) for record in self.records)
-
-    @property
-    def is_complete(self) -> bool:
-        return all(record.is_complete for record in self.records)
+        return int(self.table.by_layout(pieces_bytes(layout) for layout in self.table.layouts).sum())
 
     @abstractmethod
     def start(self, listener: SourceListener) -> None:
@@ -125,10 +136,22 @@ class LeaseSource(Source):
         self.salt = lease.salt
         self.resume_tokens = (lease.path.tokens,)
         self.is_transient = handover is not None and bool(lease.path.tail_ids)
-        self.records = _in_model_order([_source_record(record, is_complete=True) for record in lease.records])
+        arrays, addresses = lease.arrays
+        self._order = _model_order(arrays)
+        self.table = arrays.taken(self._order)
+        self.addresses = addresses[self._order]
+
+    @cached_property
+    def records(self) -> tuple[SourceRecord, ...]:
+        held = self._lease.records
+        return tuple(_source_record(held[number], is_complete=True) for number in self._order.tolist())
+
+    @property
+    def is_complete(self) -> bool:
+        return True
 
     def start(self, listener: SourceListener) -> None:
-        _report_complete(self.records, listener)
+        listener.records_complete(0, self.table.costs_us)
         listener.finished(self._handover)
 
     def close(self) -> None:
@@ -158,13 +181,27 @@ class WriterSource(Source):
         self.salt = writer.prompt.salt
         self.resume_tokens = tuple(writer.resume_at)
         self.is_transient = is_transient and bool(self.path.tail_ids)
-        held = _in_model_order([_source_record(record, is_complete=True) for record in transaction.held])
-        written = [_source_record(record, is_complete=False) for record in transaction.records]
-        self.records = (*held, *written)
+        first = [record.layout.span.layers[0] for record in transaction.held]
+        held = sorted(zip(first, transaction.held, strict=True), key=lambda each: (each[0], each[1].name))
+        written = transaction.records
+        self._records = (
+            *(_source_record(record, is_complete=True) for _, record in held),
+            *(_source_record(record, is_complete=False) for record in written),
+        )
         self._first_written = len(held)
+        self.table = RecordArrays.of((record.name, record.layout, record.header) for record in self._records)
+        self.addresses = addresses_of([record.memory for record in self._records])
+
+    @property
+    def records(self) -> tuple[SourceRecord, ...]:
+        return self._records
+
+    @property
+    def is_complete(self) -> bool:
+        return self._first_written == len(self._records)
 
     def start(self, listener: SourceListener) -> None:
-        _report_complete(self.records[: self._first_written], listener)
+        listener.records_complete(0, self.table.costs_us[: self._first_written])
         events = _WriterEvents(self._first_written, self.path.tokens, listener)
         self._writer.subscribe(events)
         if not self._writer.transaction.is_open and not events.has_ended:
@@ -205,15 +242,10 @@ def _source_record(record: HeldRecord | TransactionRecord, *, is_complete: bool)
     return SourceRecord(record.name, record.layout, record.memory, record.header, checksums, is_complete)
 
 
-def _in_model_order(records: list[SourceRecord]) -> tuple[SourceRecord, ...]:
+def _model_order(arrays: RecordArrays) -> npt.NDArray[np.int64]:
     """By first layer, then by position in the prompt: what a model needs first goes first."""
-    if not records:
-        return ()
-    return tuple(sorted(records, key=lambda record: (record.layout.span.layers[0], record.name)))
-
-
-def _report_complete(records: Sequence[SourceRecord], listener: SourceListener) -> None:
-    listener.records_complete(0, [record.header.cost_us for record in records])
+    first_layers = arrays.by_layout(layout.span.layers[0] for layout in arrays.layouts)
+    return np.lexsort((*reversed(arrays.names.table.T), first_layers))
 
 
 def check_source(source: Source) -> None:
@@ -222,10 +254,10 @@ def check_source(source: Source) -> None:
     Raises:
         TransferError: there is nothing to send.
     """
-    if not len(source.path) or not source.records:
+    table = source.table
+    if not len(source.path) or not len(table):
         raise TransferError("there is nothing to send: the prefix has no tokens or no records; send a hit")
-    for record in source.records:
-        if record.layout.group.rule is ReuseRule.STATE:
-            end_tokens = source.path.end_tokens(record.name.node)
-            if end_tokens not in source.resume_tokens:
-                raise TransferError(f"a state at {end_tokens} tokens is to be sent, which is no resume point")
+    is_state = table.by_layout(layout.group.rule is ReuseRule.STATE for layout in table.layouts) != 0
+    strays = table.end_tokens[is_state & ~np.isin(table.end_tokens, source.resume_tokens)]
+    if len(strays):
+        raise TransferError(f"a state at {strays[0]} tokens is to be sent, which is no resume point")

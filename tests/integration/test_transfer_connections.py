@@ -229,11 +229,11 @@ class Hand:
         self.store, self.endpoint = store, endpoint
         self.source = LeaseSource(store.read(match_all(store, IDS)))
         self.transfer = TransferId(random.getrandbits(60) + 1, 1)
-        self.outgoing = Outgoing(self.source.records)
-        self.outgoing.records_complete(0, [1] * len(self.source.records))
+        self.outgoing = Outgoing(self.source)
+        self.outgoing.records_complete(0, np.ones(len(self.source.records), np.uint64))
         self.links: list[FrameLink] = []
         self.first, _ = self.greet(TransferId(0, 0), 0)
-        rows, grids = offer_rows([(r.name, r.layout, r.header) for r in self.source.records])
+        rows, grids = offer_rows(self.source.table)
         offer = Offer(
             self.source.path, b"", (BIG_TOKENS,), grids, rows, self.source.total_bytes, 60_000, 128, OfferFlag.COMPLETE
         )
@@ -278,8 +278,8 @@ class Hand:
     def send_rest(self, link: FrameLink) -> None:
         while frame := self.frame():
             raw(link, frame)
-        while seals := self.outgoing.next_seals(100):
-            self.first.send(Kind.SEAL, self.transfer, self.generation, Seal.of(seals).pack())
+        while len(seals := self.outgoing.next_seals(100)):
+            self.first.send(Kind.SEAL, self.transfer, self.generation, Seal(seals).pack())
 
     def commit(self) -> None:
         self.first.send(Kind.COMMIT, self.transfer, self.generation, Commit(BIG_TOKENS).pack())

@@ -365,11 +365,11 @@ class RawPeer:
         self.lease = store.read(match_all(store, IDS))
         self.source: Source = LeaseSource(self.lease)
         self.transfer = transfer or TransferId(random.getrandbits(60) + 1, 1)
-        rows, grids = offer_rows([(r.name, r.layout, r.header) for r in self.source.records])
+        rows, grids = offer_rows(self.source.table)
         self.offer_payload = Offer(
             self.source.path, b"", (TOKENS,), grids, rows, self.source.total_bytes, 60_000, 128, OfferFlag.COMPLETE
         ).pack()
-        self.outgoing = Outgoing(self.source.records)
+        self.outgoing = Outgoing(self.source)
         for number, record in enumerate(self.source.records):
             self.outgoing.pieces_whole(number, np.arange(len(record.layout.pieces)))
             self.outgoing.record_sealed(number, 7)
@@ -461,8 +461,8 @@ class RawPeer:
         self.expose()
         while self.data():
             continue
-        while seals := self.outgoing.next_seals(100):
-            self.send(Kind.SEAL, Seal.of(seals).pack())
+        while len(seals := self.outgoing.next_seals(100)):
+            self.send(Kind.SEAL, Seal(seals).pack())
 
     def ending(self) -> tuple[Kind | None, str]:
         """What the receiver says last: an ABORT's reason, or nothing before it closes."""
@@ -890,7 +890,7 @@ def honest_stream(endpoint: Endpoint, source: kvstore.Store) -> bytes:
     peer.outgoing.want(np.array(ranges, WANT_RANGE), granted_bytes=1 << 40, is_again=False)
     while frame := peer.outgoing.next_frame(peer.transfer, 1, 4096, is_remote=False):
         stream += frame.header.pack() + b"".join(bytes(view) for view in frame.payload)
-    seals = Seal.of(peer.outgoing.next_seals(1000)).pack()
+    seals = Seal(peer.outgoing.next_seals(1000)).pack()
     for kind, payload in ((Kind.SEAL, seals), (Kind.COMMIT, Commit(TOKENS).pack())):
         stream += FrameHeader(kind, peer.transfer, 1, len(payload), payload_crc32c=crc32c(payload)).pack() + payload
     peer.source.close()
@@ -961,7 +961,7 @@ def test_intact_frames_in_any_order_do_no_harm(
                     elif choice == 1:
                         peer.expose()
                     elif choice == 2:
-                        peer.send(Kind.SEAL, Seal.of(peer.outgoing.next_seals(3)).pack())
+                        peer.send(Kind.SEAL, Seal(peer.outgoing.next_seals(3)).pack())
                     elif choice == 3:
                         peer.send(Kind.COMMIT, Commit(generator.choice([4, 32, TOKENS])).pack())
                     elif choice == 4:

@@ -14,6 +14,7 @@ from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
 from kvstore.errors import LeaseError, StoreClosedError, TransferError, TransferTooLargeError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_MAX
+from kvstore.pool import RecordArrays
 from kvstore.registry import transport_for
 from kvstore.testing.resources import leaves_nothing
 from kvstore.transfer import Endpoint, LeaseSource, Sender, TransferSettings, send_lease, send_writer
@@ -151,7 +152,7 @@ class Peer:
         self.transfer = TransferId(1234, 1)
         with lease_of(store) as lease:
             records = LeaseSource(lease).records
-            rows, grids = offer_rows([(record.name, record.layout, record.header) for record in records])
+            rows, grids = offer_rows(RecordArrays.of((record.name, record.layout, record.header) for record in records))
             total = sum(int(record.layout.piece_sizes.sum()) for record in records)
             self.offer = Offer(lease.path, b"", (TOKENS,), grids, rows, total, deadline_ms, 128, OfferFlag.COMPLETE)
         connection = transport_for(endpoint.address).connect(
@@ -295,8 +296,8 @@ def test_a_peer_sees_records_only_and_nothing_that_was_there_before(target: kvst
 
 def test_pieces_of_a_record_that_grows_are_carried(source: kvstore.Store) -> None:
     with lease_of(source) as lease:
-        records = LeaseSource(lease).records
-        outgoing = Outgoing(records)
+        sent = LeaseSource(lease)
+        records, outgoing = sent.records, Outgoing(sent)
         want = np.array([(number, 0, len(r.layout.pieces)) for number, r in enumerate(records)], WANT_RANGE)
         outgoing.want(want, granted_bytes=1 << 40, is_again=False)
         for number, record in enumerate(records):

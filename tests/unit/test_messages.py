@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvstore._native import crc32c
 from kvstore.errors import PeerMismatchError, ProtocolError, TransferError, WriteError
 from kvstore.limits import FRAME_HEADER_BYTES, FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, RECORD_BYTES_MAX, TOKEN_ID_MAX
-from kvstore.pool import HandOver, NodePath, RecordName
+from kvstore.pool import HandOver, NodePath, RecordArrays, RecordName
 from kvstore.record import RecordHeader, record_layout
 from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec, UnitRange
 from kvstore.transfer.frames import FLAG_REMOTE, FrameHeader, Kind, TransferId, parse_header
@@ -378,7 +378,7 @@ def small_offer(spec: ModelSpec) -> Offer:
         valid = spec.groups[group].valid_tokens(4, end)
         header = RecordHeader(path.key(node), path.parent(node), end, valid, bytes(32))
         records.append((RecordName(node, group, 0, units), record_layout(spec, group, 0, units), header))
-    rows, grids = offer_rows(records)
+    rows, grids = offer_rows(RecordArrays.of(records))
     return Offer(path, b"s", (8,), grids, rows, int(rows["size_bytes"].sum()), 1000, 128, OfferFlag.COMPLETE)
 
 
@@ -386,12 +386,13 @@ def test_an_offer_that_fits_the_spec_is_understood() -> None:
     spec = small_spec()
     offer = Offer.parse(memoryview(small_offer(spec).pack()))
     offered = check_offer(offer, spec)
-    assert [record.name for record in offered] == [
+    assert list(offered.names) == [
         RecordName(0, 0, 0, UnitRange(0, 2)),
         RecordName(1, 0, 0, UnitRange(0, 2)),
         RecordName(1, 1, 0, UnitRange(0, 2)),
     ]
-    assert [record.valid_tokens for record in offered] == [4, 4, 0]
+    assert offered.valid_tokens.tolist() == [4, 4, 0]
+    assert offered.end_tokens.tolist() == [4, 8, 8]
 
 
 @pytest.mark.parametrize(

@@ -133,15 +133,20 @@ void bind_arrivals(nb::module_& module) {
              "Count received bytes; the new grant if one is due.")
         .def("grant_window", &net::Arrivals::grant_window, "Grant the whole window anew; the bytes granted.")
         .def_prop_ro("consumed_bytes", &net::Arrivals::consumed_bytes)
-        .def("note_seal", &net::Arrivals::note_seal, nb::arg("record"),
-             "SEAL of a record; whether all its pieces are there.")
+        .def(
+            "note_seals",
+            [](net::Arrivals& arrivals, nb::handle records) {
+                const ValueBuffer buffer(records);
+                return arrivals.note_seals(buffer.values<std::uint32_t>("records"));
+            },
+            nb::arg("records"), "SEAL of records (uint32): those that were wanted and are all there by now.")
         .def(
             "pending",
             [](const net::Arrivals& arrivals, std::uint32_t record) {
                 const net::Pending pending = arrivals.pending(record);
-                return nb::make_tuple(pending.pieces, pending.unasked);
+                return nb::make_tuple(pending.pieces, pending.unasked, pending.is_seal_known);
             },
-            nb::arg("record"), "(pieces that have not arrived, those of them neither on the way nor asked for again)")
+            nb::arg("record"), "(pieces that have not arrived, those of them neither on the way nor asked for again, whether SEAL came)")
         .def("missing_ranges",
              [](const net::Arrivals& arrivals) {
                  const std::vector<net::PieceRange> ranges = arrivals.missing_ranges();

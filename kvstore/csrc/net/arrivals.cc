@@ -152,14 +152,19 @@ std::uint64_t Arrivals::consumed_bytes() const {
     return consumed_bytes_;
 }
 
-bool Arrivals::note_seal(std::uint32_t record) {
+std::vector<std::uint32_t> Arrivals::note_seals(std::span<const std::uint32_t> records) {
+    std::vector<std::uint32_t> complete;
     const std::scoped_lock lock(lock_);
-    Record* found = find(record);
-    if (found == nullptr) {
-        return false;
+    for (const std::uint32_t number : records) {
+        Record* found = find(number);
+        if (found != nullptr) {
+            found->is_seal_known = true;
+            if (found->left == 0) {
+                complete.push_back(number);
+            }
+        }
     }
-    found->is_seal_known = true;
-    return found->left == 0;
+    return complete;
 }
 
 bool Arrivals::is_complete(std::uint32_t record) const {
@@ -170,8 +175,9 @@ bool Arrivals::is_complete(std::uint32_t record) const {
 
 Pending Arrivals::pending(std::uint32_t record) const {
     const std::scoped_lock lock(lock_);
-    Pending pending{0, 0};
+    Pending pending{0, 0, false};
     if (const Record* found = find(record)) {
+        pending.is_seal_known = found->is_seal_known;
         pending.pieces = found->left;
         for (const State state : found->pieces) {
             pending.unasked += state == State::missing ? 1 : 0;

@@ -32,6 +32,7 @@ struct Settled {
 struct Pending {
     std::uint32_t pieces;   // that have not arrived
     std::uint32_t unasked;  // of these, pieces that are neither on the way nor asked for again
+    bool is_seal_known;
 };
 
 struct ArrivalCounts {
@@ -65,8 +66,8 @@ class Arrivals {
     std::uint64_t grant_window();
     std::uint64_t consumed_bytes() const;
 
-    // SEAL of a record that was wanted. True when all its pieces are there.
-    bool note_seal(std::uint32_t record);
+    // SEAL of records; those of them that were wanted and are all there.
+    std::vector<std::uint32_t> note_seals(std::span<const std::uint32_t> records);
     // True when a record is complete: every piece is there, and its SEAL.
     bool is_complete(std::uint32_t record) const;
     Pending pending(std::uint32_t record) const;
