@@ -63,7 +63,10 @@ class _Writing:
         return writing
 
     def moves(self) -> None:
+        """The process may write in the slots."""
+        before = self.moving.pop_all()
         self.moving.enter_context(self.transaction.moving())
+        before.close()
 
     def is_still(self) -> None:
         """Nothing moves in the slots any more, and nothing will."""
@@ -230,26 +233,38 @@ class Requests:
         if writing is None:
             raise WriteError("this writer has ended: its process was silent for too long, or it was aborted")
         transaction = writing.transaction
-        for record, cost_us in request.seals:
-            if record >= len(transaction.records):
-                raise AttachProtocolError(f"COMMIT seals record {record} of {len(transaction.records)}")
-            if transaction.joint is None or transaction.is_open:
-                transaction.accept_seal(record, cost_us, verify=self._verify)
-        if request.is_still:
-            writing.is_still()
         try:
+            self._accept_seals(request, transaction)
+            if request.is_still:
+                writing.is_still()
             if transaction.joint is not None:
                 self._commit_jointly(request, transaction, answer)
             else:
                 transaction.commit(request.upto_tokens, request.handover)
-        except BaseException:
-            if request.is_still and transaction.is_open:
+        except BaseException as error:
+            if transaction.joint is not None:
+                # Its process takes the party for ended: the others need not wait for it.
+                transaction.abort(f"its commit was refused: {error}")
+                if request.is_still:
+                    writing.is_still()
+            elif request.is_still and transaction.is_open:
                 writing.moves()
             self._drop_if_over(request.number, is_still=request.is_still)
             raise
         if transaction.joint is None:
             self._drop_if_over(request.number, is_still=request.is_still)
             answer(b"", None)
+
+    def _accept_seals(self, request: CommitRequest, transaction: Transaction) -> None:
+        for record, cost_us in request.seals:
+            if record >= len(transaction.records):
+                raise AttachProtocolError(f"COMMIT seals record {record} of {len(transaction.records)}")
+            try:
+                transaction.accept_seal(record, cost_us, verify=self._verify)
+            except WriteError:
+                if transaction.joint is None or transaction.is_open:
+                    raise
+                return  # another party gave up: the joint commit says so
 
     def _commit_jointly(
         self,

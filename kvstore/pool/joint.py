@@ -110,11 +110,19 @@ class JointCommits:
             raise error
 
     def offer(self, party: Party, handover: HandOver | None, ended: CommitEnd) -> None:
-        """A party is ready. The last one to come commits all of them."""
+        """A party is ready. The last one to come commits all of them.
+
+        Raises:
+            WriteError: it was offered before.
+        """
         joint = party.joint
         with self._lock:
             failure = joint.failure
             if failure is None:
+                if party.ended is not None:
+                    raise WriteError(
+                        f"party {party.name.index} of the joint commit {party.name.name!r} is being committed already"
+                    )
                 party.handover, party.ended = handover, ended
                 ready = [other for other in joint.parties.values() if other.ended is not None]
                 if len(ready) < party.name.count:

@@ -248,9 +248,12 @@ class Transaction(BaseTransaction):
         if self._party is None:
             raise WriteError("this writer is no party of a joint commit; name one with joint= when it begins")
         party, joints = self._party
-        if party.joint.failure is None:
+        try:
             with self._lock:
                 self._prepare(None, handover)
+        except WriteError:
+            if party.joint.failure is None:
+                raise  # else it is over for all parties, and `offer` says why
         joints.offer(party, handover, ended)
 
     def given_back(self, indices: Sequence[int]) -> None:

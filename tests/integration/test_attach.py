@@ -29,7 +29,7 @@ from kvstore.errors import (
     StoreClosedError,
     WriteError,
 )
-from kvstore.pool import HandOver
+from kvstore.pool import HandOver, Transaction
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all, put_tokens
@@ -238,6 +238,39 @@ def test_a_party_that_aborts_fails_all(path: str) -> None:
             first.answer()
         assert raised.value.kind == "JointCommitError"
         check_nothing_came(store)
+
+
+def test_a_party_that_commits_while_another_gives_up_is_told_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the owner looks at what it has sealed, say."""
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        other = store.write(IDS, shard=Shard(1, 2), joint="request")
+        accept_seal = Transaction.accept_seal
+
+        def overtaken(self: Transaction, index: int, cost_us: int, *, verify: bool) -> None:
+            other.abort("the test says so")
+            accept_seal(self, index, cost_us, verify=verify)
+
+        monkeypatch.setattr(Transaction, "accept_seal", overtaken)
+        with attached.write(IDS, shard=Shard(0, 2), joint="request") as writer:
+            put_all(writer)
+            with pytest.raises(JointCommitError, match="party 1 of 2 gave up: the test says so"):
+                writer.commit(deadline_s=DEADLINE_S)
+        check_nothing_came(store)
+
+
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_a_party_commits_once(path: str, is_attached: bool) -> None:
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        with (attached if is_attached else store).write(IDS, shard=Shard(0, 2), joint="request") as writer:
+            put_all(writer)
+            waiting = writer.commit_async()
+            with pytest.raises(WriteError, match="being committed already"):
+                writer.commit_async()
+            with store.write(IDS, shard=Shard(1, 2), joint="request") as other:
+                put_all(other)
+                other.commit(deadline_s=DEADLINE_S)
+            waiting.result(DEADLINE_S)
+        check_read(store)
 
 
 def test_a_party_that_is_killed_fails_all(path: str) -> None:
@@ -612,6 +645,22 @@ def test_pieces_are_verified_on_request(path: str) -> None:
         check_nothing_came(store)
         write(attached)
         check_read(store)
+
+
+def test_a_party_whose_commit_is_refused_fails_all(path: str) -> None:
+    with opened(path, verify=True) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        other = store.write(IDS, shard=Shard(1, 2), joint="request")
+        put_all(other)
+        waiting = other.commit_async()
+        with attached.write(IDS, shard=Shard(0, 2), joint="request") as writer:
+            put_all(writer)
+            record = writer.transaction.records[0]
+            record.memory[record.layout.pieces[0].offset] ^= 1
+            with pytest.raises(WriteError, match="damaged"):
+                writer.commit(deadline_s=DEADLINE_S)
+        with pytest.raises(JointCommitError, match="party 0 of 2 gave up: its commit was refused"):
+            waiting.result(DEADLINE_S)
+        check_nothing_came(store)
 
 
 def test_many_threads_share_a_connection(path: str) -> None:
