@@ -220,6 +220,8 @@ class Attachment:
                 self._recover(connection)
             if repeated:
                 owner.wanted(repeated, is_again=True, is_one_sided=self._is_one_sided)
+            if self._is_commit_sent and not owner.check_source():
+                continue  # what is sent again now is taken without another word from here
             if self._send_pieces():
                 continue
             with owner.changed:
@@ -232,7 +234,7 @@ class Attachment:
                     continue
             if len(seals):
                 link.send(Kind.SEAL, owner.transfer, self._generation, Seal(seals).pack())
-            elif commit is not None:
+            elif commit is not None and owner.check_source():
                 link.send(Kind.COMMIT, owner.transfer, self._generation, commit.pack())
 
     def _want_again(self, want: Want) -> int:

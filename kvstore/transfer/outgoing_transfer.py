@@ -170,6 +170,17 @@ class OutgoingTransfer:
                 self.failure = self.failure or reason
             self.notify()
 
+    def check_source(self) -> bool:
+        """Whether what was sent until now was what was offered; otherwise the transfer is given up."""
+        try:
+            self.source.check()
+        except KVStoreError as error:
+            with self.changed:
+                self.failure = self.failure or str(error)
+                self.notify()
+            return False
+        return True
+
     # Reports of an attachment, in this transfer's thread
 
     def wanted(self, pieces: int, *, is_again: bool, is_one_sided: bool) -> None:
@@ -262,7 +273,7 @@ class OutgoingTransfer:
         if self.cancelled is not None:
             return Abort(AbortCode.CANCELLED, self.cancelled)
         if self.failure is not None:
-            return Abort(AbortCode.SOURCE, f"the writer that produced the records gave up: {self.failure}")
+            return Abort(AbortCode.SOURCE, f"the records to send are not there any more: {self.failure}")
         if self.deadline.has_passed:
             return Abort(
                 AbortCode.DEADLINE, f"it did not end within its total deadline of {self._total_deadline_s:g} s"

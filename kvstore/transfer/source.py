@@ -116,6 +116,14 @@ class Source(ABC):
             WriteError: the records' writer has ended.
         """
 
+    def check(self) -> None:
+        """Raise unless all that was read of the memory until now was the records'. Asked before the commit is sent.
+
+        Raises:
+            LeaseError, StoreClosedError: the records were not kept in place until now.
+        """
+        return
+
     @abstractmethod
     def close(self) -> None:
         """The memory is not read any more. Idempotent."""
@@ -153,6 +161,10 @@ class LeaseSource(Source):
     def start(self, listener: SourceListener) -> None:
         listener.records_complete(0, self.table.costs_us)
         listener.finished(self._handover)
+
+    def check(self) -> None:
+        # An attached process's lease can end under it, and what is reused has checksums that hold.
+        self._lease.check()
 
     def close(self) -> None:
         self._lease.release()

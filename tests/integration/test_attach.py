@@ -27,12 +27,14 @@ from kvstore.errors import (
     QuarantineFullError,
     SpecError,
     StoreClosedError,
+    TransferAbortedError,
     WriteError,
 )
 from kvstore.pool import HandOver, Transaction
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all, put_tokens
+from kvstore.transfer import TransferObserver
 from tests.attached.driver import Worker, WorkerError, eventually, socket_folder, workers
 
 if TYPE_CHECKING:
@@ -364,6 +366,25 @@ def test_a_copy_that_was_overtaken_is_not_trusted(path: str) -> None:
         with pytest.raises(LeaseGoneError, match="expired"):
             lease.layer(1).copy_to(keys=target)
         lease.release()
+        check_read(attached)
+
+
+def test_a_lease_that_ends_while_it_is_sent_commits_nothing_elsewhere(path: str) -> None:
+    """What was sent may have been another prefix's bytes by then, with checksums that hold."""
+
+    class Expiring(TransferObserver):
+        def piece_sent(self, layer: int, size_bytes: int, start_s: float, end_s: float) -> None:
+            session.later(lambda: session._requests.end_term("the test says so"))
+            eventually(lambda: owner_of(store).processes()[0].leases == 0)
+
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached, kvstore.open(SPEC) as far:
+        write(store)
+        (session,) = owner_of(store)._sessions
+        sent = attached.send(attached.match([*IDS, 0]), far.listen("tcp://127.0.0.1:0").address, observer=Expiring())
+        with pytest.raises(TransferAbortedError, match=r"not there any more: the lease of 100 tokens expired"):
+            sent.result(DEADLINE_S)
+        assert not far.match([*IDS, 0])
+        eventually(lambda: far.statistics().reserved_bytes + far.statistics().quarantined_bytes == 0)
         check_read(attached)
 
 
