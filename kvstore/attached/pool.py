@@ -300,6 +300,9 @@ class AttachedPool(BasePool):
         with self._lock:
             self._transactions[begun.number] = transaction
         self._opened(begun.number)
+        if self._term.term != begun.term:
+            # The term ended before anybody could tell this writer, and the owner waits to hear that it is still.
+            transaction.expire(self.silence_reason)
         return transaction
 
     # Removing

@@ -12,7 +12,7 @@ from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldReques
 from kvstore.attached.frames import Kind
 from kvstore.attached.tables import PlacedRecord
 from kvstore.attached.writing import AbortRequest, BeginRequest, Begun, CommitRequest, MissingRequest, pack_numbers
-from kvstore.errors import AttachProtocolError, LeaseError, LeaseGoneError, PoolError, WriteError
+from kvstore.errors import AttachProtocolError, LeaseError, LeaseGoneError, PoolError, StaleSlotError, WriteError
 from kvstore.limits import ATTACHED_LEASES_MAX, ATTACHED_WRITERS_MAX
 
 if TYPE_CHECKING:
@@ -148,12 +148,20 @@ class Requests:
             raise PoolError(f"this process holds {ATTACHED_LEASES_MAX} leases, which is the limit; release some")
 
     def _held(self, hold: Hold) -> Held:
+        try:
+            placed = self._placed(hold.records)
+        except BaseException:
+            hold.release()
+            raise
         number = next(self._numbers)
         self._holds[number] = hold
-        return Held(number, self._page.term, hold.salt, hold.handover, self._placed(hold.records))
+        return Held(number, self._page.term, hold.salt, hold.handover, placed)
 
     def _placed(self, records: Sequence[HeldRecord | TransactionRecord]) -> tuple[PlacedRecord, ...]:
-        offsets = self._arena.locations([record.slot for record in records]).tolist()
+        try:
+            offsets = self._arena.locations([record.slot for record in records]).tolist()
+        except StaleSlotError as error:
+            raise LeaseGoneError("a record was found damaged while it was being leased; match again") from error
         return tuple(
             PlacedRecord(r.name, r.layout, r.header, r.slot, offset) for r, offset in zip(records, offsets, strict=True)
         )
@@ -211,12 +219,18 @@ class Requests:
             is_transient=request.is_transient,
             joint=request.joint,
         )
-        for record in transaction.records:
-            # What lay here before must not pass for what is to be written.
-            record.memory[: record.layout.header_bytes] = bytes(record.layout.header_bytes)
+        try:
+            for record in transaction.records:
+                # What lay here before must not pass for what is to be written.
+                record.memory[: record.layout.header_bytes] = bytes(record.layout.header_bytes)
+            reserved, there = self._placed(transaction.records), self._placed(transaction.held)
+            writing = _Writing.of(transaction)
+        except BaseException as error:
+            transaction.abort(f"it could not begin: {error}")
+            raise
         number = next(self._numbers)
-        self._writers[number] = _Writing.of(transaction)
-        return Begun(number, self._page.term, self._placed(transaction.records), self._placed(transaction.held)).pack()
+        self._writers[number] = writing
+        return Begun(number, self._page.term, reserved, there).pack()
 
     def _basis(self, slots: Sequence[Slot]) -> list[HeldRecord]:
         if not slots:

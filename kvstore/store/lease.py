@@ -102,7 +102,11 @@ class Lease:
         return Record(held.layout, memoryview(leased))
 
     def verify(self) -> list[HeldRecord]:
-        """Recompute every checksum; the records that are damaged."""
+        """Recompute every checksum; the records that are damaged.
+
+        Raises:
+            LeaseError: the lease was released, or expired meanwhile.
+        """
         self.check()
         damaged = []
         for held in self.records:
@@ -113,6 +117,7 @@ class Lease:
                 continue
             if header != held.header:
                 damaged.append(held)
+        self.check()  # what is reused meanwhile is not damaged
         return damaged
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 import stat
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,10 @@ import kvstore
 from kvstore.attached import AttachedPool, Owner
 from kvstore.attached.frames import HEADER_BYTES, Kind, frame, parse_header
 from kvstore.attached.messages import Hello
+from kvstore.attached.transaction import AttachedTransaction
 from kvstore.errors import (
     AttachError,
+    ChecksumError,
     JointCommitError,
     LeaseError,
     LeaseGoneError,
@@ -31,6 +34,7 @@ from kvstore.errors import (
     WriteError,
 )
 from kvstore.pool import HandOver, Transaction
+from kvstore.record import Record
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all, put_tokens
@@ -38,8 +42,9 @@ from kvstore.transfer import TransferObserver
 from tests.attached.driver import Worker, WorkerError, eventually, socket_folder, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
+    from kvstore.abc import Slot
     from kvstore.store import Store
 
 SPEC = hybrid(16)
@@ -386,6 +391,71 @@ def test_a_lease_that_ends_while_it_is_sent_commits_nothing_elsewhere(path: str)
         assert not far.match([*IDS, 0])
         eventually(lambda: far.statistics().reserved_bytes + far.statistics().quarantined_bytes == 0)
         check_read(attached)
+
+
+def test_a_term_that_ends_while_a_writer_begins(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process learns of it before it knows of the writer; the owner must still be told that nothing moves."""
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        assert isinstance(attached.pool, AttachedPool)
+        (session,) = owner_of(store)._sessions
+        told = threading.Event()
+        expired = attached.pool.expired
+
+        def hear(term: int, reason: str) -> None:
+            expired(term, reason)
+            told.set()
+
+        def begin_late(*arguments: Any) -> AttachedTransaction:
+            session.later(session._expire)
+            assert told.wait(DEADLINE_S)
+            return AttachedTransaction(*arguments)
+
+        monkeypatch.setattr(attached.pool, "expired", hear)
+        monkeypatch.setattr("kvstore.attached.pool.AttachedTransaction", begin_late)
+        writer = attached.write(IDS)
+        with pytest.raises(WriteError, match="silent"):
+            put_all(writer)
+        eventually(lambda: store.statistics().quarantined_bytes == 0)
+        assert owner_of(store).processes()[0].writers == 0
+
+
+def test_damage_found_while_records_are_being_leased(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun for the process and it never heard of must not stay held for it."""
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        (session,) = owner_of(store)._sessions
+        arena, key = session._requests._arena, store.prompt(IDS).path.key(0)
+        locations = arena.locations
+
+        def condemn_first(slots: Iterable[Slot]) -> Any:
+            store.pool.condemn(key, is_state=False)
+            return locations(slots)
+
+        for ask in (lambda: attached.read(attached.match([*IDS, 0])), lambda: attached.write([*IDS, *IDS])):
+            write(store)
+            with monkeypatch.context() as patch:
+                patch.setattr(arena, "locations", condemn_first)
+                with pytest.raises(LeaseGoneError, match="found damaged"):
+                    ask()
+            (state,) = owner_of(store).processes()
+            assert (state.leases, state.writers) == (0, 0)
+            assert store.statistics().reserved_bytes == store.statistics().quarantined_bytes == 0
+
+
+def test_what_is_reused_is_not_taken_for_damage(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        write(store)
+        lease = attached.read(attached.match([*IDS, 0]))
+        (session,) = owner_of(store)._sessions
+
+        def reused(self: Record) -> None:
+            session.later(lambda: session._requests.end_term("the test says so"))
+            eventually(lambda: owner_of(store).processes()[0].leases == 0)
+            raise ChecksumError("other bytes")
+
+        monkeypatch.setattr(Record, "verify", reused)
+        with pytest.raises(LeaseGoneError, match="expired"):
+            lease.verify()
+        assert store.statistics().damaged_records == 0
 
 
 def test_a_killed_worker_leaves_nothing(path: str) -> None:
