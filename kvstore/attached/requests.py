@@ -226,7 +226,10 @@ class Requests:
             reserved, there = self._placed(transaction.records), self._placed(transaction.held)
             writing = _Writing.of(transaction)
         except BaseException as error:
+            failure = transaction.joint_failure
             transaction.abort(f"it could not begin: {error}")
+            if failure is not None:
+                raise failure from error
             raise
         number = next(self._numbers)
         self._writers[number] = writing

@@ -34,6 +34,11 @@ class Party:
     handover: HandOver | None = None
     ended: CommitEnd | None = None
 
+    @property
+    def failure(self) -> JointCommitError | None:
+        """Why the joint commit has failed, if it has."""
+        return None if self.joint.failure is None else _failed(self.name, self.joint.failure)
+
 
 @dataclass(eq=False)
 class _Joint:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from kvstore._native import WriteSet
     from kvstore.abc import Slot
+    from kvstore.errors import JointCommitError
     from kvstore.pool.held import HeldRecord, PlacedRows, TransactionRecord
     from kvstore.pool.joint import JointCommits, Party
     from kvstore.pool.path import HandOver, NodePath, RecordPlace
@@ -106,6 +107,11 @@ class Transaction(BaseTransaction):
     def joint(self) -> JointName | None:
         """The joint commit that this is a party of."""
         return self._party[0].name if self._party is not None else None
+
+    @property
+    def joint_failure(self) -> JointCommitError | None:
+        """Why the joint commit that this is a party of has failed, if it has."""
+        return self._party[0].failure if self._party is not None else None
 
     def __del__(self) -> None:
         if getattr(self, "_end_reason", "it was never begun") is None:
@@ -252,7 +258,7 @@ class Transaction(BaseTransaction):
             with self._lock:
                 self._prepare(None, handover)
         except WriteError:
-            if party.joint.failure is None:
+            if party.failure is None:
                 raise  # else it is over for all parties, and `offer` says why
         joints.offer(party, handover, ended)
 

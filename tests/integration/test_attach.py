@@ -33,7 +33,7 @@ from kvstore.errors import (
     TransferAbortedError,
     WriteError,
 )
-from kvstore.pool import HandOver, Transaction
+from kvstore.pool import HandOver, Pool, Transaction
 from kvstore.record import Record
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
@@ -262,6 +262,22 @@ def test_a_party_that_commits_while_another_gives_up_is_told_so(path: str, monke
             put_all(writer)
             with pytest.raises(JointCommitError, match="party 1 of 2 gave up: the test says so"):
                 writer.commit(deadline_s=DEADLINE_S)
+        check_nothing_came(store)
+
+
+def test_a_party_that_begins_while_another_gives_up_is_told_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        other = store.write(IDS, shard=Shard(1, 2), joint="request")
+        begin = Pool.begin
+
+        def overtaken(self: Pool, *arguments: Any, **options: Any) -> Transaction:
+            transaction = begin(self, *arguments, **options)
+            other.abort("the test says so")
+            return transaction
+
+        monkeypatch.setattr(Pool, "begin", overtaken)
+        with pytest.raises(JointCommitError, match="party 1 of 2 gave up: the test says so"):
+            attached.write(IDS, shard=Shard(0, 2), joint="request")
         check_nothing_came(store)
 
 
