@@ -112,6 +112,10 @@ class Tier(ABC):
 
     # In bulk: what a prompt needs, in one call. Overridden where one call is cheaper than many.
 
+    def views(self, slots: Iterable[Slot]) -> list[memoryview]:
+        """`view` of each of these pinned slots; raises as it does."""
+        return [self.view(slot) for slot in slots]
+
     def allocate_all(self, sizes_bytes: Sequence[int]) -> list[Slot] | None:
         """Space for several records, in order, or None and nothing taken.
 

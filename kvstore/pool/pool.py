@@ -197,7 +197,7 @@ class Pool(BasePool):
         return hold
 
     def _views(self, slots: Sequence[Slot]) -> list[memoryview]:
-        return [self._tier.view(slot) for slot in slots]
+        return self._tier.views(slots)
 
     def check_current(self, hold: BaseHold) -> None:
         """Raise unless the records of a hold are still what the index would give out.

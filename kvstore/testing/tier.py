@@ -355,6 +355,18 @@ class TierConformance:
         view[PAGE] ^= 0xFF
         assert read(view_tier, slot) == bytes(view)
 
+    def test_views_of_many_are_those_of_each(self, view_tier: Tier) -> None:
+        slots = [taken(view_tier, pages * PAGE) for pages in (1, 2, 1)]
+        view_tier.pin_all(slots)
+        for number, view in enumerate(view_tier.views(slots), 1):
+            view[:] = bytes([number]) * view.nbytes
+        contents = [bytes(view_tier.view(slot)) for slot in slots]
+        assert contents == [bytes([number]) * slot.size_bytes for number, slot in enumerate(slots, 1)]
+        view_tier.free(slots[1])
+        with pytest.raises(StaleSlotError):
+            view_tier.views(slots)
+        view_tier.unpin_all(slots)
+
     def test_late_writes_into_a_quarantined_view_reach_nobody(self, view_tier: Tier) -> None:
         slot = taken(view_tier, PAGE)
         view_tier.pin(slot)

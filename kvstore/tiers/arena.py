@@ -240,6 +240,12 @@ class ArenaTier(Tier):
         begin = self._arena.location(slot, must_be_pinned=False)
         return self.memory[begin : begin + slot.size_bytes]
 
+    def views(self, slots: Iterable[Slot]) -> list[memoryview]:
+        slots = list(slots)
+        memory = self.memory
+        begins = self._arena.locations(slots).tolist()
+        return [memory[begin : begin + slot[2]] for begin, slot in zip(begins, slots, strict=True)]
+
     def close(self) -> None:
         # Views that a caller still holds keep the mapping; nothing is unmapped under them.
         self._arena.close()

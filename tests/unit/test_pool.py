@@ -757,9 +757,11 @@ class FailingTier(ArenaTier):
         self._count()
         super().pin_all(slots)
 
-    def view(self, slot: Slot) -> memoryview:
-        self._count()
-        return super().view(slot)
+    def views(self, slots: Iterable[Slot]) -> list[memoryview]:
+        slots = list(slots)
+        for _ in slots:
+            self._count()
+        return super().views(slots)
 
 
 def test_a_tier_that_fails_costs_nothing() -> None:
