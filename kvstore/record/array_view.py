@@ -10,6 +10,7 @@ import numpy as np
 from kvstore.errors import WriteError
 
 if TYPE_CHECKING:
+    from kvstore.errors import KVStoreError
     from kvstore.spec import DType
 
 
@@ -48,7 +49,7 @@ def address_of(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
 
 
-def view_array(array: Any, dtype: DType, what: str) -> ArrayView:
+def view_array(array: Any, dtype: DType, what: str, error: type[KVStoreError] = WriteError) -> ArrayView:
     """Look at an array without copying it.
 
     Args:
@@ -56,25 +57,27 @@ def view_array(array: Any, dtype: DType, what: str) -> ArrayView:
         dtype: the type that it must have. NumPy has no bfloat16 or float8; there unsigned integers of the
             same width are taken.
         what: names the array in errors.
+        error: which error is raised.
 
     Raises:
-        WriteError: another type, or memory that the host cannot address.
+        `error`: another type, or memory that the host cannot address.
     """
     if hasattr(array, "data_ptr"):
-        return _view_torch(array, dtype, what)
+        return _view_torch(array, dtype, what, error)
     if not isinstance(array, np.ndarray):
         try:
             # Only what shares its memory: a copy made here would swallow what is written into it.
             array = np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(memoryview(array))
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        except (BufferError, RuntimeError, TypeError, ValueError) as cause:
             found = type(array).__name__
-            raise WriteError(
-                f"{what} is of type {found}, no array in host memory that can be viewed: {error}"
-            ) from error
+            raise error(
+                f"{what} is of type {found}, no array in host memory that can be viewed ({cause}); pass a NumPy array, "
+                "a torch tensor on the CPU, or an object with __dlpack__"
+            ) from cause
     # ml_dtypes and the libraries that use it give NumPy a bfloat16 and float8 of their own.
     is_other_name = not dtype.is_native and array.dtype.name == dtype.label
     if array.dtype != dtype.storage and not is_other_name:
-        raise WriteError(
+        raise error(
             f"{what} has type {array.dtype.name if array.dtype.isnative else array.dtype.str}, "
             f"the spec says {dtype.label}"
             + ("" if dtype.is_native else f" (in NumPy: {dtype.storage.name})")
@@ -83,14 +86,14 @@ def view_array(array: Any, dtype: DType, what: str) -> ArrayView:
     return ArrayView(array.ctypes.data, array.shape, array.strides, dtype, array.flags.writeable, array)
 
 
-def _view_torch(tensor: Any, dtype: DType, what: str) -> ArrayView:
+def _view_torch(tensor: Any, dtype: DType, what: str, error: type[KVStoreError]) -> ArrayView:
     if tensor.device.type != "cpu":
-        raise WriteError(f"{what} is on device {tensor.device}; copy it to the host first, as the adapters do")
+        raise error(f"{what} is on device {tensor.device}; copy it to the host first, as the adapters do")
     found = str(tensor.dtype).removeprefix("torch.")
     if found != dtype.label:
-        raise WriteError(f"{what} has type {found}, the spec says {dtype.label}; convert it, or correct the spec")
+        raise error(f"{what} has type {found}, the spec says {dtype.label}; convert it, or correct the spec")
     if str(tensor.layout) != "torch.strided" or tensor.is_neg():
-        raise WriteError(f"{what} is sparse or lazily negated; pass a plain tensor, such as .to_dense().resolve_neg()")
+        raise error(f"{what} is sparse or lazily negated; pass a plain tensor, such as .to_dense().resolve_neg()")
     size = tensor.element_size()
     strides = tuple(step * size for step in tensor.stride())
     return ArrayView(tensor.data_ptr(), tuple(tensor.shape), strides, dtype, True, tensor)

@@ -31,12 +31,11 @@ def check_array(
     """View a worker's tensor after checking type and shape.
 
     Raises:
-        WriteError: another type.
-        `error`: the shape is not `[rows, tokens, *inner]` (or `[rows, *inner]`), the inner axes have gaps, or
-            rows or tokens overlap.
+        `error`: another type, or a shape that is not `[rows, tokens, *inner]` (or `[rows, *inner]`); the inner axes
+            have gaps, or rows or tokens overlap.
     """
     tensor = group.tensors[tensor_index]
-    view = view_array(array, tensor.dtype, what)
+    view = view_array(array, tensor.dtype, what, error)
     expected = tensor.shape(local_rows(group, tensor_index, shard), tokens)
     if view.shape != expected:
         raise error(f"{what} has shape {list(view.shape)}, expected {list(expected)} ({_axes(tensor.has_tokens)})")

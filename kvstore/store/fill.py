@@ -29,8 +29,7 @@ def host_view(
     """As `check_array`, for arrays that the native copy can walk.
 
     Raises:
-        WriteError: another type.
-        `error`: another shape, or rows and tokens that overlap.
+        `error`: another type, another shape, or rows and tokens that overlap.
     """
     view = check_array(array, group, tensor_index, shard, tokens, what, error)
     row_bytes = group.tensors[tensor_index].row_bytes

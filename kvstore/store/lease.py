@@ -224,8 +224,7 @@ class LayerView:
             tensors: writable host arrays by the spec's tensor names, of the shape that `shape` gives.
 
         Raises:
-            LeaseError: the lease was released, or a shape is wrong or an array read-only.
-            WriteError: an array has the wrong type.
+            LeaseError: the lease was released, or an array has the wrong shape or type or is read-only.
         """
         self._lease.check()
         plans = []
@@ -235,7 +234,7 @@ class LayerView:
             cache_group = self._lease.spec.groups[group]
             view = host_view(array, cache_group, index, self._lease.shard, self._tokens(group), what, LeaseError)
             if not view.is_writable:
-                raise LeaseError(f"{what} is read-only")
+                raise LeaseError(f"{what} is read-only; pass an array that may be written")
             plans.append(self._plan(group, index, view))
         plan = join_plans(plans, 6)
         size_bytes = plan_bytes(plan)
