@@ -88,7 +88,7 @@ def _receive(case: Case, congestion: str) -> None:
     options = TransportOptions(congestion_control=None if congestion == "default" else congestion)
     with (
         kvstore.open(case.spec(), dram=_capacity(case)) as store,
-        Endpoint(store.pool, "tcp://127.0.0.1:0", options=options) as endpoint,
+        Endpoint(store.pool, "tcp://127.0.0.1:0", transport=options) as endpoint,
     ):
         print(endpoint.address, flush=True)
         path = store.prompt(_ids(case)).path

@@ -120,6 +120,7 @@ TRANSFER_DEADLINE_MAX_S = 3600.0
 """The longest total deadline: what a peer may keep reserved without committing it is bounded."""
 TRANSFER_PRIORITY_MAX = 255
 """Priorities are one byte; 0 goes first."""
+TRANSFER_PRIORITY_DEFAULT = 128
 OUTCOME_GRACE_S = 60.0
 """How long both sides remember how a transfer ended, so that COMMIT is idempotent."""
 OUTCOMES_MAX = 4096

@@ -45,11 +45,11 @@ def transport_for(address: str) -> Transport:
     """The transport of an address such as `tcp://10.0.0.2:7400`. Any thread may call.
 
     Raises:
-        AddressError: there is no scheme, or no transport for it.
+        AddressError: it is no str, there is no scheme, or no transport for it.
         UnavailableError: the transport cannot be loaded, or does not work on this machine.
     """
     schemes = ", ".join(f"{scheme}://" for scheme in _known(TRANSPORT_GROUP))
-    match = _SCHEME.match(address)
+    match = _SCHEME.match(address) if isinstance(address, str) else None
     if match is None:
         raise AddressError(f"{address!r} names no transport; begin it with one of {schemes}")
     scheme = match[1].lower()

@@ -10,8 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvstore.attached import AttachedPool, Owner
-from kvstore.errors import LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
-from kvstore.limits import ATTACH_DEADLINE_S, CHECKPOINTS_PER_WRITE_MAX
+from kvstore.errors import AttachError, LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
+from kvstore.limits import (
+    ATTACH_DEADLINE_S,
+    ATTACHED_SILENCE_S,
+    CHECKPOINTS_PER_WRITE_MAX,
+    TRANSFER_PRIORITY_DEFAULT,
+)
 from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
 from kvstore.pool.plan import grid_digest
 from kvstore.record import slot_sizes_bytes
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
-    from kvstore.transfer import Endpoint, Sender, TransferReport
+    from kvstore.transfer import Endpoint, Sender, TransferObserver, TransferReport, TransferSettings
 
 DRAM_DEFAULT = "1GiB"
 
@@ -58,7 +63,9 @@ def open_store(
     checkpoints: CheckpointPolicy | None = None,
     socket: str | None = None,
     arena: str | None = None,
-    **owner: Any,
+    allow_uids: Iterable[int] = (),
+    silence_s: float = ATTACHED_SILENCE_S,
+    verify: bool = False,
 ) -> Store:
     """Open a store in this process; also `kvstore.open`.
 
@@ -70,18 +77,27 @@ def open_store(
         checkpoints: suggests where to take states; a halving ladder by default.
         socket: path of a Unix socket at which other processes of this host attach, with `kvstore.attach`.
         arena: name of the shared memory in `/dev/shm`; by default it has none, and goes with the last process.
-        owner: how processes attach: `allow_uids`, `silence_s`, `verify`; see `kvstore.attached.Owner`.
+        allow_uids: users that may attach besides this process's own and root. They can read and write the arena.
+        silence_s: an attached process that is silent for longer loses its leases and writers.
+        verify: recompute the checksum of every piece that an attached process wrote before it is committed.
 
     Raises:
         ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
-        one record fits. AttachError: another owner serves the socket, or it cannot be made.
+        one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
+        argument says how processes attach.
         ValueError: `dram` is not a size.
     """
+    allow_uids = tuple(allow_uids)
+    is_owner_told = bool(allow_uids) or silence_s != ATTACHED_SILENCE_S or verify
+    if socket is None and is_owner_told:
+        raise AttachError("allow_uids=, silence_s= and verify= are for attached processes; pass socket= as well")
     sizes = slot_sizes_bytes(spec)
     tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=sizes[-1], slot_sizes_bytes=sizes)
     try:
         pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
-        return Store(pool, Owner(pool, tier, socket, **owner) if socket is not None else None)
+        if socket is None:
+            return Store(pool)
+        return Store(pool, Owner(pool, tier, socket, allow_uids=allow_uids, silence_s=silence_s, verify=verify))
     except BaseException:
         tier.close()
         raise
@@ -390,17 +406,32 @@ class Store:
 
     # Other nodes
 
-    def listen(self, address: str, **options: Any) -> Endpoint:
+    def listen(
+        self,
+        address: str,
+        *,
+        transport: TransportOptions | None = None,
+        settings: TransferSettings | None = None,
+        observer: TransferObserver | None = None,
+    ) -> Endpoint:
         """Receive transfers from other nodes: `listen("tcp://0.0.0.0:7400")`. Closed with the store.
 
+        Args:
+            address: `tcp://host:port`; port 0 lets the system choose, and the endpoint's `address` says which.
+            transport: pacing and congestion control of the connections.
+            settings: deadlines and limits.
+            observer: told of each layer's bytes as they arrive.
+
         Raises:
-            AddressError: the address is malformed, in use, or names no transport. StoreClosedError: closed.
+            AddressError: the address is malformed, in use, or names no transport. UnavailableError: the transport
+            does not work here, or cannot do what `transport` asks. TransferError: an option of another type.
+            StoreClosedError: closed.
         """
         from kvstore.transfer import Endpoint
 
         with self._lock:
             self.check_open()
-            endpoint = Endpoint(self.pool, address, **options)
+            endpoint = Endpoint(self.pool, address, transport=transport, settings=settings, observer=observer)
             self._endpoints.add(endpoint)
             return endpoint
 
@@ -411,28 +442,44 @@ class Store:
         *,
         handover: HandOver | None = None,
         transport: TransportOptions | None = None,
-        **options: Any,
+        total_deadline_s: float | None = None,
+        priority: int = TRANSFER_PRIORITY_DEFAULT,
+        observer: TransferObserver | None = None,
     ) -> Handle[TransferReport]:
         """Send a resume point to another node; only what is missing there crosses.
 
         The handle resolves when the other node has committed it. `cancel()` aborts on both sides.
 
+        Args:
+            match: what to send: the whole resume point.
+            address: where the receiver listens, `tcp://host:port`.
+            handover: makes it a hand-over: a process there decodes on, after `accept`.
+            transport: pacing and congestion control of the connections.
+            total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
+            priority: 0 (first) to 255, for receivers that queue.
+            observer: told of each layer's bytes as they leave.
+
         Raises:
-            LeaseGoneError: it was evicted since it was matched. AddressError: no such address.
+            LeaseGoneError: it was evicted since it was matched. LeaseError: the match is a miss.
+            AddressError, UnavailableError: no transport for this address. TransferError: an option that is out of its
+            limits, or of another type; too many transfers. The handle fails as that of `kvstore.transfer.Sender.send`.
         """
         from kvstore.transfer import send_lease
 
-        sender = self._own_sender()
-        return send_lease(self.read(match), address, handover=handover, transport=transport, sender=sender, **options)
+        sender = self.own_sender()
+        return send_lease(
+            self.read(match),
+            address,
+            handover=handover,
+            transport=transport,
+            total_deadline_s=total_deadline_s,
+            priority=priority,
+            observer=observer,
+            sender=sender,
+        )
 
-    def _send_writer(
-        self, writer: Writer, address: str, *, transport: TransportOptions | None = None, **options: Any
-    ) -> Handle[TransferReport]:
-        from kvstore.transfer import send_writer
-
-        return send_writer(writer, address, transport=transport, sender=self._own_sender(), **options)
-
-    def _own_sender(self) -> Sender:
+    def own_sender(self) -> Sender:
+        """For `Writer`: who sends for this store; begun when it is first asked for."""
         from kvstore.transfer import Sender
 
         with self._lock:

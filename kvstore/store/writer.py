@@ -11,7 +11,7 @@ import numpy as np
 
 from kvstore.errors import DeadlineError, WriteError
 from kvstore.handle import Handle
-from kvstore.limits import JOINT_COMMIT_DEADLINE_S
+from kvstore.limits import JOINT_COMMIT_DEADLINE_S, TRANSFER_PRIORITY_DEFAULT
 from kvstore.spec import ReuseRule
 from kvstore.store.fill import (
     SpanRecords,
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kvstore.abc import TransportOptions
     from kvstore.pool import BaseTransaction, HandOver, Prompt
     from kvstore.record.array_view import ArrayView
     from kvstore.spec import ModelSpec, Shard
     from kvstore.store.lease import Lease
     from kvstore.store.store import Store
-    from kvstore.transfer import TransferReport
+    from kvstore.transfer import TransferObserver, TransferReport
 
 
 class WriteListener(Protocol):
@@ -298,9 +299,37 @@ class Writer:
                         put = TensorPut(span, layer, group, index, view, what)
                         self._put_tokens([put], start, lease.tokens, 0.0)
 
-    def send(self, address: str, **options: Any) -> Handle[TransferReport]:
-        """Stream the prompt's resume point to another node while it is written; see `Store.send`."""
-        return self._store._send_writer(self, address, **options)
+    def send(
+        self,
+        address: str,
+        *,
+        is_transient: bool = False,
+        transport: TransportOptions | None = None,
+        total_deadline_s: float | None = None,
+        priority: int = TRANSFER_PRIORITY_DEFAULT,
+        observer: TransferObserver | None = None,
+    ) -> Handle[TransferReport]:
+        """Stream the prompt's resume point to another node while it is written; call it before the first `put`.
+
+        Args:
+            is_transient: at the receiver the prompt's tail disappears once its hand-over was claimed.
+            address, transport, total_deadline_s, priority, observer: as `Store.send`.
+
+        Raises:
+            WriteError: the writer has ended. Otherwise as `Store.send`.
+        """
+        from kvstore.transfer import send_writer
+
+        return send_writer(
+            self,
+            address,
+            is_transient=is_transient,
+            transport=transport,
+            total_deadline_s=total_deadline_s,
+            priority=priority,
+            observer=observer,
+            sender=self._store.own_sender(),
+        )
 
     def commit(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
-from kvstore.errors import DeadlineError, PeerGoneError, TransportError
+from kvstore.errors import DeadlineError, PeerGoneError, TransferError, TransportError
 from kvstore.registry import transport_for
 from kvstore.transfer.attachment import ABORT_DEADLINE_S
 from kvstore.transfer.inbox import Inbox
@@ -38,7 +38,7 @@ class Endpoint:
     Args:
         pool: where records go; the endpoint does not close it.
         address: where to listen; port 0 lets the system choose.
-        options: of the connections.
+        transport: pacing and congestion control of the connections.
         settings: deadlines and limits.
         observer: told of each layer's bytes as they arrive.
         boot_epoch: this run of the node; by default a new random one.
@@ -47,6 +47,7 @@ class Endpoint:
     Raises:
         AddressError: malformed, in use, or of no installed transport.
         UnavailableError: the transport does not work here.
+        TransferError: an option has another type.
     """
 
     def __init__(
@@ -54,14 +55,18 @@ class Endpoint:
         pool: BasePool,
         address: str,
         *,
-        options: TransportOptions | None = None,
+        transport: TransportOptions | None = None,
         settings: TransferSettings | None = None,
         observer: TransferObserver | None = None,
         boot_epoch: int | None = None,
         find_transport: Callable[[str], Transport] = transport_for,
     ) -> None:
+        if not isinstance(transport, TransportOptions | None):
+            raise TransferError(f"transport={transport!r} is no kvstore.TransportOptions; pass one, or None")
+        if not isinstance(settings, TransferSettings | None):
+            raise TransferError(f"settings={settings!r} is no kvstore.transfer.TransferSettings; pass one, or None")
         self.settings = settings or TransferSettings()
-        self._listener = find_transport(address).listen(address, options or TransportOptions())
+        self._listener = find_transport(address).listen(address, transport or TransportOptions())
         self._inbox = Inbox(pool, self.settings, boot_epoch or new_boot_epoch(), observer)
         self._lock = threading.Lock()
         self._sessions: dict[Session, threading.Thread] = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvstore.abc import TransportOptions
 from kvstore.errors import StoreClosedError, TransferError
-from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_MAX
+from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_DEFAULT, TRANSFER_PRIORITY_MAX
+from kvstore.pool import HandOver
 from kvstore.registry import transport_for
 from kvstore.transfer.frames import TransferId
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Transport
     from kvstore.handle import Handle
-    from kvstore.pool import BaseHold, HandOver
+    from kvstore.pool import BaseHold
     from kvstore.store.lease import Lease
     from kvstore.store.writer import Writer
     from kvstore.transfer.report import TransferObserver, TransferReport
@@ -63,9 +64,9 @@ class Sender:
         source: Source,
         address: str,
         *,
-        options: TransportOptions | None = None,
+        transport: TransportOptions | None = None,
         total_deadline_s: float | None = None,
-        priority: int = 128,
+        priority: int = TRANSFER_PRIORITY_DEFAULT,
         observer: TransferObserver | None = None,
         find_transport: Callable[[str], Transport] = transport_for,
     ) -> Handle[TransferReport]:
@@ -74,7 +75,7 @@ class Sender:
         Args:
             source: what to send; the transfer closes it, also when this raises.
             address: where the receiver listens, `tcp://host:port`.
-            options: pacing and congestion control of the connection.
+            transport: pacing and congestion control of the connection.
             total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
             priority: 0 (first) to 255, for receivers that queue.
             observer: told of each layer's bytes as they leave.
@@ -88,20 +89,20 @@ class Sender:
 
         Raises:
             TransferError: nothing to send, too many transfers at once, a priority or total deadline beyond its
-                limit, or the system has no thread for it. StoreClosedError: closed.
+                limit, an option of another type, or the system has no thread for it. StoreClosedError: closed.
             WriteError: what writes the source has ended.
             AddressError, UnavailableError: no transport for this address.
         """
         try:
             check_source(source)
-            _check_options(priority, total_deadline_s)
+            _check_options(transport, priority, total_deadline_s)
             transfer = OutgoingTransfer(
                 TransferId(self.boot_epoch, next(self._counter)),
                 source,
                 source.spec,
                 find_transport(address),
                 address,
-                options or TransportOptions(),
+                transport or TransportOptions(),
                 self.settings,
                 total_deadline_s=total_deadline_s,
                 priority=priority,
@@ -147,13 +148,19 @@ class Sender:
             transfer.join(CLOSE_DEADLINE_S)
 
 
-def _check_options(priority: int, total_deadline_s: float | None) -> None:
-    """Raises `TransferError` for a value that an offer cannot carry."""
+def _check_options(transport: TransportOptions | None, priority: int, total_deadline_s: float | None) -> None:
+    """Raises `TransferError` for a value that an offer cannot carry, or of another type."""
+    if not isinstance(transport, TransportOptions | None):
+        raise TransferError(f"transport={transport!r} is no kvstore.TransportOptions; pass one, or None")
     if not isinstance(priority, int) or not 0 <= priority <= TRANSFER_PRIORITY_MAX:
         raise TransferError(
             f"priority={priority!r} is no whole number from 0 (first) to {TRANSFER_PRIORITY_MAX} (last); give one"
         )
-    if total_deadline_s is not None and not total_deadline_s <= TRANSFER_DEADLINE_MAX_S:
+    if total_deadline_s is None:
+        return
+    if not isinstance(total_deadline_s, int | float) or not total_deadline_s > 0:
+        raise TransferError(f"total_deadline_s={total_deadline_s!r} is no positive number of seconds; give one or None")
+    if total_deadline_s > TRANSFER_DEADLINE_MAX_S:
         raise TransferError(
             f"total_deadline_s={total_deadline_s} is more than receivers keep a transfer for, "
             f"{TRANSFER_DEADLINE_MAX_S:g} s; give less, or send less at once"
@@ -166,24 +173,36 @@ def send_lease(
     *,
     handover: HandOver | None = None,
     transport: TransportOptions | None = None,
+    total_deadline_s: float | None = None,
+    priority: int = TRANSFER_PRIORITY_DEFAULT,
+    observer: TransferObserver | None = None,
     sender: Sender | None = None,
-    **options: Any,
+    find_transport: Callable[[str], Transport] = transport_for,
 ) -> Handle[TransferReport]:
-    """Send a resume point that this node has; see `Sender.send`, which takes the further options.
+    """Send a resume point that this node has; results, errors and further arguments are those of `Sender.send`.
 
     Args:
         lease: taken over: the transfer releases it, also when this raises.
         address: where the receiver listens.
         handover: makes it a hand-over: the receiver's process decodes on.
-        transport: pacing and congestion control.
         sender: whose transfer it is; by default one of the process.
     """
     try:
+        if not isinstance(handover, HandOver | None):
+            raise TransferError(f"handover={handover!r} is no kvstore.HandOver; pass one, or None")
         source = LeaseSource(lease, handover)
     except BaseException:
         lease.release()
         raise
-    return (sender or process_sender()).send(source, address, options=transport, **options)
+    return (sender or process_sender()).send(
+        source,
+        address,
+        transport=transport,
+        total_deadline_s=total_deadline_s,
+        priority=priority,
+        observer=observer,
+        find_transport=find_transport,
+    )
 
 
 def send_writer(
@@ -192,23 +211,35 @@ def send_writer(
     *,
     is_transient: bool = False,
     transport: TransportOptions | None = None,
+    total_deadline_s: float | None = None,
+    priority: int = TRANSFER_PRIORITY_DEFAULT,
+    observer: TransferObserver | None = None,
     sender: Sender | None = None,
-    **options: Any,
+    find_transport: Callable[[str], Transport] = transport_for,
 ) -> Handle[TransferReport]:
     """Send a prompt's cache while it is written; it is committed there after it was committed here.
+
+    Further arguments are those of `Sender.send`.
 
     Args:
         writer: still open; its pieces leave as they become whole.
         address: where the receiver listens.
         is_transient: at the receiver the prompt's tail disappears once its hand-over was claimed.
-        transport: pacing and congestion control.
         sender: whose transfer it is; by default one of the process.
 
     Raises:
         WriteError: the writer has ended. Otherwise as `Sender.send`.
     """
     source = WriterSource(writer, is_transient=is_transient)
-    return (sender or process_sender()).send(source, address, options=transport, **options)
+    return (sender or process_sender()).send(
+        source,
+        address,
+        transport=transport,
+        total_deadline_s=total_deadline_s,
+        priority=priority,
+        observer=observer,
+        find_transport=find_transport,
+    )
 
 
 _process_sender: tuple[int, Sender] | None = None
