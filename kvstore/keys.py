@@ -109,6 +109,8 @@ def token_array(token_ids: Any) -> NDArray[np.uint32]:
         raise TokenError(f"token ids must be a flat sequence of integers: {error}") from error
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
+    if isinstance(token_ids, str | bytes) or token_ids is None:
+        raise TokenError(f"token ids are numbers, not {type(token_ids).__name__}; tokenize the prompt first")
     if ids.ndim != 1:
         raise TokenError(f"token ids have shape {list(ids.shape)}; pass one prompt, as [tokens] or [1, tokens]")
     if ids.size == 0:

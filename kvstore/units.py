@@ -16,12 +16,12 @@ def parse_bytes(size: int | str) -> int:
     """Bytes of a size such as `8GiB`, `64 MB`, `4096` or an integer.
 
     Raises:
-        ValueError: the text is not a size, or it is not positive.
+        ValueError: it is neither a whole number nor a size in text, or it is not positive.
     """
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool):
         value = size
     else:
-        match = _SIZE.fullmatch(size)
+        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"{size!r} is not a size; write for example '8GiB', '512 MB' or a number of bytes")
         value = round(float(match[1]) * _UNITS[match[2].upper()])

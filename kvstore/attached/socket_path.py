@@ -43,7 +43,9 @@ class ListeningSocket:
         except BaseException as error:
             self._drop_lock()
             if isinstance(error, OSError):
-                raise AttachError(f"no socket can be made at {self.path}: {error.strerror}") from error
+                raise AttachError(
+                    f"no socket can be made at {self.path}: {error.strerror}; use a folder that this user can write"
+                ) from error
             raise
 
     def _take_lock(self) -> int:
@@ -51,7 +53,9 @@ class ListeningSocket:
             try:
                 lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
-                raise AttachError(f"{self._lock_path} cannot be made: {error.strerror}") from error
+                raise AttachError(
+                    f"{self._lock_path} cannot be made: {error.strerror}; make its folder first, writable for this user"
+                ) from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The file may have been removed between open and lock by an owner that was closing.

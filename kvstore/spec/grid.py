@@ -70,8 +70,8 @@ class ChunkGrid:
         Raises:
             SpecError: `chunk_tokens` is below 1, or `end` lies before this grid's end or past the limit.
         """
-        if chunk_tokens < 1:
-            raise SpecError(f"a chunk has at least 1 token, not {chunk_tokens}")
+        if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
+            raise SpecError(f"a chunk has a whole number of tokens, at least 1, not {chunk_tokens!r}")
         if not self.end <= end <= PROMPT_TOKENS_MAX:
             raise SpecError(f"a grid that ends at {self.end} extends to at most {PROMPT_TOKENS_MAX}, not to {end}")
         if end == self.end:

@@ -53,6 +53,12 @@ class CacheGroup:
     window_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, ReuseRule):
+            raise SpecError(
+                f"group {self.name!r}: {self.rule!r} is no kvstore.spec.ReuseRule; write ReuseRule.ATTENTION"
+            )
+        if not isinstance(self.layers, tuple) or not isinstance(self.tensors, tuple):
+            raise SpecError(f"group {self.name!r}: layers and tensors are tuples; write (number,) and (tensor,)")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise SpecError(f"group {self.name!r} needs ascending layer numbers, got {self.layers}")
         if not 1 <= len(self.tensors) <= TENSORS_PER_GROUP_MAX:

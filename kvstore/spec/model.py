@@ -49,10 +49,13 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.weights, str) or not self.weights.strip():
             raise SpecError("weights= needs the identity of the weights (a digest, a revision, an explicit name)")
-        if not BLOCK_TOKENS_MIN <= self.block_tokens <= BLOCK_TOKENS_MAX:
+        if not isinstance(self.block_tokens, int) or not BLOCK_TOKENS_MIN <= self.block_tokens <= BLOCK_TOKENS_MAX:
             raise SpecError(
-                f"block_tokens={self.block_tokens} is outside {BLOCK_TOKENS_MIN} to {BLOCK_TOKENS_MAX}; 64 is usual"
+                f"block_tokens={self.block_tokens!r} is no whole number from {BLOCK_TOKENS_MIN} to {BLOCK_TOKENS_MAX}; "
+                "64 is usual"
             )
+        if not isinstance(self.groups, tuple):
+            raise SpecError(f"groups= is a tuple of CacheGroup, not a {type(self.groups).__name__}; write (group,)")
         if not 1 <= len(self.groups) <= GROUPS_MAX:
             raise SpecError(f"a spec has 1 to {GROUPS_MAX} groups, not {len(self.groups)}")
         if len({group.name for group in self.groups}) != len(self.groups):
@@ -122,8 +125,12 @@ class ModelSpec:
         index = self._tensor_groups.get((layer, tensor))
         if index is None:
             names = sorted(name for number, name in self._tensor_groups if number == layer)
-            has = f"it has {', '.join(names)}" if names else "it has no cache"
-            raise SpecError(f"layer {layer} has no tensor {tensor!r}; {has}")
+            if not names:
+                raise SpecError(
+                    f"layer {layer!r} has no cache in this spec; it has {len(self.layers)} layers, numbers "
+                    f"{self.layers[0]} to {self.layers[-1]}"
+                )
+            raise SpecError(f"layer {layer} has no tensor {tensor!r}; it has {', '.join(names)}")
         return index
 
     @cached_property

@@ -8,9 +8,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from kvstore.errors import SpecError
+from kvstore.spec.dtypes import DType
 
 if TYPE_CHECKING:
-    from kvstore.spec.dtypes import DType
     from kvstore.spec.shard import Segment
 
 
@@ -38,6 +38,10 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise SpecError(f"tensor name {self.name!r} is not an identifier")
+        if not isinstance(self.dtype, DType):
+            raise SpecError(f"tensor {self.name!r}: {self.dtype!r} is no kvstore.spec.DType; write DType.BFLOAT16, say")
+        if not isinstance(self.segments, tuple) or not isinstance(self.inner, tuple):
+            raise SpecError(f"tensor {self.name!r}: segments and inner are tuples; write (segment,) and (size,)")
         if not self.segments:
             raise SpecError(f"tensor {self.name!r} has no segments")
         if any(size < 1 for size in self.inner):

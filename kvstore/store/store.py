@@ -10,17 +10,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvstore.attached import AttachedPool, Owner
-from kvstore.errors import AttachError, LeaseError, LeaseGoneError, SpecError, StoreClosedError, WriteError
+from kvstore.errors import AttachError, LeaseGoneError, SpecError, StoreClosedError, WriteError
 from kvstore.limits import (
     ATTACH_DEADLINE_S,
     ATTACHED_SILENCE_S,
-    CHECKPOINTS_PER_WRITE_MAX,
     TRANSFER_PRIORITY_DEFAULT,
 )
 from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
 from kvstore.pool.plan import grid_digest
 from kvstore.record import slot_sizes_bytes
 from kvstore.spec import WHOLE, ReuseRule
+from kvstore.store.arguments import (
+    check_deadline,
+    check_joint,
+    check_lease,
+    check_match,
+    check_position,
+    check_spec,
+    lengths_of,
+    socket_path,
+)
 from kvstore.store.lease import Lease
 from kvstore.store.waiters import Waiters
 from kvstore.store.writer import Writer
@@ -61,7 +70,7 @@ def open_store(
     dram: int | str = DRAM_DEFAULT,
     eviction: EvictionPolicy | None = None,
     checkpoints: CheckpointPolicy | None = None,
-    socket: str | None = None,
+    socket: str | os.PathLike[str] | None = None,
     arena: str | None = None,
     allow_uids: Iterable[int] = (),
     silence_s: float = ATTACHED_SILENCE_S,
@@ -85,25 +94,29 @@ def open_store(
         ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
         one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
         argument says how processes attach.
-        ValueError: `dram` is not a size.
+        ValueError: `dram` is not a size. SpecError: `spec` is none.
     """
+    check_spec(spec)
+    path = None if socket is None else socket_path(socket)
     allow_uids = tuple(allow_uids)
     is_owner_told = bool(allow_uids) or silence_s != ATTACHED_SILENCE_S or verify
-    if socket is None and is_owner_told:
+    if path is None and is_owner_told:
         raise AttachError("allow_uids=, silence_s= and verify= are for attached processes; pass socket= as well")
     sizes = slot_sizes_bytes(spec)
     tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=sizes[-1], slot_sizes_bytes=sizes)
     try:
         pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
-        if socket is None:
+        if path is None:
             return Store(pool)
-        return Store(pool, Owner(pool, tier, socket, allow_uids=allow_uids, silence_s=silence_s, verify=verify))
+        return Store(pool, Owner(pool, tier, path, allow_uids=allow_uids, silence_s=silence_s, verify=verify))
     except BaseException:
         tier.close()
         raise
 
 
-def attach_store(socket: str, *, spec: ModelSpec | None = None, deadline_s: float = ATTACH_DEADLINE_S) -> Store:
+def attach_store(
+    socket: str | os.PathLike[str], *, spec: ModelSpec | None = None, deadline_s: float = ATTACH_DEADLINE_S
+) -> Store:
     """A store on the pool of another process of this host; also `kvstore.attach`.
 
     It has the interface of the owner's own. Bytes move between this process and the arena directly; the owner only
@@ -119,7 +132,10 @@ def attach_store(socket: str, *, spec: ModelSpec | None = None, deadline_s: floa
         AttachError: no owner listens there, or it refuses this process. OwnerGoneError: it does not answer.
         SpecError: it serves another spec; the message names both fingerprints.
     """
-    return Store(AttachedPool(socket, spec=spec, deadline_s=deadline_s))
+    if spec is not None:
+        check_spec(spec)
+    check_deadline(deadline_s)
+    return Store(AttachedPool(socket_path(socket), spec=spec, deadline_s=deadline_s))
 
 
 class Store:
@@ -189,8 +205,9 @@ class Store:
             grid: insist on these chunk boundaries (strict numerics); None takes any.
 
         Raises:
-            TokenError: as `prompt`. StoreClosedError: the store is closed.
+            TokenError: as `prompt`. SpecError: `shard` or `grid` is of another type. StoreClosedError: closed.
         """
+        check_position(shard, grid)
         found = self.pool.match(self._as_prompt(prompt, salt, adapter, extras), shard=shard, grid=grid)
         return found if self._copied_s == 0.0 else found.timed(self._copied_s / self._copied_bytes)
 
@@ -203,10 +220,9 @@ class Store:
 
         Raises:
             LeaseGoneError: it was evicted since (or, verifying, nothing undamaged is left); match again.
-            LeaseError: the match is a miss.
+            LeaseError: the match is a miss, or is none.
         """
-        if not match.candidates:
-            raise LeaseError("there is nothing to read: the match is a miss; test `if match:` first")
+        check_match(match)
         for candidate in match.candidates if verify else match.candidates[:1]:
             try:
                 hold = self.pool.hold(candidate.path, shard=match.shard, grid=match.grid, grids=match.grids)
@@ -261,9 +277,13 @@ class Store:
             PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
             WriteError: a length in `resume_at` is impossible, or `resume` is no lease of this store on this prompt.
             LeaseError: `resume` was released. LeaseGoneError: it was found damaged since it was leased.
-            TokenError: as `prompt`. SpecError: a `Prompt` of another spec. JointCommitError: another party of `joint`
+            TokenError: as `prompt`. SpecError: a `Prompt` of another spec; `shard` or `grid` is of another type, or the
+            spec cannot be split so. JointCommitError: another party of `joint`
             has failed already.
         """
+        check_position(shard, grid)
+        check_lease(resume)
+        check_joint(joint)
         target = self._as_prompt(prompt, salt, adapter, extras)
         if resume is not None:
             resume.check_current()
@@ -325,9 +345,7 @@ class Store:
     def _checkpoints(
         self, prompt: Prompt, resume_at: Sequence[int] | None, start: int, grid: ChunkGrid | None
     ) -> tuple[int, ...]:
-        lengths = tuple(sorted(set(resume_at))) if resume_at is not None else (len(prompt),)
-        if len(lengths) > CHECKPOINTS_PER_WRITE_MAX:
-            raise WriteError(f"{len(lengths)} checkpoints are more than the limit of {CHECKPOINTS_PER_WRITE_MAX}")
+        lengths = lengths_of(resume_at, len(prompt))
         block = self.spec.block_tokens
         for length in lengths:
             if not start < length <= len(prompt):
@@ -341,7 +359,9 @@ class Store:
                     f"{len(prompt)}"
                 )
             if grid is not None and not grid.has(length) and self.spec.state_groups:
-                raise WriteError(f"resume_at={length} is not a chunk boundary; the next is {grid.closing(length)}")
+                raise WriteError(
+                    f"resume_at={length} is no chunk boundary of grid=; the next is {grid.closing(length)}"
+                )
         return lengths
 
     def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> RecordNames:

@@ -181,9 +181,11 @@ class Writer:
         try:
             start = operator.index(tokens.start or 0)
             stop = len(self.prompt) if tokens.stop is None else operator.index(tokens.stop)
-        except TypeError as error:
-            raise WriteError(f"{tokens} is not a range of token numbers: {error}") from error
-        if tokens.step not in (None, 1) or not 0 <= start < stop <= len(self.prompt):
+        except (AttributeError, TypeError) as error:
+            raise WriteError(f"tokens={tokens!r} is no range of tokens; pass slice(start, end)") from error
+        if tokens.step not in (None, 1):
+            raise WriteError(f"tokens={tokens} has a step; put each run of consecutive tokens by itself")
+        if not 0 <= start < stop <= len(self.prompt):
             raise WriteError(f"tokens {start} to {stop} are not a range within the prompt's {len(self.prompt)} tokens")
         return start, stop
 

@@ -270,7 +270,7 @@ def test_torch_token_ids() -> None:
         ([1.0], "integers"),
         ([True, False], "integers"),
         (["1"], "integers"),
-        ("123", "shape"),
+        ("123", "tokenize"),
         (7, "shape"),
         ([None], "integers"),
         ([[1, 2], [3, 4]], "one prompt"),

@@ -89,7 +89,7 @@ def test_groups_of_a_spec() -> None:
     assert SPEC.group_index(4, "keys") == 2
     with pytest.raises(SpecError, match="layer 1 has no tensor 'conv'; it has keys, values"):
         SPEC.group_index(1, "conv")
-    with pytest.raises(SpecError, match="layer 9 has no tensor 'keys'; it has no cache"):
+    with pytest.raises(SpecError, match="layer 9 has no cache in this spec; it has"):
         SPEC.group_index(9, "keys")
 
 
