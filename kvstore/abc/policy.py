@@ -32,6 +32,9 @@ class EvictionPolicy(ABC):
 
     The pool guarantees: an item is inserted once, accessed only while present, and removed once. A policy that raises
     is not asked again: what was being stored or read goes on, and the next write that must evict is refused by name.
+
+    A node's attention and its states are two items; one that was removed may come back with another size. The same
+    history must give the same ranking.
     """
 
     @abstractmethod
@@ -48,7 +51,9 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def ranked(self) -> Iterator[Evictable]:
-        """Every item, the first to evict first. The pool takes what it needs and may evict, or nothing.
+        """Every item once, the first to evict first; asking changes nothing, and may end early.
+
+        The pool takes what it needs and may evict, or nothing.
 
         Items that the pool cannot evict now (leased ones) are passed over; evicting a node's attention
         takes the items below it along. The pool does not change the policy while it iterates.
@@ -82,7 +87,9 @@ class CheckpointPolicy(ABC):
     def suggest(
         self, prompt_tokens: int, resume_tokens: int, branch_points: Sequence[int], block_tokens: int
     ) -> tuple[int, ...]:
-        """Lengths in (`resume_tokens`, `prompt_tokens`], ascending, without repeats.
+        """Lengths in (`resume_tokens`, `prompt_tokens`], ascending, without repeats; equal questions, equal answers.
+
+        Each is a multiple of `block_tokens` or `prompt_tokens` itself; at most `CHECKPOINTS_PER_WRITE_MAX` of them.
 
         Args:
             prompt_tokens: tokens of the prompt.

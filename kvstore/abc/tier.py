@@ -32,7 +32,7 @@ class Tier(ABC):
     """Fixed-capacity space for records, in slots.
 
     Any thread may call any method. Implementations count every byte they hold for a slot, free or
-    not yet free, against `capacity_bytes`.
+    not yet free, against `capacity_bytes`. A pool needs a tier with views.
     """
 
     @property
@@ -65,7 +65,8 @@ class Tier(ABC):
         """Space for one record, its content undefined, or None when there is none: the caller evicts.
 
         Raises:
-            RecordTooLargeError: the record could never fit.
+            ValueError: the size is no positive multiple of `RECORD_ALIGN_BYTES`; the message says "multiple".
+            RecordTooLargeError: the record could never fit; the message names the capacity.
         """
 
     @abstractmethod
@@ -86,15 +87,20 @@ class Tier(ABC):
 
     @abstractmethod
     def unpin(self, slot: Slot) -> None:
-        """End one `pin`. Valid also for a slot that was freed meanwhile."""
+        """End one `pin`. Valid also for a slot that was freed meanwhile: the last one ends its quarantine.
+
+        Raises:
+            StaleSlotError: the slot is not pinned.
+        """
 
     @abstractmethod
     def write(self, slot: Slot, data: memoryview, offset: int = 0) -> None:
-        """Copy `data` into the slot.
+        """Copy `data` into the slot. Sizes and `offset` count bytes, whatever the buffer's items are.
 
         Raises:
             StaleSlotError: the slot has been freed.
-            ValueError: the range lies outside the slot.
+            ValueError: the range, also an empty one, lies outside the slot (the message says "outside"); nothing was
+                copied.
         """
 
     @abstractmethod
@@ -102,7 +108,7 @@ class Tier(ABC):
         """Copy from the slot into `into`; raises as `write` does."""
 
     def view(self, slot: Slot) -> memoryview:
-        """The slot's own memory, writable. It stays the slot's only while the slot is pinned.
+        """The slot's own memory, writable, of format "B". It stays the slot's only while the slot is pinned.
 
         Raises:
             StaleSlotError: the slot has been freed.
@@ -120,7 +126,7 @@ class Tier(ABC):
         """Space for several records, in order, or None and nothing taken.
 
         Raises:
-            RecordTooLargeError: one of them could never fit.
+            ValueError, RecordTooLargeError: as `allocate`, for one of them; nothing was taken.
         """
         slots: list[Slot] = []
         try:
@@ -138,7 +144,11 @@ class Tier(ABC):
         return None
 
     def would_fit(self, sizes_bytes: Sequence[int], freeing: Sequence[Slot] = ()) -> bool:
-        """Whether `allocate_all` would succeed if `freeing`, live and unpinned, were freed first. Changes nothing."""
+        """Whether `allocate_all` would succeed if `freeing`, live and unpinned, were freed first. Changes nothing.
+
+        It must be exact in both directions: a pool evicts until it says yes, and then allocates. This one is for tiers
+        that cannot fragment.
+        """
         freed_bytes = sum(slot.size_bytes for slot in freeing)
         return self.used_bytes - freed_bytes + sum(sizes_bytes) <= self.capacity_bytes
 
@@ -147,7 +157,7 @@ class Tier(ABC):
         return sum(sizes_bytes) <= self.capacity_bytes
 
     def free_all(self, slots: Iterable[Slot]) -> None:
-        """`free` each; raises as it does, with those before freed."""
+        """`free` each; raises as it does, with those before freed and those behind not."""
         for slot in slots:
             self.free(slot)
 
@@ -167,7 +177,7 @@ class Tier(ABC):
             raise
 
     def unpin_all(self, slots: Iterable[Slot]) -> None:
-        """`unpin` each."""
+        """`unpin` each; raises as it does."""
         for slot in slots:
             self.unpin(slot)
 

@@ -43,7 +43,8 @@ class Connection(ABC):
     """An ordered, reliable byte stream to one peer, optionally with one-sided reads.
 
     One thread may send while another receives; two threads must not do the same at once. Any thread
-    may `close`, which wakes both with `PeerGoneError`.
+    may `close`, which wakes both with `PeerGoneError`; so ends every later call. Buffers may be of any
+    item type and shape, as long as they are contiguous, and empty.
     """
 
     @property
@@ -145,7 +146,10 @@ class Listener(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop listening and free the address. Idempotent; a waiting `accept` ends with `PeerGoneError`."""
+        """Stop listening and free the address. Idempotent; every waiting `accept` ends with `PeerGoneError`.
+
+        Connections that were accepted live on.
+        """
 
 
 class Transport(ABC):
@@ -165,7 +169,7 @@ class Transport(ABC):
         """Listen on an address of this scheme.
 
         Raises:
-            AddressError: the address is malformed or in use.
+            AddressError: the address is malformed, of another scheme, or in use (the message says so).
             UnavailableError: this machine or transport cannot do what the options ask for.
         """
 
@@ -174,7 +178,7 @@ class Transport(ABC):
         """Connect to a listener.
 
         Raises:
-            AddressError: the address is malformed.
+            AddressError: the address is malformed, or of another scheme.
             PeerGoneError: nobody listens there, or it did not answer in time.
             UnavailableError: as in `listen`.
         """
