@@ -48,8 +48,6 @@ class Kind(enum.IntEnum):
 
 FROM_OWNER = frozenset({Kind.ERROR, Kind.CHANGED, Kind.EXPIRED})
 """Kinds that only an owner sends."""
-UNANSWERED = frozenset({Kind.RELEASE, Kind.STILL, Kind.BYE})
-"""Kinds that get no answer."""
 
 
 @dataclass(frozen=True)

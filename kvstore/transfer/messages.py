@@ -17,7 +17,7 @@ from kvstore.errors import ProtocolError
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, HANDOVER_PAYLOAD_BYTES_MAX, RECORD_BYTES_MAX, TOKEN_ID_MAX
 from kvstore.pool.path import HandOver
 from kvstore.transfer.frames import COMMIT_FIXED_BYTES, PIECE_ROW_BYTES
-from kvstore.transfer.wire import Reader, check_zero, clipped_utf8
+from kvstore.wire import Reader, check_zero, clipped_utf8
 
 REASON_BYTES_MAX = 1024
 NAME_BYTES_MAX = 256

@@ -24,7 +24,7 @@ from kvstore.pool.rows import RecordNames, valid_tokens
 from kvstore.record import record_layout
 from kvstore.spec import UnitRange
 from kvstore.transfer.pieces import pieces_bytes
-from kvstore.transfer.wire import Reader, check_zero
+from kvstore.wire import Reader, check_zero
 
 if TYPE_CHECKING:
     import numpy.typing as npt
