@@ -55,20 +55,9 @@ class RecordHeader:
                 f"cannot be; a prompt has at most {PROMPT_TOKENS_MAX} tokens"
             )
 
-    def to_fields(self) -> dict[str, bytes]:
-        """The fixed-width ASCII fields, without the checksum."""
-        return {
-            "kvstore.key": self.key.hex().encode(),
-            "kvstore.parent": self.parent.hex().encode(),
-            "kvstore.grid": self.grid.hex().encode(),
-            "kvstore.end_tokens": b"%012d" % self.end_tokens,
-            "kvstore.valid_tokens": b"%08d" % self.valid_tokens,
-            "kvstore.cost_us": b"%016d" % min(self.cost_us, 10**16 - 1),
-        }
-
     @classmethod
     def from_fields(cls, fields: dict[str, bytes]) -> RecordHeader:
-        """Parse the fields again.
+        """Parse the fixed-width ASCII fields.
 
         Raises:
             RecordError: a field is missing, of the wrong width, or not what it should be.

@@ -16,6 +16,18 @@ HEADER = RecordHeader(key=b"k" * 32, parent=b"p" * 32, end_tokens=7, valid_token
 STATE_HEADER = RecordHeader(key=b"k" * 32, parent=b"p" * 32, end_tokens=7, valid_tokens=0, grid=b"g" * 32)
 
 
+def fields_of(header: RecordHeader) -> dict[str, bytes]:
+    """The fixed-width ASCII fields as docs/format.md has them, without the checksum."""
+    return {
+        "kvstore.key": header.key.hex().encode(),
+        "kvstore.parent": header.parent.hex().encode(),
+        "kvstore.grid": header.grid.hex().encode(),
+        "kvstore.end_tokens": b"%012d" % header.end_tokens,
+        "kvstore.valid_tokens": b"%08d" % header.valid_tokens,
+        "kvstore.cost_us": b"%016d" % header.cost_us,
+    }
+
+
 def toy_spec(weights: str = "w", *, heads: int = 2, dtype: DType = DType.FLOAT32) -> ModelSpec:
     """Four tokens a block; keys and values of three dimensions, a state of two segments with odd sizes."""
     segments = (Segment("heads", heads, 1),)

@@ -21,7 +21,7 @@ from kvstore.record import (
 )
 from kvstore.record.header import CHECKSUM_FIELD, CHECKSUM_ZERO
 from kvstore.record.stream import STREAM_BYTES_MAX
-from tests.format.records import HEADER, RECORDS, attention_record
+from tests.format.records import HEADER, RECORDS, attention_record, fields_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +102,7 @@ def rewritten(
 
 def resealed(batch: pa.RecordBatch, record: Record, custom: dict[str, bytes] | None = None) -> bytes:
     """A stream with the header padded and the checksum computed as the format says."""
-    fields = {**record.header().to_fields(), CHECKSUM_FIELD: CHECKSUM_ZERO, **(custom or {})}
+    fields = {**fields_of(record.header()), CHECKSUM_FIELD: CHECKSUM_ZERO, **(custom or {})}
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch, custom_metadata=fields)
@@ -327,7 +327,7 @@ def test_a_compressed_body_is_refused_before_it_is_inflated() -> None:
     for codec in ("zstd", "lz4"):
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as writer:
-            writer.write_batch(batch, custom_metadata=record.header().to_fields())
+            writer.write_batch(batch, custom_metadata=fields_of(record.header()))
         with pytest.raises(RecordError, match="compressed"):
             read_record_stream(sink.getvalue().to_pybytes())
 
