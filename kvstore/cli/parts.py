@@ -118,14 +118,20 @@ def _transports() -> list[Finding]:
 
 def _congestion_controls() -> list[Finding]:
     """Which algorithms a connection of this process may choose; the kernel's own list does not say."""
-    from transports.tcp.socket_options import congestion_controls
+    from transports.tcp.socket_options import NEAR_S, congestion_controls, near_congestion_control
 
     findings = []
+    near = near_congestion_control()
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         name_bytes_max = 16  # TCP_CA_NAME_MAX of linux/tcp.h
         default = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name_bytes_max).rstrip(b"\0").decode()
         for name in dict.fromkeys((default, *congestion_controls(), *CONGESTION_CONTROLS)):
-            use, why = ("default of tcp:// connections" if name == default else "on request"), ""
+            uses = []
+            if name == near:
+                uses.append(f"by tcp:// connections with round trips below {NEAR_S * 1000:g} ms")
+            if name == default:
+                uses.append("by other tcp:// connections" if near else "by tcp:// connections")
+            use, why = " and ".join(uses) or "on request", ""
             try:
                 probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
             except PermissionError:

@@ -19,6 +19,7 @@ from kvstore.cli.inspect import printable
 from kvstore.cli.main import app
 from kvstore.record import write_record_stream
 from tests.format.records import attention_record, state_record
+from transports.tcp.socket_options import near_congestion_control
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/format/vectors/gated_delta.arrow"
@@ -110,6 +111,10 @@ def test_doctor_shows_every_finding() -> None:
     assert not findings["transport.ucx"]["is_available"]
     assert "no UCX transport" in findings["transport.ucx"]["why_not_better"]
     assert findings["transport.tcp"]["is_available"]
+    uses = {name: finding["in_use"] for name, finding in findings.items() if name.startswith("congestion.")}
+    if near_congestion_control() is not None:
+        assert "below 1 ms" in uses["congestion.cubic"]
+    assert sum(use.endswith("tcp:// connections") for use in uses.values()) == 1, "the system's own choice"
     for finding in findings.values():
         assert finding["is_available"] or finding["why_not_better"] or finding["offered"]
         if not finding["is_available"]:
