@@ -56,8 +56,11 @@ class TcpTransport(Transport):
             except OSError as error:
                 if isinstance(error, TransportError) and not isinstance(error, PeerGoneError):
                     raise
-                reasons.append(f"{format_address(endpoint.socket_address)}: {_reason(error)}")
-        raise PeerGoneError(f"cannot connect to {address}: {'; '.join(reasons)}")
+                where = format_address(endpoint.socket_address)
+                reasons.append(_reason(error) if where == address else f"{where}: {_reason(error)}")
+        raise PeerGoneError(
+            f"cannot connect to {address}: {', '.join(reasons)}; start the receiver, or correct the address"
+        )
 
 
 def _connect(endpoint: Endpoint, options: TransportOptions, deadline: Deadline) -> TcpConnection:
