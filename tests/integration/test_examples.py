@@ -14,6 +14,7 @@ PROMISES = {
     "02_prefix_reuse.py": ("torch", "transformers", "resumed at 256", "bit for bit"),
     "03_handover.py": ("torch", "transformers", "handed over 200 tokens", "PeerGoneError", "decodes the same tokens"),
     "05_workers.py": ("2 workers wrote 256 tokens", "bit for bit", "party 0 of 2 gave up"),
+    "06_two_stores.py": ("81920 bytes of 40 tokens", "resumes at 40 tokens, bit for bit", "nobody listens"),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
 ELSEWHERE = {"01_prefill_decode.py"}
