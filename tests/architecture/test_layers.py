@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,11 @@ def test_a_wrong_import_is_noticed(tmp_path: Path) -> None:
     file.write_text("from kvstore.store import Store\nif True:\n    import kvstore.cli.main\n")
     assert {"kvstore.store", "kvstore.cli.main"} <= imports_of(file, top_level_only=True)
     assert RANK["kvstore.store"] > RANK["kvstore.pool"]
+
+
+def test_the_map_names_every_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    hidden = {"kvstore", "kvstore._version", "kvstore.__main__"}
+    assert {package for package in RANK if f"`{package}`" not in page} <= hidden
+    named = set(re.findall(r"`(kvstore\.\w+)`", page))
+    assert named <= set(RANK) | {"kvstore.open", "kvstore.attach"}
