@@ -112,6 +112,11 @@ class FrameBuffer:
         self._data = bytearray()
         self._header: FrameHeader | None = None
 
+    @property
+    def waiting_bytes(self) -> int:
+        """What has been fed and not been taken out as frames."""
+        return len(self._data)
+
     def feed(self, data: bytes | memoryview) -> None:
         self._data += data
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SPEC_BYTES_MAX = 4 * MIB
 _HELLO = struct.Struct("<I32s")
+HELLO_BYTES = _HELLO.size
 _WELCOME = struct.Struct("<QIIQI")
 _NUMBER = struct.Struct("<Q")
 

@@ -127,7 +127,12 @@ class Owner:
             return
         with self._lock:
             self._sessions.add(session)
-        session.start()
+        try:
+            session.start()
+        except RuntimeError as error:
+            self.ended(session)
+            refuse(connection, AttachError(f"the owner cannot take another process: {error}; raise its limits"))
+            session.close_unstarted()
 
     def ended(self, session: Session) -> None:
         """For `Session`."""

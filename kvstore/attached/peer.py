@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -38,9 +39,11 @@ def watch_process(connection: socket.socket, peer: Peer) -> int:
         raise AttachError("the other process lives in a PID namespace that is not visible here; run both in one")
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except OSError:
-        pass  # an older kernel: by number, which somebody else may have by now; then it never held anything here
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:  # an older kernel is asked by number below; others know
+            raise AttachError(f"process {peer.pid} cannot be watched: {error.strerror}") from error
     try:
+        # By now somebody else may have the number; whoever had it then never held anything here.
         return os.pidfd_open(peer.pid)
     except OSError as error:
         raise AttachError(f"process {peer.pid} cannot be watched: {error.strerror}") from error

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvstore.attached.faults import pack_error
-from kvstore.attached.frames import FROM_OWNER, FrameBuffer, Kind, frame
-from kvstore.attached.messages import Hello, Welcome, pack_expired
+from kvstore.attached.frames import FROM_OWNER, HEADER_BYTES, FrameBuffer, Kind, frame
+from kvstore.attached.messages import HELLO_BYTES, Hello, Welcome, pack_expired
 from kvstore.attached.peer import Peer, has_ended, watch_process
 from kvstore.attached.requests import Requests
 from kvstore.attached.term import TermPage
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 RECEIVE_BYTES = 1 << 18
 OUTGOING_BYTES_MAX = 1 * MIB
 """Answers that wait to be read; beyond, no more requests are taken."""
+
+HELLO_FRAME_BYTES = HEADER_BYTES + HELLO_BYTES
 
 
 class SessionHost(Protocol):
@@ -85,15 +87,20 @@ class Session:
         self._frames = FrameBuffer()
         self._outgoing = bytearray()
         self._later: deque[Callable[[], None]] = deque()
+        self._has_frames = False
         self._is_greeted = False
         self._is_connected = True
         self._is_closing = False
         self._has_changed = False
-        self._heard_s = time.monotonic()
+        self._heard_s = self._connected_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"kvstore-owner-{peer.pid}", daemon=True)
 
     def start(self) -> None:
+        """Raises `RuntimeError` if the system has no thread for it; then it is for `close_unstarted` to clean up."""
         self._thread.start()
+
+    def close_unstarted(self) -> None:
+        self._close_descriptors()
 
     @property
     def state(self) -> SessionState:
@@ -158,6 +165,9 @@ class Session:
         ready = self._poll(watched, self._silence_left_s())
         while self._later:
             self._later.popleft()()
+        if not self._is_greeted and self._silence_left_s() == 0.0:
+            self._is_connected = False
+            return
         found = ready.get(self._socket.fileno(), 0)
         # What was said before the end counts: a process that takes its leave is not one that died.
         if found & (select.POLLIN | select.POLLHUP | select.POLLERR):
@@ -167,6 +177,9 @@ class Session:
         elif self._silence_left_s() == 0.0:
             self._expire()
         self._flush()
+        while self._has_frames and self._is_connected and len(self._outgoing) <= OUTGOING_BYTES_MAX:
+            self._handle_frames()
+            self._flush()
         if self._has_changed and not self._outgoing:
             # Only now: to a process that does not read, one notice says as much as many.
             self._has_changed = False
@@ -186,17 +199,13 @@ class Session:
     def _silence_left_s(self) -> float | None:
         """Until the process has been silent for too long; None while that does not matter."""
         if not self._is_greeted:
-            limit_s = ATTACH_DEADLINE_S
-        elif self._requests.has_something:
-            limit_s = self._host.silence_s
-        else:
-            return None
-        return max(0.0, self._heard_s + limit_s - time.monotonic())
+            # However much it says: whoever drips bytes must not keep a place for ever.
+            return max(0.0, self._connected_s + ATTACH_DEADLINE_S - time.monotonic())
+        if self._requests.has_something:
+            return max(0.0, self._heard_s + self._host.silence_s - time.monotonic())
+        return None
 
     def _expire(self) -> None:
-        if not self._is_greeted:
-            self._is_connected = False
-            return
         reason = f"process {self.peer.pid} was silent for more than {self._host.silence_s:g} s: it was stopped"
         self._say(Kind.EXPIRED, 0, pack_expired(self._requests.end_term(reason), reason))
 
@@ -211,10 +220,20 @@ class Session:
             self._is_connected = False
             return
         self._heard_s = time.monotonic()
+        self._frames.feed(data)
+        self._handle_frames()
+
+    def _handle_frames(self) -> None:
+        """Do what has arrived, as far as there is room for the answers."""
+        self._has_frames = False
         try:
-            self._frames.feed(data)
             while self._is_connected and (found := self._frames.next()) is not None:
                 self._handle(*found)
+                if len(self._outgoing) > OUTGOING_BYTES_MAX:
+                    self._has_frames = True
+                    return
+            if not self._is_greeted and self._frames.waiting_bytes > HELLO_FRAME_BYTES:
+                raise AttachProtocolError("a process says HELLO first, which is shorter than this")
         except AttachProtocolError as error:
             self._part(error)
 

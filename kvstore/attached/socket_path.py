@@ -51,7 +51,7 @@ class ListeningSocket:
     def _take_lock(self) -> int:
         while True:
             try:
-                lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except OSError as error:
                 raise AttachError(
                     f"{self._lock_path} cannot be made: {error.strerror}; make its folder first, writable for this user"

@@ -19,6 +19,7 @@ import kvstore
 from kvstore.attached import AttachedPool, Owner
 from kvstore.attached.frames import HEADER_BYTES, Kind, frame, parse_header
 from kvstore.attached.messages import Hello
+from kvstore.attached.session import OUTGOING_BYTES_MAX
 from kvstore.attached.transaction import AttachedTransaction
 from kvstore.errors import (
     AttachError,
@@ -719,6 +720,76 @@ def test_nonsense_from_a_process_harms_nobody(path: str) -> None:
                 pass
         eventually(lambda: not owner_of(store).processes())
         write(store)
+
+
+def test_who_does_not_come_to_the_point_is_shown_the_door(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.attached.session.ATTACH_DEADLINE_S", 0.3)
+    with opened(path) as store:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(path)
+            hello = frame(Kind.HELLO, 1, Hello(os.getpid()).pack())
+
+            def drip() -> None:
+                for byte in hello:
+                    stranger.sendall(bytes([byte]))
+                    time.sleep(0.02)
+
+            with pytest.raises(OSError, match=r"Broken pipe|reset"):
+                drip()
+        monkeypatch.undo()
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.settimeout(DEADLINE_S)
+            stranger.connect(path)
+            stranger.sendall(frame(Kind.HELLO, 1, bytes(1 << 20))[:100_000])
+            assert parse_header(stranger.recv(HEADER_BYTES)).kind is Kind.ERROR
+        eventually(lambda: not owner_of(store).processes())
+
+
+def test_answers_wait_within_a_limit(path: str) -> None:
+    """Many small requests with large answers, and nobody reads: the rest is done once they were read."""
+    requests = 8000
+    with opened(path) as store, socket.socket(socket.AF_UNIX) as stranger, stranger.makefile("rb") as answers:
+        stranger.settimeout(DEADLINE_S)
+        stranger.connect(path)
+        stranger.sendall(frame(Kind.HELLO, 1, Hello(os.getpid()).pack()))
+        answers.read(parse_header(answers.read(HEADER_BYTES)).size_bytes)
+        (session,) = owner_of(store)._sessions
+        sizes = []
+        handle = session._handle
+
+        def watch(*arguments: Any) -> None:
+            handle(*arguments)
+            sizes.append(len(session._outgoing))
+
+        session._handle = watch  # type: ignore[method-assign]
+        stranger.sendall(frame(Kind.STATISTICS, 2, b"") * requests)
+        eventually(lambda: sizes and sizes[-1] > OUTGOING_BYTES_MAX)
+        for _ in range(requests):
+            answers.read(parse_header(answers.read(HEADER_BYTES)).size_bytes)
+        assert len(sizes) == requests
+        assert max(sizes) < OUTGOING_BYTES_MAX + 4096
+        session._handle = handle  # type: ignore[method-assign]
+
+
+def test_an_owner_without_threads_refuses_by_name_and_goes_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(self: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with opened(path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr("kvstore.attached.owner.Session.start", no_thread)
+            with pytest.raises(AttachError, match="can't start new thread; raise its limits"):
+                kvstore.attach(path, deadline_s=DEADLINE_S)
+        eventually(lambda: not owner_of(store).processes())
+        with kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+            write(attached)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(path: str) -> None:
+    os.symlink(f"{path}.elsewhere", f"{path}.lock")
+    with pytest.raises(AttachError, match=r"lock cannot be made"):
+        kvstore.open(SPEC, dram="32MiB", socket=path)
+    assert not os.path.exists(f"{path}.elsewhere")
 
 
 # A worker with a bug
