@@ -87,12 +87,12 @@ class Connection:
             if not _wait(self._socket.fileno(), select.POLLIN, deadline):
                 raise OwnerGoneError(f"the owner at {self._path} did not answer in time; it is stopped, or overloaded")
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, _DESCRIPTORS)
+                data, descriptors, _, _ = socket.recv_fds(
+                    self._socket, RECEIVE_BYTES, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+                )
             except OSError as error:
                 raise OwnerGoneError(f"the owner at {self._path} went away: {error.strerror}") from error
             self.descriptors = (*self.descriptors, *descriptors)
-            for descriptor in descriptors:
-                os.set_inheritable(descriptor, False)
             if not data:
                 raise OwnerGoneError(f"the owner at {self._path} closed the connection without a word")
             self._frames.feed(data)
@@ -189,6 +189,10 @@ class Connection:
                         raise self.lose("it takes no requests: it is stopped, or overloaded") from None
                 except OSError as error:
                     raise self.lose(f"the connection broke: {error.strerror}") from None
+        except KeyboardInterrupt:
+            if len(left) < len(data):
+                self.lose("a request to it was interrupted in the middle")
+            raise
         finally:
             self._send_lock.release()
 
@@ -209,6 +213,8 @@ class Connection:
             self.lose(f"it broke the protocol: {error}")
         except OSError as error:
             self.lose(f"the connection broke: {error.strerror}")
+        except Exception as error:  # a fault of ours must not leave requests without an end
+            self.lose(f"its answers cannot be read: {error!r}")
         finally:
             self._close_descriptors()
 

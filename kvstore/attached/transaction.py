@@ -76,6 +76,7 @@ class AttachedTransaction(BaseTransaction):
 
     @contextmanager
     def moving(self) -> Iterator[None]:
+        self._pool.check_open()  # not under the lock, which a fork may have left taken
         with self._changed:
             if self._is_committing:
                 # The commit promised that nothing moves; whether it ends this writer is known soon.
@@ -96,6 +97,7 @@ class AttachedTransaction(BaseTransaction):
         self.seal_all([index], [cost_us])
 
     def seal_all(self, indices: Sequence[int], costs_us: Sequence[int]) -> None:
+        self._pool.check_open()
         with self._changed:
             self._check_open()
             costs = {i: cost for i, cost in zip(indices, costs_us, strict=True) if i not in self._costs_us}
@@ -136,6 +138,7 @@ class AttachedTransaction(BaseTransaction):
         is_final = upto_tokens is None or upto_tokens >= self.path.tokens
         if handover is not None and not is_final:
             raise WriteError("a hand-over goes with the commit of the whole prompt, not of a part of it")
+        self._pool.check_open()
         with self._changed:
             self._check_open()
             if self._is_committing:

@@ -792,6 +792,32 @@ def test_a_lock_that_is_a_link_is_not_followed(path: str) -> None:
     assert not os.path.exists(f"{path}.elsewhere")
 
 
+def test_faults_of_the_process_itself_end_its_requests(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> bool:
+        raise KeyboardInterrupt
+
+    def fault() -> None:
+        raise LookupError("a fault")
+
+    with opened(path) as store:
+        attached = kvstore.attach(path, deadline_s=DEADLINE_S)
+        assert isinstance(attached.pool, AttachedPool)
+        with monkeypatch.context() as patch:
+            patch.setattr("kvstore.attached.connection._wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                attached.pool.request(Kind.MATCH, bytes(64 << 20))
+        with pytest.raises(OwnerGoneError, match="interrupted in the middle"):
+            attached.match(IDS)
+        attached.close()
+        attached = kvstore.attach(path, deadline_s=DEADLINE_S)
+        waiting = attached.accept(IDS)
+        monkeypatch.setattr(attached.pool, "changed", fault)
+        write(store)
+        with pytest.raises(OwnerGoneError, match="a fault"):
+            waiting.result(DEADLINE_S)
+        attached.close()
+
+
 # A worker with a bug
 
 
