@@ -134,10 +134,14 @@ class Connection:
         if not answered.wait(deadline.remaining_s()):
             self.lose(f"it did not answer {kind.name} within {deadline_s:g} s: it is stopped, or overloaded")
             answered.wait()  # losing the connection ends every request
-        found = outcome[0]
-        if isinstance(found, KVStoreError):
+        found = outcome.pop()
+        if not isinstance(found, KVStoreError):
+            return found
+        try:
             raise found
-        return found
+        finally:
+            # Its traceback has this frame, and those of the callers with what they hold of the arena.
+            del found
 
     def ask(
         self,
@@ -262,11 +266,11 @@ class Connection:
             gone = self._gone
             pending, self._pending = self._pending, {}
         for end in pending.values():
-            end(None, gone)
+            end(None, OwnerGoneError(str(gone)))
         if first and self._listener is not None:
             self._listener.gone()
             self._wake_reader()
-        return gone
+        return OwnerGoneError(str(gone))  # whoever raises it gets one of its own: what is raised keeps frames alive
 
     def _wake_reader(self) -> None:
         with self._lock:

@@ -178,7 +178,8 @@ class AttachedPool(BasePool):
             self.post(Kind.RELEASE, pack_number(number))
 
     def settle_later(self, end: Callable[[], None]) -> None:
-        self._dropped.append(end)
+        if not self.is_closed:  # else nobody comes to run it, and it would keep the memory mapped
+            self._dropped.append(end)
 
     def soon(self, end: Callable[[], None]) -> None:
         """Run `end` soon, in a thread that may wait for the owner. Not for finalizers."""
@@ -378,6 +379,7 @@ class AttachedPool(BasePool):
                     listener()
             self._settle()
             if self.is_closed:
+                self._dropped.clear()
                 return
             if self._open and time.monotonic() - last_beat_s >= 0.9 * self.silence_s / BEATS_PER_SILENCE:
                 last_beat_s = time.monotonic()

@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -619,6 +620,33 @@ def test_a_stopped_owner_is_noticed_within_the_deadline(path: str) -> None:
         second.close()
     finally:
         owner.kill()
+
+
+def test_memory_goes_with_the_owner_and_what_is_dropped(path: str) -> None:
+    """Without the garbage collector: the arena may be most of the machine's memory."""
+
+    def hold_and_fail() -> weakref.ref[object]:
+        attached = kvstore.attach(path, deadline_s=DEADLINE_S)
+        assert isinstance(attached.pool, AttachedPool)
+        attached.pool.deadline_s = 0.3
+        lease = attached.read(attached.match([*IDS, 0]))
+        with owner_pool._lock:
+            try:
+                attached.match(IDS)
+            except OwnerGoneError:
+                attached.close()
+        return weakref.ref(lease._hold)
+
+    with opened(path) as store:
+        write(store)
+        owner_pool = store.pool
+        assert isinstance(owner_pool, Pool)
+        gc.collect()
+        gc.disable()
+        try:
+            assert hold_and_fail()() is None
+        finally:
+            gc.enable()
 
 
 def test_closing_the_owner_ends_every_process(path: str) -> None:
