@@ -17,7 +17,7 @@ from kvstore.attached.hold import AttachedHold
 from kvstore.attached.mapping import Mapping
 from kvstore.attached.messages import pack_key, pack_number, parse_empty, parse_number, parse_statistics
 from kvstore.attached.tables import pack_path
-from kvstore.attached.term import TermView
+from kvstore.attached.term import TERM_CLOSED, TermView
 from kvstore.attached.transaction import AttachedTransaction
 from kvstore.attached.writing import BeginRequest, Begun, MissingRequest, parse_numbers
 from kvstore.clock import Deadline
@@ -139,6 +139,8 @@ class AttachedPool(BasePool):
         if self._is_closed:
             raise StoreClosedError("the store is closed; attach again")
         gone = self._connection.gone
+        if gone is None and self._term.term == TERM_CLOSED:  # the page is faster than the socket
+            gone = self._connection.lose("it closed the pool, or parted from this process")
         if gone is not None:
             raise OwnerGoneError(str(gone))
 

@@ -355,12 +355,12 @@ class Requests:
 
     # Ends
 
-    def end_term(self, reason: str) -> int:
+    def end_term(self, reason: str, *, is_last: bool = False) -> int:
         """End every lease and open writer; writers keep their slots until `let_go`, or until they are said to be still.
 
         The process sees the new term before anything that it held can be reused.
         """
-        term = self._page.end_term()
+        term = self._page.end_last_term() if is_last else self._page.end_term()
         holds, self._holds = self._holds, {}
         for hold in holds.values():
             hold.release()

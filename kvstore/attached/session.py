@@ -311,7 +311,7 @@ class Session:
 
     def _disconnect(self, reason: str) -> None:
         self._is_connected = False
-        self._requests.end_term(reason)
+        self._requests.end_term(reason, is_last=True)
         self._requests.is_watching = False
         self._outgoing.clear()
         self._socket.close()

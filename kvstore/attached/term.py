@@ -41,6 +41,11 @@ class TermPage:
         self._words[0] += 1
         return self._words[0]
 
+    def end_last_term(self) -> int:
+        """As `end_term`, and no other term follows."""
+        self._words[0] = TERM_CLOSED
+        return TERM_CLOSED
+
     def close(self) -> None:
         """End the last term. Idempotent."""
         if self.descriptor < 0:

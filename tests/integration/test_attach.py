@@ -509,6 +509,25 @@ def test_a_lost_connection_of_a_living_worker_is_quarantined(path: str) -> None:
         write(store)
 
 
+def test_a_connection_that_ended_is_seen_before_it_is_read(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The word in shared memory says so at once: not that this process was silent."""
+    with opened(path) as store:
+        write(store)
+        attached = kvstore.attach(path, deadline_s=DEADLINE_S)
+        assert isinstance(attached.pool, AttachedPool)
+        lease = attached.read(attached.match([*IDS, 0]))
+        reading = threading.Event()
+        receive = attached.pool._connection._receive
+        monkeypatch.setattr(attached.pool._connection, "_receive", lambda: reading.wait(DEADLINE_S) and receive())
+        (session,) = owner_of(store)._sessions
+        session.later(lambda: setattr(session, "_is_connected", False))
+        eventually(lambda: not owner_of(store).processes())
+        with pytest.raises(OwnerGoneError, match=r"parted from this process|connection broke"):
+            lease.layer(1)
+        reading.set()
+        attached.close()
+
+
 def test_what_a_worker_drops_comes_back(path: str) -> None:
     with opened(path, silence_s=1.0) as store, workers(path, 1) as (worker,):
         write(store)
