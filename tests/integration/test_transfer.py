@@ -400,7 +400,7 @@ def test_an_aborted_writer_ends_its_transfer(
         handle = send_writer(writer, endpoint.address, sender=sender)
         for layer in source.spec.layers if is_filled else (1,):
             put_layer(writer, layer, 0, 16, [16], 0, WHOLE)
-    with pytest.raises(TransferAbortedError, match="gave up|given up"):
+    with pytest.raises(TransferAbortedError, match=r"gave up|given up"):
         handle.result(WITHIN_S)
     assert_settled(source, target)
     assert match_all(target, ids).tokens == 0
