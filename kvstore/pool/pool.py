@@ -10,8 +10,6 @@ from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
 from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
@@ -439,8 +437,8 @@ class Pool(BasePool):
         slots = transaction.placed.slots
         given_back = self._index.commit(transaction.writes, commit.ready, commit.costs_us)
         transaction.given_back(given_back)
-        kept = np.setdiff1d(commit.ready, np.array(given_back, np.uint64), assume_unique=True)
-        self._room.keep_all([slots[number] for number in kept.tolist()])
+        kept = set(commit.ready.tolist()).difference(given_back)
+        self._room.keep_all([slots[number] for number in kept])
         self._room.give_back_all([slots[number] for number in given_back])
 
     def _check_handovers(self, commits: Sequence[PreparedCommit]) -> None:

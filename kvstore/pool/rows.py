@@ -56,6 +56,8 @@ class RecordNames(Sequence[RecordName]):
 
     @classmethod
     def join(cls, parts: Sequence[RecordNames]) -> RecordNames:
+        if len(parts) == 1:
+            return parts[0]
         return cls(np.concatenate([part.table for part in parts]) if parts else np.empty((0, 5), np.uint64))
 
     def __len__(self) -> int:
@@ -74,12 +76,16 @@ class RecordNames(Sequence[RecordName]):
     @cached_property
     def classes(self) -> tuple[list[tuple[int, int, int, int]], npt.NDArray[np.int64]]:
         """What occurs of (group, span, first unit, unit after the last), and the number of each record's."""
-        group, span, start, stop = (self.table[:, column] for column in (GROUP, SPAN, START, STOP))
-        one = np.uint64(1 << 13)  # above the most units and spans
-        packed = ((group * one + span) * one + start) * one + stop
-        _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
-        classes = [(row[0], row[1], row[2], row[3]) for row in self.table[first, 1:].tolist()]
-        return classes, inverse.reshape(-1).astype(np.int64)
+        columns = self.table[:, GROUP : STOP + 1]
+        # Records of one class mostly follow one another.
+        is_first = np.ones(len(columns), np.bool_)
+        is_first[1:] = (columns[1:] != columns[:-1]).any(axis=1)
+        numbers: dict[tuple[int, int, int, int], int] = {}
+        runs = [
+            numbers.setdefault((group, span, start, stop), len(numbers))
+            for group, span, start, stop in columns[is_first].tolist()
+        ]
+        return list(numbers), np.array(runs, np.int64)[is_first.cumsum() - 1]
 
     def positions_of(self, others: RecordNames) -> npt.NDArray[np.int64]:
         """Where each of `others`, all of which are among these, stands here."""
@@ -197,7 +203,7 @@ class Rows:
         """Records that will be filled in part only."""
         layouts, numbers = self.classes
         capacity = np.array([layout.capacity_tokens for layout in layouts], np.int64)[numbers]
-        is_state = np.isin(self.table[:, GROUP], self.spec.state_groups)
+        is_state = np.array([layout.group.rule is ReuseRule.STATE for layout in layouts], np.bool_)[numbers]
         block = self.spec.block_tokens
         valid = np.where(is_state, np.minimum(self.end_tokens, capacity), (self.end_tokens - 1) % block + 1)
         rows: list[int] = np.flatnonzero((capacity > 0) & (valid < capacity)).tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,11 @@ class ArrayView:
     is_writable: bool
     owner: Any
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether all axes lie in order and without gaps, those of one element included."""
+        return self.strides == _contiguous_strides(self.shape, self.dtype.itemsize)
+
     def is_contiguous_from(self, axis: int) -> bool:
         """Whether the axes from this one on lie in order and without gaps, as a copy of rows needs them."""
         expected = self.dtype.itemsize
@@ -42,6 +49,11 @@ class ArrayView:
                 return False
             expected *= size
         return True
+
+
+@lru_cache(maxsize=1024)
+def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))
 
 
 def address_of(memory: memoryview) -> int:

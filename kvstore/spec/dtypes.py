@@ -31,23 +31,20 @@ class DType(enum.Enum):
 
     itemsize: int
     storage: np.dtype[Any]
+    is_native: bool
 
     def __new__(cls, label: str, itemsize: int, storage: str) -> DType:
         member = object.__new__(cls)
         member._value_ = label
         member.itemsize = itemsize
         member.storage = np.dtype(storage)
+        member.is_native = member.storage.name == label
         return member
 
     @property
     def label(self) -> str:
         """The name, as NumPy and torch write it."""
-        return str(self.value)
-
-    @property
-    def is_native(self) -> bool:
-        """True when NumPy has this very type."""
-        return self.storage.name == self.label
+        return str(self._value_)
 
     @classmethod
     def parse(cls, dtype: Any) -> DType:

@@ -104,6 +104,16 @@ class ModelSpec:
         """Layer spans of each group, by group index."""
         return tuple(group.spans(self.block_tokens) for group in self.groups)
 
+    @cached_property
+    def span_of_layer(self) -> dict[tuple[int, int], int]:
+        """Index of the span that holds a layer of a group, by (group, layer)."""
+        return {
+            (group, layer): span.index
+            for group, spans in enumerate(self.spans)
+            for span in spans
+            for layer in span.layers
+        }
+
     def bytes_by_group(self, tokens: int, shard: Shard = WHOLE) -> dict[str, int]:
         """Bytes of a worker's cache after a prefix of `tokens` tokens, S_kv in the literature, by group name."""
         return {group.name: group.prefix_bytes(tokens, shard) for group in self.groups}

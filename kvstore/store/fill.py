@@ -32,6 +32,8 @@ def host_view(
         `error`: another type, another shape, or rows and tokens that overlap.
     """
     view = check_array(array, group, tensor_index, shard, tokens, what, error)
+    if view.is_contiguous:
+        return view
     row_bytes = group.tensors[tensor_index].row_bytes
     outer = 2 if group.tensors[tensor_index].has_tokens else 1
     # The stride of an axis of one element is arbitrary (0 after `array[:, None]`), and nothing reads it.
@@ -64,8 +66,8 @@ class SpanRecords:
 
     def reserved(self, first: int, stop: int) -> npt.NDArray[np.int64]:
         """Those of the nodes `[first, stop)` at which a record is reserved."""
-        nodes = np.arange(first, min(stop, len(self.index)))
-        return nodes[self.index[nodes] >= 0]
+        nodes: npt.NDArray[np.int64] = np.flatnonzero(self.index[first:stop] >= 0) + first
+        return nodes
 
     def checksum_columns(self, nodes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Addresses of the checksum columns of the records at nodes."""
@@ -106,38 +108,57 @@ class TensorPut:
         return self.span.layout.tensor_pieces(self.layer, self.tensor)
 
 
-def gather_tokens(puts: Sequence[TensorPut], shard: Shard, start: int, stop: int, block_tokens: int) -> None:
-    """Copy tokens `[start, stop)` of tensors into the reserved blocks that they lie in: one native call.
+class TokenBlocks:
+    """The reserved blocks of a span in which tokens `[start, stop)` lie. Arrays of shape [n], by ascending node.
 
-    The pieces of whole blocks (`filled_blocks`) are checksummed on the way; others when the rest is there.
+    Attributes:
+        span: the records.
+        nodes: of the path.
+        records: their numbers in the transaction.
+        begin, end: where each block begins and ends, in tokens of the prompt; a tail ends with the path.
+        offsets: the first of the tokens, counted from each block's begin.
+        view_tokens: the same, counted from `start`.
+        counts: how many of the tokens lie in each.
+        is_filled: whether they fill it: then it is checksummed while they are copied.
+        are_all_filled: whether all of them are.
     """
-    plans = []
-    for put in puts:
-        nodes = put.span.reserved(start // block_tokens, -(-stop // block_tokens))
-        first = np.maximum(nodes * block_tokens, start)
-        last = np.minimum((nodes + 1) * block_tokens, stop)
-        is_filled = last - first == block_tokens
-        plans.append(
-            token_plan(
-                put.span.layout,
-                put.layer,
-                put.tensor,
-                shard,
-                put.view,
-                put.span.address[nodes],
-                first - nodes * block_tokens,
-                first - start,
-                last - first,
-                checksums=np.where(is_filled, put.span.checksum_columns(nodes), np.uint64(0)),
-            )
+
+    def __init__(self, span: SpanRecords, start: int, stop: int, block_tokens: int, path_tokens: int) -> None:
+        self.span = span
+        self.nodes = span.reserved(start // block_tokens, -(-stop // block_tokens))
+        self.records = span.index[self.nodes]
+        self.begin = self.nodes * block_tokens
+        self.end = np.minimum(self.begin + block_tokens, path_tokens)
+        first = np.maximum(self.begin, start)
+        self.offsets = first - self.begin
+        self.view_tokens = first - start
+        self.counts = np.minimum(self.end, stop) - first
+        self.is_filled = self.counts == block_tokens
+        self.are_all_filled = bool(self.is_filled.all())
+
+    def gather_plan(self, put: TensorPut, shard: Shard) -> npt.NDArray[np.uint64]:
+        """Plan that copies a tensor's tokens into these blocks, and checksums the pieces that it fills."""
+        columns = self.span.checksum_columns(self.nodes)
+        return token_plan(
+            self.span.layout,
+            put.layer,
+            put.tensor,
+            shard,
+            put.view,
+            self.span.address[self.nodes],
+            self.offsets,
+            self.view_tokens,
+            self.counts,
+            checksums=columns if self.are_all_filled else np.where(self.is_filled, columns, np.uint64(0)),
         )
-    _gather(plans)
 
 
-def filled_blocks(nodes: npt.NDArray[np.int64], start: int, stop: int, block_tokens: int) -> npt.NDArray[np.bool_]:
-    """Which nodes' blocks `gather_tokens` fills and checksums alone: whole ones, all of whose tokens are put."""
-    filled: npt.NDArray[np.bool_] = (nodes * block_tokens >= start) & ((nodes + 1) * block_tokens <= stop)
-    return filled
+def gather_tokens(puts: Sequence[tuple[TensorPut, TokenBlocks]], shard: Shard) -> None:
+    """Copy tensors into the blocks that their tokens lie in: one native call.
+
+    The pieces of filled blocks are checksummed on the way; others when the rest is there.
+    """
+    _gather([blocks.gather_plan(put, shard) for put, blocks in puts])
 
 
 def gather_states(puts: Sequence[TensorPut], shard: Shard, node: int) -> None:

@@ -16,8 +16,8 @@ from kvstore.spec import ReuseRule
 from kvstore.store.fill import (
     SpanRecords,
     TensorPut,
+    TokenBlocks,
     checksum_pieces,
-    filled_blocks,
     gather_states,
     gather_tokens,
     host_view,
@@ -79,12 +79,6 @@ class Writer:
         self.shard = shard
         self._lock = threading.RLock()
         self._spans: dict[tuple[int, int], SpanRecords] = spans_of(transaction)
-        self._span_of_layer = {
-            (group, layer): span.index
-            for group, spans in enumerate(self.spec.spans)
-            for span in spans
-            for layer in span.layers
-        }
         self._claimed: dict[tuple[int, int, int], IntervalSet] = {}
         self._filled: dict[tuple[int, int, int], IntervalSet] = {}
         self._claimed_states: set[tuple[int, int, int, int]] = set()
@@ -175,7 +169,7 @@ class Writer:
             with self._lock:
                 for put in puts:
                     self._costs_s[put.span.index[node]] += cost_s / len(checked)
-                    self._pieces_arrived(put, np.array([node]))
+                    self._pieces_arrived(put, put.span.index[[node]])
 
     def _range(self, tokens: slice) -> tuple[int, int]:
         try:
@@ -216,53 +210,60 @@ class Writer:
         """Those of a put's tensors that lie in a span of which anything is reserved."""
         puts = []
         for group, index, view, what in checked:
-            span = self._spans.get((group, self._span_of_layer[group, layer]))
+            span = self._spans.get((group, self.spec.span_of_layer[group, layer]))
             if span is not None:
                 puts.append(TensorPut(span, layer, group, index, view, what))
         return puts
 
     def _put_tokens(self, puts: list[TensorPut], start: int, stop: int, cost_s: float) -> None:
         """Copy tokens that have been claimed; checksum and report the pieces that are whole now."""
-        block = self.spec.block_tokens
-        gather_tokens(puts, self.shard, start, stop, block)
+        block, end = self.spec.block_tokens, self.transaction.path.tokens
+        # The tensors of a layer mostly lie in one span.
+        spans = {id(put.span): put.span for put in puts}
+        blocks_of = {known: TokenBlocks(span, start, stop, block, end) for known, span in spans.items()}
+        placed = [(put, blocks_of[id(put.span)]) for put in puts]
+        gather_tokens(placed, self.shard)
         with self._lock:
-            whole = [(put, self._tokens_arrived(put, start, stop, cost_s)) for put in puts]
+            arrived = [(put, blocks, self._tokens_arrived(put, blocks, start, stop, cost_s)) for put, blocks in placed]
         # A piece becomes whole by one put only, so no other thread checksums or counts it.
-        checksum_pieces([(put, nodes[~filled_blocks(nodes, start, stop, block)]) for put, nodes in whole])
+        checksum_pieces(
+            [
+                (put, blocks.nodes[is_whole & ~blocks.is_filled])
+                for put, blocks, is_whole in arrived
+                if not blocks.are_all_filled
+            ]
+        )
         with self._lock:
-            for put, nodes in whole:
-                self._pieces_arrived(put, nodes)
+            for put, blocks, is_whole in arrived:
+                self._pieces_arrived(put, blocks.records[is_whole])
 
-    def _tokens_arrived(self, put: TensorPut, start: int, stop: int, cost_s: float) -> npt.NDArray[np.int64]:
-        """Tokens of one tensor have been copied: the nodes whose blocks have all of theirs now, and had not before."""
-        block = self.spec.block_tokens
+    def _tokens_arrived(
+        self, put: TensorPut, blocks: TokenBlocks, start: int, stop: int, cost_s: float
+    ) -> npt.NDArray[np.bool_]:
+        """Tokens of one tensor have been copied: whether each block has all of its tokens since then."""
         filled = self._filled.setdefault((put.layer, put.group, put.tensor), IntervalSet())
         left, right = filled.add(start, stop)
-        end = self.transaction.path.tokens
-        nodes = put.span.reserved(start // block, -(-min(stop, end) // block))
-        first, last = nodes * block, np.minimum((nodes + 1) * block, end)
-        shares = (np.minimum(last, stop) - np.maximum(first, start)) / (stop - start) * cost_s
-        self._costs_s[put.span.index[nodes]] += shares
-        whole: npt.NDArray[np.int64] = nodes[(first >= left) & (last <= right)]
-        return whole
+        if cost_s:
+            self._costs_s[blocks.records] += blocks.counts / (stop - start) * cost_s
+        is_whole: npt.NDArray[np.bool_] = (blocks.begin >= left) & (blocks.end <= right)
+        return is_whole
 
-    def _pieces_arrived(self, put: TensorPut, nodes: npt.NDArray[np.int64]) -> None:
-        """The pieces of one tensor at nodes are whole and checksummed: report them, seal what is complete."""
+    def _pieces_arrived(self, put: TensorPut, records: npt.NDArray[np.int64]) -> None:
+        """The pieces of one tensor in records are whole and checksummed: report them, seal what is complete."""
         pieces = put.pieces
-        if not nodes.size or not pieces:
+        if not records.size or not pieces:
             return
-        records = put.span.index[nodes]
         ids = np.arange(pieces.start, pieces.stop)
         self._whole_pieces[records] += len(pieces)
         self._whole.append((records, ids))
         complete = records[self._whole_pieces[records] == len(put.span.layout.pieces)].tolist()
-        costs_us = [round(cost_s * 1e6) for cost_s in self._costs_s[complete].tolist()]
         if self._listeners:
             for record in records.tolist():
                 for listener in self._listeners:
                     listener.pieces_whole(record, ids)
         if not complete:
             return
+        costs_us = [round(cost_s * 1e6) for cost_s in self._costs_s[complete].tolist()]
         self.transaction.seal_all(complete, costs_us)
         for record, cost_us in zip(complete, costs_us, strict=True):
             for listener in self._listeners:
@@ -289,7 +290,7 @@ class Writer:
             for group in self.spec.attention_groups:
                 for layer in self.spec.groups[group].layers:
                     for index, tensor in enumerate(self.spec.groups[group].tensors):
-                        span = self._spans.get((group, self._span_of_layer[group, layer]))
+                        span = self._spans.get((group, self.spec.span_of_layer[group, layer]))
                         if span is None or span.index[start // block] < 0:
                             continue
                         array = lease.layer(layer).read(tensor.name)[:, start:]
