@@ -40,6 +40,9 @@ class ConnectionListener(Protocol):
 class Connection:
     """Any thread may call. Closed by `close`, or by the first thing that goes wrong.
 
+    A thread reads what comes unasked, and answers for whoever waits. A request that finds nobody else reading reads its
+    own answer instead: waking two threads would take longer than the answer itself.
+
     Args:
         path: the owner's socket.
         fingerprint: of the spec that is expected; None for any.
@@ -59,6 +62,8 @@ class Connection:
         self._gone: OwnerGoneError | None = None
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        """Who has it reads from the socket."""
         self._pending: dict[int, Callable[[memoryview | None, KVStoreError | None], None]] = {}
         self._last_request = 0
         self._listener: ConnectionListener | None = None
@@ -67,10 +72,12 @@ class Connection:
         self.welcome: Welcome | None = None
         self._socket = _connect(path, deadline_s)
         self._pidfd = self._wake = -1
+        self._reader_epoll: select.epoll | None = None
         try:
             self._pidfd = watch_process(self._socket, peer_of(self._socket))
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.welcome = self._greet(fingerprint, Deadline.after(deadline_s))
+            self._reader_epoll, self._request_poll = self._watch()
         except BaseException:
             self._close_descriptors()
             descriptors: tuple[int, ...] = self.descriptors
@@ -131,6 +138,8 @@ class Connection:
             answered.set()
 
         self.ask(kind, message, end, deadline)
+        if self._read_lock.acquire(blocking=False):
+            self._read_until(answered, deadline)
         if not answered.wait(deadline.remaining_s()):
             self.lose(f"it did not answer {kind.name} within {deadline_s:g} s: it is stopped, or overloaded")
             answered.wait()  # losing the connection ends every request
@@ -200,27 +209,61 @@ class Connection:
         finally:
             self._send_lock.release()
 
-    # The reader
+    # Reading: the reader thread, or a request for itself
+
+    def _watch(self) -> tuple[select.epoll, select.poll]:
+        """What the reader waits with, from which a request takes the socket, and what requests wait with."""
+        epoll, poll = select.epoll(), select.poll()
+        for descriptor in (self._socket.fileno(), self._pidfd, self._wake):
+            epoll.register(descriptor, select.EPOLLIN)
+            poll.register(descriptor, select.POLLIN)
+        return epoll, poll
 
     def _read(self) -> None:
-        poll = select.poll()
-        for descriptor in (self._socket.fileno(), self._pidfd, self._wake):
-            poll.register(descriptor, select.POLLIN)
         try:
             while self._gone is None:
-                ready = {descriptor for descriptor, _ in poll.poll()}
-                if self._socket.fileno() in ready:
-                    self._receive()
-                elif self._pidfd in ready:
-                    self.lose("it died")
+                assert self._reader_epoll is not None
+                ready = {descriptor for descriptor, _ in self._reader_epoll.poll()}
+                if not self._read_lock.acquire(blocking=False):
+                    continue  # a request has just begun to read, or is about to leave it to this thread
+                try:
+                    self._take(ready)
+                finally:
+                    self._read_lock.release()
+        except OSError as error:
+            self.lose(f"the connection broke: {error.strerror}")
+        finally:
+            with self._read_lock:
+                self._close_descriptors()
+
+    def _read_until(self, answered: threading.Event, deadline: Deadline) -> None:
+        """Read in a request's own thread until it is answered, or its time is over. With the read lock, which ends."""
+        try:
+            if self._gone is not None or self._reader_epoll is None:
+                return
+            self._reader_epoll.modify(self._socket.fileno(), 0)
+            try:
+                while not answered.is_set() and self._gone is None and not deadline.has_passed:
+                    self._take({descriptor for descriptor, _ in self._request_poll.poll(deadline.remaining_s() * 1000)})
+            finally:
+                # Before the lock is free, or the next request that takes the socket would not keep it.
+                self._reader_epoll.modify(self._socket.fileno(), select.EPOLLIN)
+        finally:
+            self._read_lock.release()
+
+    def _take(self, ready: set[int]) -> None:
+        """Act on what is ready, with the read lock."""
+        try:
+            if self._socket.fileno() in ready:
+                self._receive()
+            elif self._pidfd in ready:
+                self.lose("it died")
         except AttachProtocolError as error:
             self.lose(f"it broke the protocol: {error}")
         except OSError as error:
             self.lose(f"the connection broke: {error.strerror}")
         except Exception as error:  # a fault of ours must not leave requests without an end
             self.lose(f"its answers cannot be read: {error!r}")
-        finally:
-            self._close_descriptors()
 
     def _receive(self) -> None:
         try:
@@ -288,12 +331,16 @@ class Connection:
         self._gone = OwnerGoneError("the store belongs to the process that forked this one; attach again here")
         self._lock = threading.Lock()
         self._send_lock = threading.Lock()
+        self._read_lock = threading.Lock()
         self._pending = {}
         self._close_descriptors()
 
     def _close_descriptors(self) -> None:
         with self._send_lock, self._lock:
             self._socket.close()
+            if self._reader_epoll is not None:
+                self._reader_epoll.close()
+                self._reader_epoll = None
             for descriptor in (self._pidfd, self._wake):
                 if descriptor >= 0:
                     os.close(descriptor)

@@ -82,6 +82,8 @@ class AttachedPool(BasePool):
         self._settle_lock = threading.Lock()
         self._kick = threading.Event()
         self._has_changed = False
+        self._was_busy = False
+        self._is_idle = False
         self._beat_s: float | None = None
         self._is_closed = False
         self.deadline_s = deadline_s
@@ -165,7 +167,8 @@ class AttachedPool(BasePool):
     def _opened(self, number: int) -> None:
         with self._lock:
             self._open.add(number)
-        if len(self._open) == 1:
+        self._was_busy = True
+        if self._is_idle:
             self._kick.set()
 
     def forget(self, number: int) -> None:
@@ -371,10 +374,11 @@ class AttachedPool(BasePool):
             if mapping is not None and mapping.prepare_some():
                 wait_s: float | None = 0.0
             else:
-                wait_s = self.silence_s / BEATS_PER_SILENCE if self._open or self._dropped else None
+                wait_s = self._idle_wait_s()
             del mapping  # else it would outlive `close`
             self._kick.wait(wait_s)
             self._kick.clear()
+            self._is_idle = False
             if self._has_changed:
                 self._has_changed = False
                 for listener in tuple(self._listeners):
@@ -387,6 +391,18 @@ class AttachedPool(BasePool):
                 last_beat_s = time.monotonic()
                 with suppress(StoreClosedError):
                     self._beat()
+
+    def _idle_wait_s(self) -> float | None:
+        """Until the keeper looks again; None while nothing has been opened for a while, and whoever opens kicks it.
+
+        Leases of a moment come one after another: waking a thread for each would cost more than they do.
+        """
+        was_busy, self._was_busy = self._was_busy, False
+        if not was_busy:
+            self._is_idle = True  # first, so that whoever opens something either is seen here or sees this
+            if not (self._open or self._dropped):
+                return None
+        return self.silence_s / BEATS_PER_SILENCE
 
     def _beat(self) -> None:
         """One sign of life at a time; one that stays unanswered means that the owner is gone."""

@@ -172,7 +172,8 @@ class AttachedTransaction(BaseTransaction):
                 if error is None or self._end_reason is None:
                     self._end_reason = "it was committed" if error is None else f"it was aborted: {error}"
         if not self.is_open:
-            self._pool.soon(self._tell_still)  # this may be the connection's reader, which must not send
+            if not self._is_still:
+                self._pool.soon(self._tell_still)  # this may be the connection's reader, which must not send
             self._pool.forget(self.number)
 
     def abort(self, reason: str) -> None:
