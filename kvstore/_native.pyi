@@ -185,6 +185,29 @@ def frame_records(
         ValueError: shapes that contradict each other, a field outside of the header, a null address.
     """
 
+def intact_records(
+    header_template: Buffer,
+    record_class: NDArray[np.uint64],
+    gaps: NDArray[np.uint64],
+    pieces: NDArray[np.uint64],
+    addresses: NDArray[np.uint64],
+    digests: Buffer,
+    numbers: NDArray[np.uint64],
+    *,
+    threads: int = 1,
+) -> NDArray[np.bool_]:
+    """Whether each record is byte for byte what `frame_records` would write, with zero gaps and sound pieces; [n].
+
+    Any thread may call, the GIL is released. Arguments as for `frame_records`, and:
+
+    Args:
+        pieces: offset and bytes of each piece, in the order of the checksum column, shape [p, 2].
+        threads: at most so many share the work, the caller's included.
+
+    Raises:
+        TypeError, ValueError: as `frame_records`, or another number of pieces than of checksums.
+    """
+
 def cpu_features() -> dict[str, str | bool | int]:
     """What this CPU offers, which code paths are in use and, where there is one, why not a better one.
 

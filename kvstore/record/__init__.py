@@ -4,7 +4,7 @@ from kvstore.record.columns import SegmentUnits, TensorColumn
 from kvstore.record.header import RecordHeader
 from kvstore.record.layout import Piece, RecordLayout, record_layout, slot_sizes_bytes
 from kvstore.record.record import Record
-from kvstore.record.seal import seal_records, seal_rows
+from kvstore.record.seal import seal_records, seal_rows, which_intact
 from kvstore.record.stream import StreamedPiece, StreamedRecord, read_record_stream, write_record_stream
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "seal_records",
     "seal_rows",
     "slot_sizes_bytes",
+    "which_intact",
     "write_record_stream",
 ]

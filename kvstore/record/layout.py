@@ -166,6 +166,11 @@ class RecordLayout:
     def piece_sizes(self) -> npt.NDArray[np.int64]:
         return np.array([piece.size_bytes for piece in self.pieces], np.int64)
 
+    @cached_property
+    def piece_ranges(self) -> npt.NDArray[np.uint64]:
+        """For `intact_records`: offset and bytes of each piece, [pieces, 2]."""
+        return np.stack((self.piece_offsets, self.piece_sizes), axis=1).astype(np.uint64)
+
     @property
     def checksum_bytes(self) -> int:
         return 4 * len(self.pieces)

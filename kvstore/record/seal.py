@@ -1,4 +1,4 @@
-"""Framing records whose pieces and checksums are in place."""
+"""Framing records whose pieces and checksums are in place, and checking many that were framed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore._native import frame_records
+from kvstore._native import frame_records, intact_records
 from kvstore.record.header import FIELD_WIDTHS
+from kvstore.record.threads import copy_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,28 @@ def seal_records(
         headers: of each record; their own cost is not looked at.
         costs_us: microseconds of prefill that each record saves.
     """
+    seal_rows(layout, addresses, *_packed_fields(headers, costs_us))
+
+
+def which_intact(
+    layout: RecordLayout, addresses: npt.NDArray[np.uint64], headers: Sequence[RecordHeader]
+) -> npt.NDArray[np.bool_]:
+    """Whether `Record.verify` would find each of these headers, for records of one class in one native call, `[n]`.
+
+    Args:
+        addresses: where each record lies, `[n]`; the caller keeps the memory alive.
+        headers: what each record must say, its cost included.
+    """
+    record_class, gaps = layout.framing
+    fields = _packed_fields(headers, [header.cost_us for header in headers])
+    threads = copy_threads(layout.record_bytes * len(headers))
+    return intact_records(
+        layout.header_template, record_class, gaps, layout.piece_ranges, addresses, *fields, threads=threads
+    )
+
+
+def _packed_fields(headers: Sequence[RecordHeader], costs_us: Sequence[int]) -> tuple[bytes, npt.NDArray[np.uint64]]:
+    """Digests and numbers as native calls take them."""
     digests = b"".join([part for header in headers for part in (header.key, header.parent, header.grid)])
     numbers = np.array(
         [
@@ -42,7 +65,7 @@ def seal_records(
         ],
         np.uint64,
     ).reshape(-1, 3)
-    seal_rows(layout, addresses, digests, numbers)
+    return digests, numbers
 
 
 def seal_rows(

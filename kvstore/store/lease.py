@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore._native import addresses_of, copy_rows
-from kvstore.errors import ChecksumError, LeaseError, RecordError
-from kvstore.record import Record
+from kvstore.errors import LeaseError
+from kvstore.record import Record, which_intact
 from kvstore.record.copy import join_plans, plan_bytes, state_plan, token_plan
 from kvstore.record.rows import local_rows, runs_of
 from kvstore.record.threads import copy_threads
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt, RecordArrays
+    from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt, RecordArrays, RecordName
     from kvstore.record import RecordLayout
     from kvstore.spec import ModelSpec, Shard, TensorSpec, UnitRange
 
@@ -108,17 +108,16 @@ class Lease:
             LeaseError: the lease was released, or expired meanwhile.
         """
         self.check()
-        damaged = []
+        by_layout: dict[RecordLayout, list[HeldRecord]] = {}
         for held in self.records:
-            try:
-                header = Record(held.layout, held.memory).verify()
-            except (ChecksumError, RecordError):
-                damaged.append(held)
-                continue
-            if header != held.header:
-                damaged.append(held)
+            by_layout.setdefault(held.layout, []).append(held)
+        damaged: set[RecordName] = set()
+        for layout, records in by_layout.items():
+            addresses = addresses_of([held.memory for held in records])
+            intact = which_intact(layout, addresses, [held.header for held in records])
+            damaged.update(records[number].name for number in np.flatnonzero(~intact).tolist())
         self.check()  # what is reused meanwhile is not damaged
-        return damaged
+        return [held for held in self.records if held.name in damaged] if damaged else []
 
     def check(self) -> None:
         """Raise `LeaseError` if the lease was released, `StoreClosedError` if its store was closed."""

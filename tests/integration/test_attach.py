@@ -24,7 +24,6 @@ from kvstore.attached.session import OUTGOING_BYTES_MAX
 from kvstore.attached.transaction import AttachedTransaction
 from kvstore.errors import (
     AttachError,
-    ChecksumError,
     JointCommitError,
     LeaseError,
     LeaseGoneError,
@@ -36,7 +35,6 @@ from kvstore.errors import (
     WriteError,
 )
 from kvstore.pool import HandOver, Pool, Transaction
-from kvstore.record import Record
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all, put_tokens
@@ -465,12 +463,12 @@ def test_what_is_reused_is_not_taken_for_damage(path: str, monkeypatch: pytest.M
         lease = attached.read(attached.match([*IDS, 0]))
         (session,) = owner_of(store)._sessions
 
-        def reused(self: Record) -> None:
+        def reused(layout: object, addresses: object, headers: list[object]) -> Any:
             session.later(lambda: session._requests.end_term("the test says so"))
             eventually(lambda: owner_of(store).processes()[0].leases == 0)
-            raise ChecksumError("other bytes")
+            return np.zeros(len(headers), np.bool_)  # other bytes
 
-        monkeypatch.setattr(Record, "verify", reused)
+        monkeypatch.setattr("kvstore.store.lease.which_intact", reused)
         with pytest.raises(LeaseGoneError, match="expired"):
             lease.verify()
         assert store.statistics().damaged_records == 0

@@ -14,8 +14,11 @@ from kvstore.record import (
     RecordHeader,
     read_record_stream,
     record_layout,
+    which_intact,
     write_record_stream,
 )
+
+from kvstore.record.array_view import address_of
 from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec, UnitRange
 from tests.format.records import HEADER, RECORDS, STATE_HEADER, attention_record, fill, state_record, toy_spec
 
@@ -51,6 +54,29 @@ def test_sealing_clears_what_the_slot_held_before() -> None:
     again_on_zeros.checksums[:] = again_on_zeros.compute_checksums()
     again_on_zeros.seal(STATE_HEADER)
     assert bytes(again.memory) == bytes(again_on_zeros.memory)
+
+
+@pytest.mark.parametrize("make", RECORDS)
+def test_checking_many_records_finds_what_checking_each_does(make: Callable[[], Record]) -> None:
+    record = make()
+    layout, header = record.layout, record.header()
+    memories = [bytearray(record.memory) for _ in range(5)]
+    addresses = np.array([address_of(memoryview(memory)) for memory in memories], np.uint64)
+    assert which_intact(layout, addresses, [header] * 5).tolist() == [True] * 5
+    assert which_intact(layout, addresses[:0], []).tolist() == []
+    gaps = [offset for offset, _ in layout.gaps]
+    edges = [layout.header_bytes - 1, layout.header_bytes, layout.checksum_offset, layout.record_bytes - 1]
+    pieces = [piece.offset + piece.size_bytes - 1 for piece in layout.pieces]
+    for at in sorted({*range(0, layout.header_bytes, 7), *layout.field_offsets.values(), *gaps, *edges, *pieces}):
+        memories[3][at] ^= 1
+        try:
+            is_sound = Record(layout, memoryview(memories[3])).verify() == header
+        except (RecordError, ChecksumError):
+            is_sound = False
+        assert which_intact(layout, addresses, [header] * 5).tolist() == [True, True, True, is_sound, True], at
+        memories[3][at] ^= 1
+    other = RecordHeader(**{**vars(header), "cost_us": header.cost_us + 1})
+    assert which_intact(layout, addresses, [header, other, header, header, other]).tolist() == [1, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 #include "framing.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../checksum/crc32c.h"
 
@@ -40,6 +42,22 @@ void put_checksum(std::byte* field, std::uint32_t value) {
     }
 }
 
+// Writes the header of a record whose checksum column lies at `column`.
+void write_header(const FramingClass& framing, const RecordFields& fields, const RecordNumbers& numbers,
+                  const std::byte* column, std::byte* header) {
+    std::memcpy(header, framing.header_template.data(), framing.header_template.size());
+    put_hex(header + framing.fields.key, fields.key);
+    put_hex(header + framing.fields.parent, fields.parent);
+    put_hex(header + framing.fields.grid, fields.grid);
+    put_decimal(header + framing.fields.end_tokens, end_tokens_field_bytes, numbers.end_tokens);
+    put_decimal(header + framing.fields.valid_tokens, valid_tokens_field_bytes, numbers.valid_tokens);
+    put_decimal(header + framing.fields.cost_us, cost_us_field_bytes, numbers.cost_us);
+    // The checksum field is blank while the header is checksummed.
+    std::uint32_t value = crc32c(header, framing.header_template.size(), framing.schema_checksum);
+    value = crc32c(column, framing.checksum_bytes, value);
+    put_checksum(header + framing.fields.metadata_crc32c, value);
+}
+
 }  // namespace
 
 void check_framing(const FramingClass& framing) {
@@ -59,20 +77,34 @@ void check_framing(const FramingClass& framing) {
 
 void frame_record(const FramingClass& framing, const RecordFields& fields, const RecordNumbers& numbers,
                   std::byte* record) {
-    std::memcpy(record, framing.header_template.data(), framing.header_template.size());
-    put_hex(record + framing.fields.key, fields.key);
-    put_hex(record + framing.fields.parent, fields.parent);
-    put_hex(record + framing.fields.grid, fields.grid);
-    put_decimal(record + framing.fields.end_tokens, end_tokens_field_bytes, numbers.end_tokens);
-    put_decimal(record + framing.fields.valid_tokens, valid_tokens_field_bytes, numbers.valid_tokens);
-    put_decimal(record + framing.fields.cost_us, cost_us_field_bytes, numbers.cost_us);
-    // The checksum field is blank while the header is checksummed.
-    std::uint32_t value = crc32c(record, framing.header_template.size(), framing.schema_checksum);
-    value = crc32c(record + framing.checksum_offset, framing.checksum_bytes, value);
-    put_checksum(record + framing.fields.metadata_crc32c, value);
+    write_header(framing, fields, numbers, record + framing.checksum_offset, record);
     for (const Gap& gap : framing.gaps) {
         std::memset(record + gap.offset, 0, gap.size_bytes);
     }
+}
+
+bool is_intact(const FramingClass& framing, std::span<const PieceRange> pieces, const RecordFields& fields,
+               const RecordNumbers& numbers, const std::byte* record) {
+    const std::byte* column = record + framing.checksum_offset;
+    std::vector<std::byte> header(framing.header_template.size());
+    write_header(framing, fields, numbers, column, header.data());
+    if (std::memcmp(record, header.data(), header.size()) != 0) {
+        return false;
+    }
+    for (const Gap& gap : framing.gaps) {
+        const std::byte* begin = record + gap.offset;
+        if (std::any_of(begin, begin + gap.size_bytes, [](std::byte value) { return value != std::byte{0}; })) {
+            return false;
+        }
+    }
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        std::uint32_t stored = 0;
+        std::memcpy(&stored, column + i * sizeof stored, sizeof stored);
+        if (crc32c(record + pieces[i].offset, pieces[i].size_bytes, 0) != stored) {
+            return false;
+        }
+    }
+    return true;
 }
 
 }  // namespace kvstore

@@ -69,4 +69,16 @@ void check_framing(const FramingClass& framing);
 void frame_record(const FramingClass& framing, const RecordFields& fields, const RecordNumbers& numbers,
                   std::byte* record);
 
+// One piece of a record and the place of its checksum follow from the class: piece i has checksum i of the column.
+struct PieceRange {
+    std::uint64_t offset;
+    std::uint64_t size_bytes;
+};
+static_assert(sizeof(PieceRange) == 2 * sizeof(std::uint64_t));
+
+// Whether the record at `record` is what `frame_record` left there, its pieces have the checksums of its column, and its
+// gaps are zero. REQUIRES: check_framing passed; the record is mapped, pieces and checksum column lie within it.
+bool is_intact(const FramingClass& framing, std::span<const PieceRange> pieces, const RecordFields& fields,
+               const RecordNumbers& numbers, const std::byte* record);
+
 }  // namespace kvstore

@@ -62,6 +62,32 @@ void fields_are_written() {
     check(std::stoul(stored.substr(7), nullptr, 16) == expected, "metadata checksum");
 }
 
+void damage_is_found() {
+    std::vector<std::byte> header_template(header_bytes, std::byte{'.'});
+    const std::string blank = "crc32c:00000000";
+    std::memcpy(header_template.data() + offsets.metadata_crc32c, blank.data(), blank.size());
+    const std::vector<Gap> gaps{{540, 4}};
+    const std::vector<PieceRange> pieces{{512, 10}, {522, 10}};
+    const FramingClass framing{header_template, offsets, 0x1234, 532, 8, gaps};
+    constexpr std::size_t record_bytes = 544;
+    const auto record = std::make_unique<std::byte[]>(record_bytes);
+    std::fill_n(record.get(), record_bytes, std::byte{0x5A});
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        const std::uint32_t value = crc32c_portable(record.get() + pieces[i].offset, pieces[i].size_bytes, 0);
+        std::memcpy(record.get() + framing.checksum_offset + i * sizeof value, &value, sizeof value);
+    }
+    const RecordFields fields{};
+    const RecordNumbers numbers{300, 16, 7};
+    frame_record(framing, fields, numbers, record.get());
+    check(is_intact(framing, pieces, fields, numbers, record.get()), "a framed record is intact");
+    for (std::size_t at = 0; at < record_bytes; ++at) {
+        record[at] ^= std::byte{1};
+        check(!is_intact(framing, pieces, fields, numbers, record.get()), "damage at byte " + std::to_string(at));
+        record[at] ^= std::byte{1};
+    }
+    check(!is_intact(framing, pieces, fields, {300, 16, 8}, record.get()), "a record of another cost");
+}
+
 void fields_outside_are_refused() {
     const std::vector<std::byte> header_template(header_bytes);
     for (const std::uint64_t offset : {std::uint64_t{header_bytes - 14}, std::uint64_t{header_bytes + 1}, ~std::uint64_t{0}}) {
@@ -76,6 +102,7 @@ void fields_outside_are_refused() {
 
 int main() {
     kvstore::fields_are_written();
+    kvstore::damage_is_found();
     kvstore::fields_outside_are_refused();
     std::cout << "framing: passed\n";
 }
