@@ -931,6 +931,34 @@ def test_many_threads_share_a_connection(path: str) -> None:
             check_lease(lease, attached.prompt(IDS))
 
 
+def test_an_answer_is_read_by_whoever_waits_for_it(path: str) -> None:
+    """Also when its thread was the first to read and another's answer comes first, or news that nobody asked for."""
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        connection = attached.pool._connection
+        with connection._read_lock:  # somebody else reads: a request waits to be told
+            assert connection._reader_epoll is not None
+            waiting = Background(lambda: attached.statistics().commits)
+            eventually(lambda: bool(connection._pending))
+        assert waiting.result(DEADLINE_S) == 0
+        changes: list[None] = []
+        attached.pool.subscribe(lambda: changes.append(None))
+        attached.statistics()  # answered after the owner has learnt of the subscription
+        write(store)
+        eventually(lambda: bool(changes))  # the connection's thread has the socket again
+        assert attached.statistics().commits == 1
+
+
+def test_an_owner_that_goes_ends_a_request_that_reads_for_itself(path: str) -> None:
+    with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
+        session = next(iter(owner_of(store)._sessions))
+        session._requests.handle = lambda *_: time.sleep(0.05)  # type: ignore[assignment,method-assign,misc]
+        asking = Background(attached.statistics)
+        eventually(lambda: attached.pool._connection._read_lock.locked())
+        owner_of(store).close()
+        with pytest.raises(OwnerGoneError):
+            asking.result(DEADLINE_S)
+
+
 def test_a_commit_in_parts_by_a_worker(path: str) -> None:
     with opened(path) as store, kvstore.attach(path, deadline_s=DEADLINE_S) as attached:
         with attached.write(IDS, resume_at=(len(IDS),)) as writer:
