@@ -32,7 +32,7 @@ os._exit(0)
 
 
 class MooncakePeer(Peer):
-    """Registers the caller's arrays once, as its users do; objects are written in batches."""
+    """Registers the caller's arrays once, as its users do; objects are written in batches, or one by one."""
 
     def __init__(self, segment_bytes: int) -> None:
         # Read when the library is loaded. More than the default number of transfers is queued by one batch.
@@ -82,22 +82,42 @@ class MooncakePeer(Peer):
 
     @property
     def name(self) -> str:
-        return f"Mooncake Store {self._version}, TCP, batches"
+        return f"{self.singly_name}, batches"
+
+    @property
+    def singly_name(self) -> str:
+        return f"Mooncake Store {self._version}, TCP"
 
     def put(self, source: npt.NDArray[np.uint8]) -> None:
-        # An object is never replaced there. Removing the last round's takes 256 short requests, a few percent of a put,
-        # and keeps the memory warm: into fresh pages it puts a third as fast. What was read within the last seconds
-        # cannot be removed and stays.
-        for name in self._names:
-            self._store.remove(name)
-        turn = next(self._rounds)
-        self._names = [f"{turn}/{number}" for number in range(len(source))]
+        self._rename(len(source))
         codes = self._store.batch_put_from(self._names, self._addresses(source), [source.shape[1]] * len(source))
         assert not any(codes), codes
 
     def get(self, target: npt.NDArray[np.uint8]) -> None:
         sizes = self._store.batch_get_into(self._names, self._addresses(target), [target.shape[1]] * len(target))
         assert all(size == target.shape[1] for size in sizes), sizes
+
+    def put_singly(self, source: npt.NDArray[np.uint8]) -> None:
+        self._rename(len(source))
+        for name, address in zip(self._names, self._addresses(source), strict=True):
+            code = self._store.put_from(name, address, source.shape[1])
+            assert code == 0, code
+
+    def get_singly(self, target: npt.NDArray[np.uint8]) -> None:
+        for name, address in zip(self._names, self._addresses(target), strict=True):
+            size = self._store.get_into(name, address, target.shape[1])
+            assert size == target.shape[1], size
+
+    def _rename(self, count: int) -> None:
+        """New names for each put: an object is never replaced there.
+
+        Removing the last round's takes 256 short requests, a few percent of a put, and keeps the memory warm: into
+        fresh pages it puts a third as fast. What was read within the last seconds cannot be removed and stays.
+        """
+        for name in self._names:
+            self._store.remove(name)
+        turn = next(self._rounds)
+        self._names = [f"{turn}/{number}" for number in range(count)]
 
     def _addresses(self, array: npt.NDArray[np.uint8]) -> list[int]:
         begin = array.ctypes.data

@@ -31,6 +31,19 @@ class Peer(ABC):
     def get(self, target: npt.NDArray[np.uint8]) -> None:
         """Read each row's object; into `target` where the peer's client can."""
 
+    @property
+    @abstractmethod
+    def singly_name(self) -> str:
+        """What the table calls it where each object is a call of its own."""
+
+    @abstractmethod
+    def put_singly(self, source: npt.NDArray[np.uint8]) -> None:
+        """As `put`, each object by a call that is answered before the next."""
+
+    @abstractmethod
+    def get_singly(self, target: npt.NDArray[np.uint8]) -> None:
+        """As `get`, each object by a call that is answered before the next."""
+
     @abstractmethod
     def close(self) -> None:
         """End the client and the server. Idempotent."""

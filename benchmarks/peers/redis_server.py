@@ -1,4 +1,4 @@
-"""Redis without persistence, over its Unix socket, with pipelined commands."""
+"""Redis without persistence, over its Unix socket, with pipelined commands and with single ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RedisPeer(Peer):
                 self.close()
                 raise PeerMissingError("redis-server did not start")
             time.sleep(0.02)
-        self._name = f"Redis {self._client.info('server')['redis_version']}, Unix socket, pipelined"
+        self._name = f"Redis {self._client.info('server')['redis_version']}, Unix socket"
 
     def _answers(self) -> bool:
         try:
@@ -67,6 +67,10 @@ class RedisPeer(Peer):
 
     @property
     def name(self) -> str:
+        return f"{self._name}, pipelined"
+
+    @property
+    def singly_name(self) -> str:
         return self._name
 
     def put(self, source: npt.NDArray[np.uint8]) -> None:
@@ -82,6 +86,14 @@ class RedisPeer(Peer):
                     pipeline.get(number)
                 replies = pipeline.execute()
             assert all(len(reply) == target.shape[1] for reply in replies)
+
+    def put_singly(self, source: npt.NDArray[np.uint8]) -> None:
+        for number, row in enumerate(source):
+            self._client.set(number, memoryview(row))
+
+    def get_singly(self, target: npt.NDArray[np.uint8]) -> None:
+        for number in range(len(target)):
+            assert len(self._client.get(number)) == target.shape[1]
 
     def close(self) -> None:
         self._client.close()
