@@ -105,9 +105,21 @@ class JointCommits:
         """A party has reserved its share. If another failed meanwhile, nobody has told this one: it is given back.
 
         Raises:
-            JointCommitError: another party has failed.
+            JointCommitError: another party has failed. WriteError: it writes something else than the others, which
+            fails them all.
         """
-        failure = party.joint.failure
+        with self._lock:
+            failure = party.joint.failure
+            others = [other.transaction for other in party.joint.parties.values() if other is not party]
+        mine = party.transaction
+        if failure is None and mine and any(other is not None and other.path != mine.path for other in others):
+            reason = (
+                f"party {party.name.index} of the joint commit {party.name.name!r} writes another prompt, or less of "
+                "it, than the others; every party writes its share of the same token ids, salt and adapter, with the "
+                "same resume_at"
+            )
+            mine.abort(reason)
+            raise WriteError(reason)
         if failure is not None:
             error = _failed(party.name, failure)
             if party.transaction is not None:

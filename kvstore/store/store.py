@@ -362,6 +362,13 @@ class Store:
                 raise WriteError(
                     f"resume_at={length} is no chunk boundary of grid=; the next is {grid.closing(length)}"
                 )
+        if grid is not None and (grid.closing(len(prompt)) or 0) > len(prompt):
+            raise WriteError(
+                f"grid= says that the chunk with the prompt's last token ends at {grid.closing(len(prompt))}, past the "
+                f"prompt's {len(prompt)}: its blocks would be taken for those of a longer chunk, and are not bitwise "
+                f"the same; end the grid with the prompt, as ChunkGrid.every(chunk_tokens, upto={len(prompt)}) does, or "
+                "write the whole prompt that was computed"
+            )
         return lengths
 
     def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> RecordNames:

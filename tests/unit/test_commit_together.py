@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvstore.errors import JointCommitError, LeaseGoneError, StoreClosedError, WriteError
+from kvstore.errors import JointCommitError, KVStoreError, LeaseGoneError, StoreClosedError, WriteError
 from kvstore.pool import HandOver
 from kvstore.spec import ChunkGrid, Shard
 from kvstore.store import Store, Writer, open_store
@@ -194,3 +194,15 @@ def test_a_party_that_begins_while_another_fails(store: Store, monkeypatch: pyte
         store.write(range(32), shard=Shard(1, 2), joint="both")
     assert store.statistics().reserved_bytes == 0, "what the late party had reserved stays"
     store.pool.check()
+
+
+def test_parties_that_write_different_prompts_fail_together(store: Store) -> None:
+    """Otherwise each would commit something of which no reader ever finds all shards."""
+    first = store.write(IDS, shard=SHARDS[0], joint="request")
+    put_all(first)
+    with pytest.raises(WriteError, match="writes another prompt"):
+        store.write([*IDS[:-1], 1], shard=SHARDS[1], joint="request")
+    with pytest.raises(KVStoreError, match="writes another prompt"):
+        first.commit(deadline_s=10.0)
+    statistics = store.statistics()
+    assert (statistics.reserved_bytes, statistics.quarantined_bytes, statistics.committed_bytes) == (0, 0, 0)

@@ -17,7 +17,6 @@ from kvstore.record import (
     which_intact,
     write_record_stream,
 )
-
 from kvstore.record.array_view import address_of
 from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec, UnitRange
 from tests.format.records import HEADER, RECORDS, STATE_HEADER, attention_record, fill, state_record, toy_spec

@@ -300,6 +300,13 @@ def test_a_checkpoint_off_the_grid(store: Store) -> None:
         store.write(IDS, resume_at=(16,), grid=ChunkGrid.every(24, upto=40))
 
 
+def test_a_grid_whose_last_chunk_goes_on_past_the_prompt(store: Store) -> None:
+    """The prefill ended with the prompt, so its last chunk is not the longer one that the grid names."""
+    with pytest.raises(WriteError, match=r"ends at 48, past the prompt's 40.*upto=40"):
+        store.write(IDS, resume_at=(), grid=ChunkGrid.every(24, upto=48))
+    assert store.statistics().nodes == 0
+
+
 def test_a_prompt_shorter_than_a_block(store: Store) -> None:
     with pytest.raises(WriteError, match="fills no block of 16"):
         store.write([1, 2, 3], resume_at=())
