@@ -365,9 +365,9 @@ class Store:
         if grid is not None and (grid.closing(len(prompt)) or 0) > len(prompt):
             raise WriteError(
                 f"grid= says that the chunk with the prompt's last token ends at {grid.closing(len(prompt))}, past the "
-                f"prompt's {len(prompt)}: its blocks would be taken for those of a longer chunk, and are not bitwise "
-                f"the same; end the grid with the prompt, as ChunkGrid.every(chunk_tokens, upto={len(prompt)}) does, or "
-                "write the whole prompt that was computed"
+                f"prompt's {len(prompt)}: its blocks would be taken for those of a longer chunk, and these are not "
+                f"bitwise the same; end the grid with the prompt, as ChunkGrid.every(chunk, upto={len(prompt)}) does, "
+                "or write the whole prompt that was computed"
             )
         return lengths
 
