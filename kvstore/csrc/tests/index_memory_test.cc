@@ -17,8 +17,8 @@ std::optional<int> allocations_left;
 
 }  // namespace
 
-// All forms, since a sanitizer would bring its own of those that are not here.
-void* operator new(std::size_t size, const std::nothrow_t& /*unused*/) noexcept {
+// All forms, since a sanitizer would bring its own of those that are not here. Inlined, g++ takes them for a mismatch.
+[[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t& /*unused*/) noexcept {
     if (allocations_left && (*allocations_left)-- == 0) {
         allocations_left.reset();
         return nullptr;
@@ -26,19 +26,19 @@ void* operator new(std::size_t size, const std::nothrow_t& /*unused*/) noexcept 
     return std::malloc(size == 0 ? 1 : size);
 }
 
-void* operator new(std::size_t size) {
+[[gnu::noinline]] void* operator new(std::size_t size) {
     if (void* memory = operator new(size, std::nothrow)) {
         return memory;
     }
     throw std::bad_alloc();
 }
 
-void* operator new[](std::size_t size) { return operator new(size); }
+[[gnu::noinline]] void* operator new[](std::size_t size) { return operator new(size); }
 
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
