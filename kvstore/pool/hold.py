@@ -66,7 +66,6 @@ class Hold(BaseHold):
 
     @property
     def pool(self) -> Pool:
-        """The pool that the records lie in."""
         return self._pool
 
     def check(self) -> None:
@@ -81,7 +80,6 @@ class Hold(BaseHold):
             raise LeaseError("the lease was released; its views are no longer valid. Read the match again")
 
     def release(self) -> None:
-        """Let the records go. Idempotent."""
         if self._pool.is_closed:
             return
         with self._lock:
@@ -91,6 +89,5 @@ class Hold(BaseHold):
         self._pool.release(self)
 
     def release_later(self) -> None:
-        """As `release`, for finalizers: no lock is taken here, and the pool acts in its next call."""
         if not self._is_released:
             self._pool.settle_later(self.release)

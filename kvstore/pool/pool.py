@@ -121,14 +121,6 @@ class Pool(BasePool):
         grid: ChunkGrid | None = None,
         cap_tokens: int | None = None,
     ) -> Match:
-        """The deepest resume point of a prompt, the other candidates, and why nothing deeper serves.
-
-        Args:
-            cap_tokens: deepest length allowed; by default one token less than the prompt has.
-
-        Raises:
-            StoreClosedError: the pool is closed.
-        """
         if self._dropped:
             self._settle()
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
@@ -153,15 +145,6 @@ class Pool(BasePool):
         grid: ChunkGrid | None = None,
         grids: Mapping[RecordPlace, bytes] | None = None,
     ) -> Hold:
-        """Keep every record of a resume point in place until the hold is released.
-
-        Args:
-            grid: the chunk boundaries that the records must have been computed with.
-            grids: their digests by record, instead of `grid`, where only those are known (a hand-over).
-
-        Raises:
-            LeaseGoneError: a record is not there any more; nothing is held.
-        """
         self._settle()
         if grid is not None and grids is None and self.spec.state_groups:
             grid.digest_at(path.tokens)  # states exist at boundaries only
@@ -198,14 +181,6 @@ class Pool(BasePool):
         return self._tier.views(slots)
 
     def check_current(self, hold: BaseHold) -> None:
-        """Raise unless the records of a hold are still what the index would give out.
-
-        Damage takes records from under a hold: who holds the bytes may look at them, but nothing must be built on
-        them and written back with new checksums.
-
-        Raises:
-            LeaseGoneError: a record was found damaged since.
-        """
         if not isinstance(hold, Hold):
             raise LeaseGoneError("the lease is of another store")
         with self._lock:
@@ -230,7 +205,6 @@ class Pool(BasePool):
         self._notify()
 
     def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], Hold] | None:
-        """Take the hand-over that waits at the end of a path and hold its records, in one step; None without one."""
         self._settle()
         with self._lock:
             self._check_open()
@@ -251,7 +225,6 @@ class Pool(BasePool):
         return self._index.native.find(path.key(len(path) - 1))
 
     def return_handover(self, path: NodePath, handover: HandOver, grids: Mapping[RecordPlace, bytes]) -> None:
-        """Put back what was accepted and is not wanted; without effect if its records have gone."""
         with self._lock:
             self._check_open()
             node = self._end_of(path)
@@ -259,7 +232,6 @@ class Pool(BasePool):
                 self._index.add_handover(node, handover, grids)
 
     def take_handover(self, path: NodePath) -> HandOver | None:
-        """The hand-over that waits at the end of a path, once, without holding anything."""
         self._settle()
         with self._lock:
             self._check_open()
@@ -270,7 +242,6 @@ class Pool(BasePool):
     # Writing
 
     def missing(self, path: NodePath, names: Iterable[RecordName], grid: ChunkGrid | None = None) -> list[RecordName]:
-        """Those of the named records that are not committed."""
         named = RecordNames.of(names)
         table = name_table(self.spec, path, named, grid, None)
         with self._lock:
@@ -290,23 +261,6 @@ class Pool(BasePool):
         is_transient: bool = False,
         joint: JointName | None = None,
     ) -> Transaction:
-        """Reserve what is missing of the named records, evicting if need be, or change nothing.
-
-        Args:
-            names: the records that the writer will provide.
-            salt: for accounting; the path's keys already cover it.
-            grid: chunk boundaries that the writer computes with.
-            grid_digests: their digests by record, instead of `grid`, where only those are known (a receiver).
-            resume_nodes: nodes of the path that become resume points.
-            basis: all records of a resume point that the caller holds and continues from.
-            is_transient: the path's tail is for a hand-over only and goes with it.
-            joint: the joint commit that this becomes a party of.
-
-        Raises:
-            PoolFullError: not enough can be evicted. QuarantineFullError: too many dropped writers still
-            have bytes moving. WriteError: attention records would not be contiguous from the root.
-            LeaseGoneError: a record of `basis` is not held any more. JointCommitError: another party has failed.
-        """
         self._settle()
         party = self._joints.join(joint) if joint is not None else None
         try:
@@ -509,10 +463,6 @@ class Pool(BasePool):
     # Removing
 
     def evict(self, key: bytes, *, states_only: bool = False) -> int:
-        """Drop a node's states, or its attention with everything below it; bytes freed.
-
-        Returns 0 when the node is unknown or something of it is held.
-        """
         self._settle()
         with self._lock:
             self._check_open()
@@ -525,13 +475,6 @@ class Pool(BasePool):
         return freed_bytes
 
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
-        """A record of this node is damaged: forget it and all that only it made reachable, held or not.
-
-        Who holds the bytes keeps them; nobody else finds them again.
-
-        Args:
-            slot: where the damaged record lies; if it has left the index meanwhile, nothing happens.
-        """
         with self._lock:
             self._check_open()
             node = self._index.native.find(key)
@@ -554,7 +497,6 @@ class Pool(BasePool):
             self._listeners.append(listener)
 
     def unsubscribe(self, listener: Callable[[], None]) -> None:
-        """End a subscription; without effect if there is none."""
         with self._lock:
             self._listeners = [known for known in self._listeners if known != listener]
 
@@ -563,7 +505,6 @@ class Pool(BasePool):
             listener()
 
     def statistics(self) -> PoolStatistics:
-        """Counters and the budget as they are now."""
         self._settle()
         with self._lock:
             return self._statistics.snapshot(
@@ -578,7 +519,6 @@ class Pool(BasePool):
             )
 
     def check(self) -> None:
-        """Assert every invariant, the budget included; for tests (it walks the whole index)."""
         self._settle()
         with self._lock:
             self._index.check()
@@ -600,7 +540,6 @@ class Pool(BasePool):
         self._notify()
 
     def close_in_child(self) -> None:
-        """After a fork, in the child: threads do not survive it, and their locks stay as they were."""
         self.is_closed = True
         self._lock = threading.RLock()
         self._joints = JointCommits(self.commit_together)

@@ -258,6 +258,9 @@ class BasePool(ABC):
     def check_current(self, hold: BaseHold) -> None:
         """Raise unless the records of a hold are still what the index would give out.
 
+        Damage takes records from under a hold: who holds the bytes may look at them, but nothing must be built on
+        them and written back with new checksums.
+
         Raises:
             LeaseGoneError: a record was found damaged since.
         """
@@ -320,6 +323,8 @@ class BasePool(ABC):
     @abstractmethod
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         """A record of this node is damaged: forget it and all that only it made reachable, held or not.
+
+        Who holds the bytes keeps them; nobody else finds them again.
 
         Args:
             slot: where the damaged record lies; if it has left the index meanwhile, nothing happens.

@@ -105,7 +105,6 @@ class Transaction(BaseTransaction):
 
     @property
     def joint(self) -> JointName | None:
-        """The joint commit that this is a party of."""
         return self._party[0].name if self._party is not None else None
 
     @property
@@ -128,7 +127,6 @@ class Transaction(BaseTransaction):
 
     @cached_property
     def held(self) -> tuple[HeldRecord, ...]:
-        """The requested records that were there already, and those of the resume point that is continued."""
         return (*self.inherited, *self.placed_held.held())
 
     def grids(self) -> dict[RecordPlace, bytes]:
@@ -151,13 +149,6 @@ class Transaction(BaseTransaction):
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        """Bytes are about to land in, or leave from, the slots.
-
-        If the transaction ends meanwhile, its slots are quarantined until this block is left.
-
-        Raises:
-            StoreClosedError, WriteError: the transaction has ended.
-        """
         self._check_open()
         with self._lock:
             self._check_open()
@@ -170,15 +161,9 @@ class Transaction(BaseTransaction):
             self._unpin_when_still()
 
     def seal(self, index: int, cost_us: int = 0) -> None:
-        """Every piece and checksum of a record is in place: write its framing. Idempotent.
-
-        Raises:
-            StoreClosedError, WriteError: the transaction has ended.
-        """
         self.seal_all([index], [cost_us])
 
     def seal_all(self, indices: Sequence[int], costs_us: Sequence[int]) -> None:
-        """As `seal`, for many records at once."""
         self._check_open()
         with self._lock:
             self._check_open()
@@ -295,7 +280,6 @@ class Transaction(BaseTransaction):
             self._unpinned |= prepared.is_still
 
     def abort(self, reason: str) -> None:
-        """Give back what was not committed. Idempotent, and without effect after a commit."""
         if self._pool.is_closed:
             return
         with self._lock:
