@@ -84,9 +84,10 @@ def _native_headers() -> Target:
         return (int(header.kind), header.flags, *header.transfer, header.generation, *sizes)
 
     def parse(data: bytes) -> None:
-        expected = read(data[:FRAME_HEADER_BYTES].ljust(FRAME_HEADER_BYTES, b"\0"))
+        packed = data[:FRAME_HEADER_BYTES].ljust(FRAME_HEADER_BYTES, b"\0")
+        expected = read(packed)
         try:
-            found = parse_frame_header(data[:FRAME_HEADER_BYTES].ljust(FRAME_HEADER_BYTES, b"\0"))
+            found = parse_frame_header(packed)
         except (ProtocolError, PeerMismatchError):
             assert expected is None, f"only the native parser refuses {expected}"
             raise
