@@ -295,6 +295,8 @@ class Store:
             self._check_continues(resume, target, shard, grid)
         start = resume.tokens if resume is not None else 0
         lengths = self._checkpoints(target, resume_at, start, grid)
+        if grid is not None:
+            self._check_grid(target, grid)
         whole = len(target.path.keys)
         path = target.path if len(target) in lengths else target.path.prefix(whole)
         if not len(path):
@@ -342,6 +344,18 @@ class Store:
                     "match with that grid, or write with grid=None"
                 )
 
+    @staticmethod
+    def _check_grid(prompt: Prompt, grid: ChunkGrid) -> None:
+        """The chunk that the prefill ended in must end with the prompt; a grid that ends before says nothing of it."""
+        closing = grid.closing(len(prompt))
+        if closing is not None and closing > len(prompt):
+            raise WriteError(
+                f"grid= says that the chunk with the prompt's last token ends at {closing}, past the "
+                f"prompt's {len(prompt)}: its blocks would be taken for those of a longer chunk, and these are not "
+                f"bitwise the same; end the grid with the prompt, as ChunkGrid.every(chunk, upto={len(prompt)}) does, "
+                "or write the whole prompt that was computed"
+            )
+
     def _checkpoints(
         self, prompt: Prompt, resume_at: Sequence[int] | None, start: int, grid: ChunkGrid | None
     ) -> tuple[int, ...]:
@@ -362,13 +376,6 @@ class Store:
                 raise WriteError(
                     f"resume_at={length} is no chunk boundary of grid=; the next is {grid.closing(length)}"
                 )
-        if grid is not None and (grid.closing(len(prompt)) or 0) > len(prompt):
-            raise WriteError(
-                f"grid= says that the chunk with the prompt's last token ends at {grid.closing(len(prompt))}, past the "
-                f"prompt's {len(prompt)}: its blocks would be taken for those of a longer chunk, and these are not "
-                f"bitwise the same; end the grid with the prompt, as ChunkGrid.every(chunk, upto={len(prompt)}) does, "
-                "or write the whole prompt that was computed"
-            )
         return lengths
 
     def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> RecordNames:
