@@ -12,6 +12,7 @@ from kvstore.attached.messages import pack_number
 from kvstore.attached.writing import AbortRequest, CommitRequest
 from kvstore.errors import KVStoreError, LeaseGoneError, StoreClosedError, WriteError
 from kvstore.pool import BaseTransaction
+from kvstore.pool.seam import incomplete
 from kvstore.pool.transaction import frame_reserved
 
 if TYPE_CHECKING:
@@ -153,11 +154,7 @@ class AttachedTransaction(BaseTransaction):
     def _check_complete(self, upto_tokens: int | None) -> None:
         for index, record in enumerate(self.records):
             if index not in self._costs_us and (upto_tokens is None or record.header.end_tokens <= upto_tokens):
-                raise WriteError(
-                    f"the record of group {record.layout.group.name!r}, layers {record.layout.span.layers[0]} to "
-                    f"{record.layout.span.layers[-1]}, at {record.header.end_tokens} tokens is not complete; "
-                    "put every layer and state before commit, or commit a shorter part"
-                )
+                raise incomplete(record)
 
     def _end_commit(self, request: CommitRequest, error: BaseException | None, *, is_final: bool) -> None:
         is_refused = error is not None and self._joint is None and not isinstance(error, LeaseGoneError)

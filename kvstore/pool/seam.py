@@ -353,3 +353,13 @@ class BasePool(ABC):
     @abstractmethod
     def close_in_child(self) -> None:
         """After a fork, in the child: threads do not survive it, and their locks stay as they were."""
+
+
+def incomplete(record: TransactionRecord) -> WriteError:
+    """What a commit says of a record that lacks pieces."""
+    layers = record.layout.span.layers
+    return WriteError(
+        f"the record of group {record.layout.group.name!r}, layers {layers[0]} to {layers[-1]}, at "
+        f"{record.header.end_tokens} tokens is not complete; put every layer and state before commit, or commit a "
+        "shorter part"
+    )

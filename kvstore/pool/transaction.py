@@ -14,7 +14,7 @@ import numpy as np
 from kvstore._native import addresses_of
 from kvstore.errors import LeaseGoneError, RecordError, StoreClosedError, WriteError
 from kvstore.pool.arrays import RecordArrays
-from kvstore.pool.seam import BaseTransaction
+from kvstore.pool.seam import BaseTransaction, incomplete
 from kvstore.record import Record, seal_records, seal_rows
 from kvstore.record.seal import COST_US_MAX
 from kvstore.spec import UNKNOWN_GRID
@@ -258,15 +258,9 @@ class Transaction(BaseTransaction):
         wanted = ~self._is_committed
         if upto_tokens is not None:
             wanted &= self.placed.rows.end_tokens <= upto_tokens
-        incomplete = np.flatnonzero(wanted & ~self._is_sealed)
-        if incomplete.size:
-            record = self.records[int(incomplete[0])]
-            layers = record.layout.span.layers
-            raise WriteError(
-                f"the record of group {record.layout.group.name!r}, layers {layers[0]} to {layers[-1]}, at "
-                f"{record.header.end_tokens} tokens is not complete; put every layer and state before commit, or "
-                "commit a shorter part"
-            )
+        unsealed = np.flatnonzero(wanted & ~self._is_sealed)
+        if unsealed.size:
+            raise incomplete(self.records[int(unsealed[0])])
         if handover is not None and not is_final:
             raise WriteError("a hand-over goes with the commit of the whole prompt, not of a part of it")
         ready = np.flatnonzero(wanted).astype(np.uint64)
