@@ -12,7 +12,6 @@ from kvstore._native import send_pieces
 from kvstore.clock import Deadline
 from kvstore.errors import (
     ChecksumError,
-    DeadlineError,
     KVStoreError,
     PeerGoneError,
     ProtocolError,
@@ -23,9 +22,7 @@ from kvstore.errors import (
 )
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, KIB, MIB
 from kvstore.transfer.branch import Branch
-from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, PIECE_ROW_BYTES, Kind
-from kvstore.transfer.greeting import check_hello, make_hello, may_join, uses_get
-from kvstore.transfer.link import FrameLink
+from kvstore.transfer.frames import FLAG_REMOTE, PIECE_ROW_BYTES, Kind
 from kvstore.transfer.messages import (
     PIECE_ROW,
     Abort,
@@ -35,7 +32,6 @@ from kvstore.transfer.messages import (
     Credit,
     Expose,
     Exposure,
-    Hello,
     Lost,
     Seal,
     Want,
@@ -49,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvstore.transfer.frames import FrameHeader
+    from kvstore.transfer.link import FrameLink
+    from kvstore.transfer.messages import Hello
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 
 FRAME_BYTES = 4 * MIB
@@ -137,32 +135,13 @@ class Attachment:
 
     def _connect(self, deadline: Deadline) -> FrameLink:
         owner = self._owner
-        connection = owner.transport.connect(owner.address, owner.options, deadline)
-        try:
-            self._link = link = FrameLink(connection, self._progress_deadline_s)
-        except BaseException:
-            connection.close()
-            raise
-        can_join = link.native is not None and owner.settings.connections > 1
-        hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection, can_join=can_join)
-        link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
-        try:
-            header = link.receive_header(deadline)
-        except DeadlineError as error:
-            raise PeerGoneError(
-                f"{owner.address} accepted a connection and said nothing within the connect deadline; it is "
-                "stopped, or no kvstore node"
-            ) from error
-        if header.kind is not Kind.HELLO:
-            raise ProtocolError(f"{owner.address} began with {header.kind.name} instead of HELLO")
-        peer = Hello.parse(link.receive_payload(header))
-        check_hello(hello, peer, owner.address)
-        self._progress_deadline_s = min(self._progress_deadline_s, peer.progress_deadline_ms / 1000)
-        link.progress_deadline_s = self._progress_deadline_s
-        self._frame_bytes_max = self._frame_bytes(peer)
-        self._frame_pieces_ok(peer)
-        self._is_one_sided = uses_get(hello, peer)
-        self._may_join = may_join(hello, peer)
+        greeted = owner.connector.connect(deadline)
+        self._link = link = greeted.link
+        self._progress_deadline_s = link.progress_deadline_s
+        self._frame_bytes_max = self._frame_bytes(greeted.theirs)
+        self._frame_pieces_ok(greeted.theirs)
+        self._is_one_sided = greeted.is_one_sided
+        self._may_join = greeted.may_join
         reader = threading.Thread(target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True)
         reader.start()
         self._reader = reader

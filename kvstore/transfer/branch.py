@@ -11,16 +11,15 @@ import numpy as np
 
 from kvstore._native import StopFlag, send_pieces
 from kvstore.clock import Deadline
-from kvstore.errors import KVStoreError, ProtocolError
+from kvstore.errors import KVStoreError, PeerGoneError
 from kvstore.transfer.frames import Kind
-from kvstore.transfer.greeting import check_hello, make_hello
-from kvstore.transfer.link import FrameLink
-from kvstore.transfer.messages import PIECE_ROW, Hello
+from kvstore.transfer.messages import PIECE_ROW
 from kvstore.transfer.native import SEND_S
 from kvstore.transfer.pieces import split_rows
 from kvstore.transfer.settings import KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
+    from kvstore.transfer.link import FrameLink
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 
 LOG = logging.getLogger("kvstore.transfer")
@@ -91,24 +90,19 @@ class Branch:
         """Connect and say which transfer this is for; None if the receiver does not take it."""
         owner = self._owner
         deadline = Deadline.after(owner.settings.connect_deadline_s).earlier(owner.deadline)
-        connection = owner.transport.connect(owner.address, owner.options, deadline)
-        try:
-            link = FrameLink(connection, self._progress_deadline_s)
-        except BaseException:
-            connection.close()
-            raise
+        joined = owner.connector.join(
+            owner.transfer, self._generation, self._progress_deadline_s, deadline, self._opened
+        )
+        if joined is None:
+            return None
+        self.number = joined.number
+        return joined.link
+
+    def _opened(self, link: FrameLink) -> None:
         with self._lock:
             self._link = link
             if self._stop.is_set:
-                return None
-        hello = make_hello(owner.spec, owner.transfer.epoch, owner.settings, connection, can_join=True)
-        link.send(Kind.HELLO, owner.transfer, self._generation, hello.pack())
-        header = link.receive_header(deadline)
-        if header.kind is not Kind.HELLO or header.transfer != owner.transfer:
-            raise ProtocolError(f"{owner.address} answered a further connection with {header.kind.name}")
-        check_hello(hello, Hello.parse(link.receive_payload(header)), owner.address)
-        self.number = header.generation
-        return link if self.number and link.native is not None else None
+                raise PeerGoneError(f"the attachment that a connection to {self._owner.address} was for has ended")
 
     def _send(self, link: FrameLink) -> None:
         owner = self._owner

@@ -29,9 +29,10 @@ from kvstore.transfer.report import TransferReport
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvstore.abc import Transport, TransportOptions
+    from kvstore.abc import TransportOptions
     from kvstore.pool import HandOver
     from kvstore.spec import ModelSpec
+    from kvstore.transfer.connector import Connector
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.settings import TransferSettings
@@ -56,8 +57,7 @@ class OutgoingTransfer:
         transfer: TransferId,
         source: Source,
         spec: ModelSpec,
-        transport: Transport,
-        address: str,
+        connector: Connector,
         options: TransportOptions,
         settings: TransferSettings,
         *,
@@ -69,8 +69,8 @@ class OutgoingTransfer:
         self.transfer = transfer
         self.source = source
         self.spec = spec
-        self.transport = transport
-        self.address = address
+        self.connector = connector
+        self.address = address = connector.address
         self.options = options
         self.settings = settings
         self.observer = observer

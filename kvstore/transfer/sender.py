@@ -12,6 +12,7 @@ from kvstore.errors import StoreClosedError, TransferError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_DEFAULT, TRANSFER_PRIORITY_MAX
 from kvstore.pool import HandOver
 from kvstore.registry import transport_for
+from kvstore.transfer.connector import Dialer
 from kvstore.transfer.frames import TransferId
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
@@ -96,13 +97,14 @@ class Sender:
         try:
             check_source(source)
             _check_options(transport, priority, total_deadline_s)
+            options = transport or TransportOptions()
+            connector = Dialer(find_transport(address), address, options, source.spec, self.boot_epoch, self.settings)
             transfer = OutgoingTransfer(
                 TransferId(self.boot_epoch, next(self._counter)),
                 source,
                 source.spec,
-                find_transport(address),
-                address,
-                transport or TransportOptions(),
+                connector,
+                options,
                 self.settings,
                 total_deadline_s=total_deadline_s,
                 priority=priority,
