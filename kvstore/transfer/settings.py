@@ -34,8 +34,9 @@ CONNECTIONS_PER_TRANSFER_DEFAULT = 2
 
 JOIN_BYTES_MIN = 8 * MIB
 """Fewer missing bytes are gone before a further connection stands."""
-KEEPALIVE_FRACTION = 0.25
-"""Each side lets the other hear from it after this share of the no-progress deadline."""
+KEEPALIVE_FRACTION = 0.1
+"""Each side lets the other hear from it after this share of the no-progress deadline. What is left of the deadline when
+a path is cut, TCP has for finding out that it is back: by default 4.5 s, so that cuts of 3 s are survived."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ namespace {
 constexpr std::size_t chunk_bytes = 256 * kib;
 constexpr std::size_t parts_max = 64;
 // A side that has sent nothing for this share of the no-progress deadline gives a sign of life.
-constexpr double keepalive_fraction = 0.25;
+constexpr double keepalive_fraction = 0.1;
 
 // Sends CREDIT when bytes that arrived make it due.
 class Creditor {
