@@ -135,9 +135,15 @@ class AddressError(TransportError, ValueError):
 
 
 class PeerGoneError(TransportError):
-    """The peer closed the connection, died, or cannot be reached."""
+    """The peer closed the connection, died, or cannot be reached.
+
+    Attributes:
+        transfer: the id (boot epoch, counter) of the transfer that failed by it, to take it up again with
+            (`kvstore.transfer.Sender.send`); None if it was none of this node's.
+    """
 
     retryable = True
+    transfer: tuple[int, int] | None = None
 
 
 class TransferError(KVStoreError):

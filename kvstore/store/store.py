@@ -479,6 +479,7 @@ class Store:
         total_deadline_s: float | None = None,
         priority: int = TRANSFER_PRIORITY_DEFAULT,
         observer: TransferObserver | None = None,
+        resume: tuple[int, int] | None = None,
     ) -> Handle[TransferReport]:
         """Send a resume point to another node; only what is missing there crosses.
 
@@ -492,6 +493,8 @@ class Store:
             total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
             priority: 0 (first) to 255, for receivers that queue.
             observer: told of each layer's bytes as they leave.
+            resume: `PeerGoneError.transfer` of an earlier, otherwise equal call: what has arrived since does not cross
+                again, while the other node keeps it (10 s by default; `TransferAbortedError` says that it has not).
 
         Raises:
             LeaseGoneError: it was evicted since it was matched. LeaseError: the match is a miss.
@@ -509,6 +512,7 @@ class Store:
             total_deadline_s=total_deadline_s,
             priority=priority,
             observer=observer,
+            resume=resume,
             sender=sender,
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvstore._native import Departures, crc32c
 from kvstore.transfer.frames import FLAG_REMOTE, PIECE_ROW_BYTES, FrameHeader, Kind
-from kvstore.transfer.messages import PIECE_ROW, SEAL_ROW
+from kvstore.transfer.messages import PIECE_ROW, SEAL_ROW, WANT_RANGE
 from kvstore.transfer.pieces import contiguous_runs, piece_layout, split_rows
 
 if TYPE_CHECKING:
@@ -54,6 +54,17 @@ class Outgoing:
         table = source.table
         layouts = [piece_layout(layout) for layout in table.layouts]
         self.departures = Departures(layouts, table.layout_numbers.astype(np.uint32), source.addresses)
+
+    def resume(self) -> None:
+        """Take it that another run of this transfer was asked for anything, so that every record is sealed anew.
+
+        Call before the receiver's answer is taken over.
+        """
+        table = self.source.table
+        every = np.zeros(len(table.layout_numbers), WANT_RANGE)
+        every["record"] = np.arange(len(every))
+        every["count"] = table.by_layout(len(layout.pieces) for layout in table.layouts)
+        self.want(every, granted_bytes=0, is_again=False)
 
     # What the source reports
 

@@ -65,6 +65,7 @@ class OutgoingTransfer:
         priority: int,
         observer: TransferObserver | None,
         on_end: Callable[[OutgoingTransfer], None],
+        is_resumed: bool = False,
     ) -> None:
         self.transfer = transfer
         self.source = source
@@ -101,6 +102,8 @@ class OutgoingTransfer:
         self.stop = StopFlag()
         """Set to have native code return to where everything below is looked at."""
         self.outgoing = Outgoing(source)
+        if is_resumed:
+            self.outgoing.resume()
         self.handover: HandOver | None = None
         self.producer_finished_s: float | None = None
         self.failure: str | None = None
@@ -210,6 +213,8 @@ class OutgoingTransfer:
         try:
             report = self._send()
         except BaseException as error:
+            if isinstance(error, PeerGoneError):
+                error.transfer = self.transfer
             self._end()
             self.handle.fail(error)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from itertools import count
 from typing import TYPE_CHECKING
 
 from kvstore.abc import TransportOptions
@@ -47,7 +46,7 @@ class Sender:
         self.settings = settings or TransferSettings()
         self.boot_epoch = boot_epoch or new_boot_epoch()
         self._lock = threading.Lock()
-        self._counter = count(1)
+        self._begun_count = 0
         self._transfers: set[OutgoingTransfer] = set()
         self._is_closed = False
 
@@ -69,6 +68,7 @@ class Sender:
         total_deadline_s: float | None = None,
         priority: int = TRANSFER_PRIORITY_DEFAULT,
         observer: TransferObserver | None = None,
+        resume: tuple[int, int] | None = None,
         find_transport: Callable[[str], Transport] = transport_for,
     ) -> Handle[TransferReport]:
         """Move a resume point to the node that listens at `address`. Returns at once.
@@ -80,6 +80,10 @@ class Sender:
             total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
             priority: 0 (first) to 255, for receivers that queue.
             observer: told of each layer's bytes as they leave.
+            resume: takes up a transfer of this sender that failed with `PeerGoneError`, whose `transfer` this is: all
+                else must be as it was then. What has arrived does not cross again while the receiver keeps it (its
+                resume window); when it has given it up, the handle fails with `TransferAbortedError`, and the same
+                is sent anew without an id.
             find_transport: looks the transport up; for tests.
 
         Returns:
@@ -90,7 +94,8 @@ class Sender:
 
         Raises:
             TransferError: nothing to send, too many transfers at once, a priority or total deadline beyond its
-                limit, an option of another type, or the system has no thread for it. StoreClosedError: closed.
+                limit, an option of another type, a transfer to resume that is running or not this sender's, or the
+                system has no thread for it. StoreClosedError: closed.
             WriteError: what writes the source has ended.
             AddressError, UnavailableError: no transport for this address.
         """
@@ -100,7 +105,7 @@ class Sender:
             options = transport or TransportOptions()
             connector = Dialer(find_transport(address), address, options, source.spec, self.boot_epoch, self.settings)
             transfer = OutgoingTransfer(
-                TransferId(self.boot_epoch, next(self._counter)),
+                self._next_id() if resume is None else self._own_id(resume),
                 source,
                 source.spec,
                 connector,
@@ -110,12 +115,15 @@ class Sender:
                 priority=priority,
                 observer=observer,
                 on_end=self._ended,
+                is_resumed=resume is not None,
             )
             with self._lock:
                 self._check_open()
                 limit = self.settings.transfers_per_node_max
                 if len(self._transfers) >= limit:
                     raise TransferError(f"{limit} transfers are being sent already, the most; wait for one to end")
+                if any(other.transfer == transfer.transfer for other in self._transfers):
+                    raise TransferError(f"transfer {transfer.transfer} is still running; wait for it to end")
                 self._transfers.add(transfer)
             try:
                 source.start(transfer)
@@ -130,6 +138,21 @@ class Sender:
             source.close()
             raise
         return transfer.handle
+
+    def _next_id(self) -> TransferId:
+        with self._lock:
+            self._begun_count += 1
+            return TransferId(self.boot_epoch, self._begun_count)
+
+    def _own_id(self, resume: tuple[int, int]) -> TransferId:
+        if not (isinstance(resume, tuple) and [type(part) for part in resume] == [int, int]):
+            raise TransferError(f"resume={resume!r} is no transfer id; pass `PeerGoneError.transfer`, or None")
+        transfer = TransferId(*resume)
+        if transfer.epoch != self.boot_epoch or not 0 < transfer.counter <= self._begun_count:
+            raise TransferError(
+                f"transfer {transfer} cannot be resumed: another sender began it, or an earlier run; send it anew"
+            )
+        return transfer
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -178,6 +201,7 @@ def send_lease(
     total_deadline_s: float | None = None,
     priority: int = TRANSFER_PRIORITY_DEFAULT,
     observer: TransferObserver | None = None,
+    resume: tuple[int, int] | None = None,
     sender: Sender | None = None,
     find_transport: Callable[[str], Transport] = transport_for,
 ) -> Handle[TransferReport]:
@@ -203,6 +227,7 @@ def send_lease(
         total_deadline_s=total_deadline_s,
         priority=priority,
         observer=observer,
+        resume=resume,
         find_transport=find_transport,
     )
 
