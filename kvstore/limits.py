@@ -109,6 +109,8 @@ TRANSFERS_PER_PEER_MAX = 64
 CONNECTIONS_PER_NODE_MAX = 1024
 CONNECTIONS_PER_TRANSFER_MAX = 16
 """The first one and those that join it; each has a thread at both ends."""
+IDLE_CONNECTIONS_MAX = 64
+"""Connections of a sender that wait for its next transfer, to all receivers together."""
 CREDIT_BYTES_DEFAULT = 64 * MIB
 """Bytes of one transfer that may be in flight before the receiver grants more."""
 PROGRESS_DEADLINE_S = 5.0

@@ -44,6 +44,7 @@ from kvstore.transfer.settings import JOIN_BYTES_MIN, KEEPALIVE_FRACTION
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvstore.transfer.connector import GreetedLink
     from kvstore.transfer.frames import FrameHeader
     from kvstore.transfer.link import FrameLink
     from kvstore.transfer.messages import Hello
@@ -63,12 +64,18 @@ ABORT_DEADLINE_S = 1.0
 class Attachment:
     """One attempt. `run` is called by the transfer's thread; a second thread reads what the peer says.
 
+    Args:
+        owner: the transfer.
+        may_reuse: whether its connection may have served another transfer.
+
     Attributes:
-        heard_s: when the peer was last heard of; None before its HELLO.
+        heard_s: when the peer was last heard of; None before its HELLO, or its first frame on a reused connection.
     """
 
-    def __init__(self, owner: OutgoingTransfer) -> None:
+    def __init__(self, owner: OutgoingTransfer, *, may_reuse: bool = True) -> None:
         self._owner = owner
+        self._may_reuse = may_reuse
+        self._greeted: GreetedLink | None = None
         self._link: FrameLink | None = None
         self._reader: threading.Thread | None = None
         self._progress_deadline_s = owner.settings.progress_deadline_s
@@ -86,12 +93,25 @@ class Attachment:
         self._generation = 0
         self._is_commit_sent = False
         self._may_join = False
+        self._is_closed = False
         self._branches: list[Branch] = []
         self._lost: list[Lost] = []
 
     @property
     def heard_s(self) -> float | None:
-        return None if self._link is None or self._reader is None else self._link.last_received_s
+        greeted = self._greeted
+        if greeted is None or self._reader is None:
+            return None
+        last_s = greeted.link.last_received_s
+        return None if greeted.reused_s is not None and last_s < greeted.reused_s else last_s
+
+    @property
+    def may_have_been_dead(self) -> bool:
+        """Whether its connection served another transfer, then broke, and this side first noticed by using it."""
+        greeted = self._greeted
+        if greeted is None or greeted.reused_s is None:
+            return False
+        return self.heard_s is None and self._silent_s() < self._progress_deadline_s
 
     def run(self) -> Committed:
         """Attach and send until the peer has committed.
@@ -135,7 +155,8 @@ class Attachment:
 
     def _connect(self, deadline: Deadline) -> FrameLink:
         owner = self._owner
-        greeted = owner.connector.connect(deadline)
+        greeted = owner.connector.connect(deadline, may_reuse=self._may_reuse)
+        self._greeted = greeted
         self._link = link = greeted.link
         self._progress_deadline_s = link.progress_deadline_s
         self._frame_bytes_max = self._frame_bytes(greeted.theirs)
@@ -299,7 +320,7 @@ class Attachment:
             finally:
                 owner.changed.acquire()
             return
-        silence_s = link.last_received_s + self._progress_deadline_s - now
+        silence_s = self._progress_deadline_s - self._silent_s()
         owner.changed.wait(max(0.0, min(keepalive_s, silence_s, owner.deadline.remaining_s())))
 
     def _wait(self, is_there: Callable[[], bool]) -> None:
@@ -322,12 +343,17 @@ class Attachment:
             raise owner.aborted(ending)
         if self._broken is not None:
             raise self._broken
-        link = self._need_link()
-        if time.monotonic() - link.last_received_s >= self._progress_deadline_s:
+        if self._silent_s() >= self._progress_deadline_s:
             raise PeerGoneError(
                 f"{owner.address} was silent for {self._progress_deadline_s:g} s; it is stopped, or the network "
                 "between is cut"
             )
+
+    def _silent_s(self) -> float:
+        """For how long nothing has been heard of the peer in this attachment."""
+        assert self._greeted is not None
+        since_s = max(self._greeted.link.last_received_s, self._greeted.reused_s or 0.0)
+        return time.monotonic() - since_s
 
     def _refused(self, abort: Abort) -> KVStoreError:
         owner = self._owner
@@ -383,9 +409,10 @@ class Attachment:
         link = self._need_link()
         owner = self._owner
         try:
-            while True:
+            while self._committed is None:  # Nothing but PONG follows.
                 header = link.receive_header(owner.deadline)
                 self._take(header, link.receive_payload(header))
+            return
         except KVStoreError as error:
             broken = error
         with owner.changed:
@@ -427,14 +454,17 @@ class Attachment:
     # Ending
 
     def close(self) -> None:
-        """End the connection, its exposures and its reader. Idempotent."""
-        link = self._link
-        if link is None:
+        """End its exposures and its reader, and the connection unless that may serve another transfer. Idempotent."""
+        link, greeted = self._link, self._greeted
+        if link is None or greeted is None or self._is_closed:
             return
+        self._is_closed = True
+        with self._owner.changed:
+            is_committed = self._committed is not None and self._broken is None and self._abort is None
         if self._abort is not None:
             self._acknowledge(link)
         for branch in self._branches:
-            branch.close()
+            branch.close(is_committed=is_committed)
         self._branches = []
         for descriptor in self._descriptors.values():
             try:
@@ -442,9 +472,12 @@ class Attachment:
             except PeerGoneError:
                 break  # A closed connection has withdrawn everything.
         self._descriptors = {}
-        link.close()
+        if not is_committed:
+            link.close()
         if self._reader is not None:
             self._reader.join(self._progress_deadline_s)
+        if is_committed:
+            self._owner.connector.give_back(greeted)
 
     def _acknowledge(self, link: FrameLink) -> None:
         try:

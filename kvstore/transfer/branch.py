@@ -19,6 +19,7 @@ from kvstore.transfer.pieces import split_rows
 from kvstore.transfer.settings import KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
+    from kvstore.transfer.connector import JoinedLink
     from kvstore.transfer.link import FrameLink
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 
@@ -45,6 +46,7 @@ class Branch:
         self._lock = threading.Lock()
         self._link: FrameLink | None = None
         self._stop = StopFlag()
+        self._may_give_back = False
         self.number = 0
         """Which further connection of the attachment it is, from 1; 0 until the receiver has said so."""
         name = f"kvstore-send-{owner.transfer.counter}-branch"
@@ -57,12 +59,14 @@ class Branch:
         except RuntimeError as error:
             LOG.warning("transfer %s goes on over one connection: %s", self._owner.transfer, error)
 
-    def close(self) -> None:
-        """End the connection and the thread. Idempotent."""
+    def close(self, *, is_committed: bool = False) -> None:
+        """End the thread and the connection, or give that back if everything was `is_committed`. Idempotent."""
         with self._lock:
             self._stop.set()
             link = self._link
-        if link is not None:
+            self._may_give_back = is_committed and self.number != 0
+            is_kept = self._may_give_back
+        if link is not None and not is_kept:
             link.close()
         with self._owner.changed:
             self._owner.notify()
@@ -71,32 +75,38 @@ class Branch:
 
     def _run(self) -> None:
         owner = self._owner
+        joined: JoinedLink | None = None
+        is_broken = True
         try:
-            link = self._join()
-            if link is not None:
-                self._send(link)
+            joined = self._join()
+            if joined is not None:
+                self._send(joined.greeted.link)
+            is_broken = False
         except KVStoreError as error:
             LOG.debug("a further connection of transfer %s to %s ended: %s", owner.transfer, owner.address, error)
         finally:
             with self._lock:
                 self._stop.set()
                 link = self._link
-            if link is not None:
+                may_give_back = self._may_give_back and not is_broken
+            if joined is not None and may_give_back:
+                owner.connector.give_back_joined(joined)
+            elif link is not None:
                 link.close()
             with owner.changed:
                 owner.notify()
 
-    def _join(self) -> FrameLink | None:
+    def _join(self) -> JoinedLink | None:
         """Connect and say which transfer this is for; None if the receiver does not take it."""
         owner = self._owner
         deadline = Deadline.after(owner.settings.connect_deadline_s).earlier(owner.deadline)
         joined = owner.connector.join(
             owner.transfer, self._generation, self._progress_deadline_s, deadline, self._opened
         )
-        if joined is None:
-            return None
-        self.number = joined.number
-        return joined.link
+        if joined is not None:
+            with self._lock:
+                self.number = joined.number
+        return joined
 
     def _opened(self, link: FrameLink) -> None:
         with self._lock:

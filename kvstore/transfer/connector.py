@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvstore.errors import DeadlineError, PeerGoneError, ProtocolError
 from kvstore.transfer.frames import NO_TRANSFER, Kind
-from kvstore.transfer.greeting import check_hello, make_hello, may_join, uses_get
+from kvstore.transfer.greeting import check_hello, make_hello, may_join, may_rejoin, uses_get
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import Hello
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from kvstore.clock import Deadline
     from kvstore.spec import ModelSpec
     from kvstore.transfer.frames import TransferId
+    from kvstore.transfer.idle_links import IdleLinks
     from kvstore.transfer.settings import TransferSettings
 
 
@@ -29,11 +31,13 @@ class GreetedLink:
     Attributes:
         link: the connection; its no-progress deadline is the one that both sides bear.
         ours, theirs: the two HELLOs.
+        reused_s: when it was taken up again after an earlier transfer; None if it is new.
     """
 
     link: FrameLink
     ours: Hello
     theirs: Hello
+    reused_s: float | None = None
 
     @property
     def is_one_sided(self) -> bool:
@@ -45,17 +49,22 @@ class GreetedLink:
         """Whether further connections may carry pieces."""
         return may_join(self.ours, self.theirs)
 
+    @property
+    def may_rejoin(self) -> bool:
+        """Whether this further connection may join another attachment once its own has ended."""
+        return may_rejoin(self.ours, self.theirs)
+
 
 @dataclass(frozen=True, eq=False)
 class JoinedLink:
     """A further connection that the receiver has taken up.
 
     Attributes:
-        link: the connection.
+        greeted: the connection.
         number: of the connection within its attachment, from 1.
     """
 
-    link: FrameLink
+    greeted: GreetedLink
     number: int
 
 
@@ -68,8 +77,11 @@ class Connector(ABC):
         """The receiver, for people."""
 
     @abstractmethod
-    def connect(self, deadline: Deadline) -> GreetedLink:
-        """A connection for a transfer's control frames; the caller closes its link.
+    def connect(self, deadline: Deadline, *, may_reuse: bool = True) -> GreetedLink:
+        """A connection for a transfer's control frames; the caller closes its link, or gives it back.
+
+        Args:
+            may_reuse: it may have served another transfer, and have broken since without anybody's notice.
 
         Raises:
             PeerGoneError, TransportError, DeadlineError: there is none; another attempt may find one.
@@ -99,6 +111,14 @@ class Connector(ABC):
             As `connect`.
         """
 
+    def give_back(self, greeted: GreetedLink) -> None:
+        """Take over a first connection whose transfer was committed, and on which nothing is under way."""
+        greeted.link.close()
+
+    def give_back_joined(self, joined: JoinedLink) -> None:
+        """Take over a further connection whose attachment ended in a commit, and on which nothing is under way."""
+        joined.greeted.link.close()
+
 
 class Dialer(Connector):
     """Connects to an address where the receiver listens.
@@ -108,6 +128,7 @@ class Dialer(Connector):
         spec: the model that both sides must hold.
         boot_epoch: this run of this node.
         settings: deadlines and limits.
+        idle: where connections wait between transfers; None closes each with its transfer.
     """
 
     def __init__(
@@ -118,6 +139,7 @@ class Dialer(Connector):
         spec: ModelSpec,
         boot_epoch: int,
         settings: TransferSettings,
+        idle: IdleLinks | None = None,
     ) -> None:
         self._transport = transport
         self._address = address
@@ -125,12 +147,16 @@ class Dialer(Connector):
         self._spec = spec
         self._boot_epoch = boot_epoch
         self._settings = settings
+        self._idle = idle
+        self._key = (transport, address, options, spec.fingerprint)
 
     @property
     def address(self) -> str:
         return self._address
 
-    def connect(self, deadline: Deadline) -> GreetedLink:
+    def connect(self, deadline: Deadline, *, may_reuse: bool = True) -> GreetedLink:
+        if may_reuse and (kept := self._take(is_further=False)) is not None:
+            return kept
         link = self._open(self._settings.progress_deadline_s, deadline)
         try:
             can_join = link.native is not None and self._settings.connections > 1
@@ -161,16 +187,38 @@ class Dialer(Connector):
         deadline: Deadline,
         opened: Callable[[FrameLink], None],
     ) -> JoinedLink | None:
-        link = self._open(progress_deadline_s, deadline)
+        kept = self._take(is_further=True)
+        link = kept.link if kept is not None else self._open(progress_deadline_s, deadline)
         opened(link)
+        link.progress_deadline_s = progress_deadline_s
         hello = self._hello(link, can_join=True)
         link.send(Kind.HELLO, transfer, generation, hello.pack())
         header = link.receive_header(deadline)
         if header.kind is not Kind.HELLO or header.transfer != transfer:
             raise ProtocolError(f"{self._address} answered a further connection with {header.kind.name}")
-        check_hello(hello, Hello.parse(link.receive_payload(header)), self._address)
+        theirs = Hello.parse(link.receive_payload(header))
+        check_hello(hello, theirs, self._address)
         is_taken = header.generation != 0 and link.native is not None
-        return JoinedLink(link, header.generation) if is_taken else None
+        return JoinedLink(GreetedLink(link, hello, theirs), header.generation) if is_taken else None
+
+    def give_back(self, greeted: GreetedLink) -> None:
+        self._keep(greeted, is_further=False)
+
+    def give_back_joined(self, joined: JoinedLink) -> None:
+        if joined.greeted.may_rejoin:
+            self._keep(joined.greeted, is_further=True)
+        else:
+            joined.greeted.link.close()
+
+    def _take(self, *, is_further: bool) -> GreetedLink | None:
+        kept = self._idle.take((self._key, is_further)) if self._idle is not None else None
+        return None if kept is None else replace(kept, reused_s=time.monotonic())
+
+    def _keep(self, greeted: GreetedLink, *, is_further: bool) -> None:
+        if self._idle is not None:
+            self._idle.keep((self._key, is_further), greeted)
+        else:
+            greeted.link.close()
 
     def _open(self, progress_deadline_s: float, deadline: Deadline) -> FrameLink:
         connection = self._transport.connect(self._address, self._options, deadline)

@@ -24,7 +24,7 @@ def make_hello(
         fingerprint=spec.fingerprint,
         model=spec.model,
         progress_deadline_ms=max(1, round(settings.progress_deadline_s * 1000)),
-        features=(Feature.GET if connection.supports_get else 0) | (Feature.JOIN if can_join else 0),
+        features=(Feature.GET if connection.supports_get else 0) | (Feature.JOIN | Feature.REJOIN if can_join else 0),
         frame_payload_bytes_max=FRAME_PAYLOAD_BYTES_MAX,
         frame_pieces_max=FRAME_PIECES_MAX,
         version_min=PROTOCOL_VERSION,
@@ -54,6 +54,11 @@ def check_hello(ours: Hello, theirs: Hello, peer_address: str) -> None:
 def may_join(ours: Hello, theirs: Hello) -> bool:
     """Whether further connections may carry pieces of a transfer."""
     return bool(ours.features & theirs.features & Feature.JOIN)
+
+
+def may_rejoin(ours: Hello, theirs: Hello) -> bool:
+    """Whether a further connection may outlive its attachment, to join another one."""
+    return bool(ours.features & theirs.features & Feature.REJOIN)
 
 
 def uses_get(ours: Hello, theirs: Hello) -> bool:

@@ -234,8 +234,10 @@ class OutgoingTransfer:
         faults = 0
         connections = 0
         alive_s: float | None = None
+        may_reuse = True
         while True:
-            attachment = Attachment(self)
+            attachment = Attachment(self, may_reuse=may_reuse)
+            may_reuse = False
             try:
                 committed = attachment.run()
                 return self._report(committed, connections)
@@ -244,6 +246,8 @@ class OutgoingTransfer:
                 if faults > PROTOCOL_FAULTS_MAX:
                     raise
             except (PeerGoneError, DeadlineError, TransportError) as error:
+                if attachment.may_have_been_dead:
+                    continue  # An earlier transfer left the connection; the peer may well be there.
                 if attachment.heard_s is None and alive_s is None:
                     raise
                 last_s = max(attachment.heard_s or 0.0, alive_s or 0.0)
@@ -266,7 +270,7 @@ class OutgoingTransfer:
             ending = self.ending()
         if ending is not None:
             # The receiver keeps its reservation for a while; it is told when it can be reached at once.
-            Attachment(self).deliver_abort(ending)
+            Attachment(self, may_reuse=False).deliver_abort(ending)
             raise self.aborted(ending)
 
     def must_end(self) -> bool:

@@ -13,6 +13,7 @@ from kvstore.pool import HandOver
 from kvstore.registry import transport_for
 from kvstore.transfer.connector import Dialer
 from kvstore.transfer.frames import TransferId
+from kvstore.transfer.idle_links import IdleLinks
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
 from kvstore.transfer.source import LeaseSource, WriterSource, check_source
@@ -35,7 +36,8 @@ CLOSE_DEADLINE_S = 10.0
 class Sender:
     """Begins transfers to other nodes. Any thread may call.
 
-    Each transfer has two threads while it runs, and none afterwards.
+    Each transfer has two threads while it runs, and one more for each further connection. A connection stays open
+    for a moment after its transfer, and serves the next one to the same address with the same options.
 
     Args:
         settings: deadlines and limits.
@@ -48,6 +50,7 @@ class Sender:
         self._lock = threading.Lock()
         self._begun_count = 0
         self._transfers: set[OutgoingTransfer] = set()
+        self._idle = IdleLinks()
         self._is_closed = False
 
     def __enter__(self) -> Sender:
@@ -103,7 +106,9 @@ class Sender:
             check_source(source)
             _check_options(transport, priority, total_deadline_s)
             options = transport or TransportOptions()
-            connector = Dialer(find_transport(address), address, options, source.spec, self.boot_epoch, self.settings)
+            connector = Dialer(
+                find_transport(address), address, options, source.spec, self.boot_epoch, self.settings, self._idle
+            )
             transfer = OutgoingTransfer(
                 self._next_id() if resume is None else self._own_id(resume),
                 source,
@@ -163,7 +168,7 @@ class Sender:
             self._transfers.discard(transfer)
 
     def close(self) -> None:
-        """Cancel what is running and wait until its threads have ended. Idempotent."""
+        """Cancel what is running, wait until its threads have ended, and close every connection. Idempotent."""
         with self._lock:
             self._is_closed = True
             running = list(self._transfers)
@@ -171,6 +176,7 @@ class Sender:
             transfer.cancel("the store is closing")
         for transfer in running:
             transfer.join(CLOSE_DEADLINE_S)
+        self._idle.close()
 
 
 def _check_options(transport: TransportOptions | None, priority: int, total_deadline_s: float | None) -> None:

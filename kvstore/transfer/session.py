@@ -23,7 +23,7 @@ from kvstore.errors import (
 from kvstore.limits import CONNECTIONS_PER_TRANSFER_MAX
 from kvstore.transfer.arrival import get_pieces, receive_pieces
 from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind, parse_header
-from kvstore.transfer.greeting import check_hello, make_hello, may_join, uses_get
+from kvstore.transfer.greeting import check_hello, make_hello, may_join, may_rejoin, uses_get
 from kvstore.transfer.inbox import OfferRefusedError
 from kvstore.transfer.incoming import Attached
 from kvstore.transfer.joined import Joined
@@ -76,6 +76,7 @@ class Session:
         self._joined: Joined | None = None
         self._joining: list[Session] = []
         self._joined_count = 0
+        self._may_rejoin = False
         self._lock = threading.RLock()
         """Held while something is done for the transfer, which further connections do, too."""
         self._drain_until: Deadline | None = None
@@ -90,10 +91,12 @@ class Session:
     def run(self) -> None:
         """Serve the peer; every error ends the connection, and none leaves this method."""
         try:
-            self._greet()
-            if self._joined is not None:
-                self._joined.serve(self._link, self._stop, is_observed=self._inbox.observer is not None)
-                return
+            self._greet(self._link.receive_header(Deadline.after(self._settings.connect_deadline_s)))
+            while self._joined is not None:
+                hello = self._joined.serve(self._link, self._stop, is_observed=self._inbox.observer is not None)
+                if hello is None:
+                    return
+                self._greet(hello)
             while not self._is_over.is_set():
                 header = self._next_header()
                 if header is None:
@@ -116,14 +119,20 @@ class Session:
         finally:
             self.close()
             if self._joined is not None:
-                self._joined.primary.dismiss(self, self._joined, self._frames_arrived)
+                self._joined.primary.dismiss(self, self._joined)
             self._end_joining(is_waiting=True)
             self._detach()
             self.ended.set()
 
     @property
-    def _frames_arrived(self) -> int:
+    def frames_arrived(self) -> int:
+        """DATA frames that have arrived whole, of all attachments."""
         return 0 if self._link.native is None else self._link.native.frames_arrived
+
+    @property
+    def may_rejoin(self) -> bool:
+        """Whether this further connection may serve another attachment after its own."""
+        return self._may_rejoin
 
     @property
     def progress_deadline_s(self) -> float:
@@ -146,9 +155,8 @@ class Session:
 
     # Greeting
 
-    def _greet(self) -> None:
-        deadline = Deadline.after(self._settings.connect_deadline_s)
-        header = self._link.receive_header(deadline)
+    def _greet(self, header: FrameHeader) -> None:
+        """Answer the first frame, or the HELLO with which a further connection begins to serve another attachment."""
         if header.kind is not Kind.HELLO:
             raise ProtocolError(f"the first frame is {header.kind.name} instead of HELLO")
         theirs = Hello.parse(self._link.receive_payload(header))
@@ -156,6 +164,8 @@ class Session:
         ours = make_hello(
             self._inbox.spec, self._inbox.boot_epoch, self._settings, self._link.connection, can_join=can_join
         )
+        self._may_rejoin = may_rejoin(ours, theirs)
+        self._joined = None
         if header.transfer != NO_TRANSFER and may_join(ours, theirs) and header.transfer.epoch == theirs.boot_epoch:
             self._joined = self._inbox.join(self, header.transfer, header.generation)
         number = 0 if self._joined is None else self._joined.number
@@ -166,7 +176,7 @@ class Session:
         self._link.progress_deadline_s = min(self._settings.progress_deadline_s, theirs.progress_deadline_ms / 1000)
         self._is_one_sided = uses_get(ours, theirs)
 
-    # Further connections. They belong to the session of the first one, and end with its attachment.
+    # Further connections. They belong to the session of the first one, until its attachment ends.
 
     def admit(self, session: Session, transfer: TransferId, generation: int) -> Joined | None:
         """Another connection wants to carry pieces of the transfer that is attached here. From its own thread."""
@@ -183,7 +193,7 @@ class Session:
             self._joined_count += 1
             self._joining.append(session)
             attached.incoming.is_joined = True
-            return Joined(self, control, attached, self._joined_count)
+            return Joined(self, control, attached, self._joined_count, session.frames_arrived)
 
     def is_attached(self, attached: Attached) -> bool:
         """Whether an attachment is still at work here. Any thread."""
@@ -198,14 +208,14 @@ class Session:
                 # The pieces were the last ones, and the first connection's thread was faster with the rest.
                 self._observe(received.rows, attached, start_s)
 
-    def dismiss(self, session: Session, joined: Joined, frames_arrived: int) -> None:
+    def dismiss(self, session: Session, joined: Joined) -> None:
         """A further connection has ended; the sender is told what of it has arrived. From its thread."""
         with self._lock:
             if session in self._joining:
                 self._joining.remove(session)
             if not self.is_attached(joined.attached) or self._is_over.is_set():
                 return
-            lost = Lost(joined.number, frames_arrived)
+            lost = Lost(joined.number, session.frames_arrived - joined.frames_before)
             transfer, generation = joined.attached.incoming.transfer, joined.attached.generation
             try:
                 self._link.send(Kind.LOST, transfer, generation, lost.pack())
@@ -222,6 +232,12 @@ class Session:
             deadline = Deadline.after(self._link.progress_deadline_s)
             for session in joining:
                 session.ended.wait(deadline.remaining_s())
+
+    def _release_joining(self) -> None:
+        """The attachment was committed: what had joined it may join another one, where the peer can do that."""
+        with self._lock:
+            self._joining = [session for session in self._joining if not session.may_rejoin]
+        self._end_joining(is_waiting=False)
 
     def _next_deadline(self) -> Deadline:
         if self._drain_until is not None:
@@ -374,6 +390,7 @@ class Session:
             return
         window = max(self._settings.credit_bytes, incoming.largest_piece_bytes)
         incoming.is_joined = False
+        self._joined_count = 0
         incoming.arrivals.attach(*incoming.transfer, incoming.generation, window)
         self._attached = Attached(incoming, incoming.generation)
         ranges = incoming.missing_ranges()
@@ -479,7 +496,7 @@ class Session:
             return
         answer = self._inbox.commit(incoming, commit)
         self._attached = None
-        self._end_joining(is_waiting=False)
+        self._release_joining()
         self._link.send(Kind.COMMITTED, incoming.transfer, attached.generation, answer.pack())
 
     def _aborted_by_peer(self, header: FrameHeader, abort: Abort) -> None:

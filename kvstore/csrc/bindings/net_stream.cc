@@ -141,6 +141,7 @@ void bind_net_stream(nb::module_& module) {
              "Fill a buffer; each slice has the no-progress deadline. Raises PeerGoneError, TransportError.")
         .def("wait_readable", &wait_readable, nb::arg("deadline_s"),
              "Whether there is something to receive, or the stream has ended, by a moment of time.monotonic().")
+        .def_prop_ro("is_connected", &net::Stream::is_connected)
         .def("close", &net::Stream::close, "End the connection and every wait on it. Idempotent, from any thread.")
         .def_prop_rw("progress_deadline_s", &net::Stream::progress_deadline_s, &net::Stream::set_progress_deadline_s)
         .def_prop_ro("frames_arrived", &net::Stream::frames_arrived, "DATA frames that have arrived whole.")

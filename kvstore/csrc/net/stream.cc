@@ -245,6 +245,15 @@ bool Stream::wait_readable(Moment deadline) {
     return wait_for(descriptor()->number(), POLLIN, deadline);
 }
 
+bool Stream::is_connected() const {
+    const std::scoped_lock lock(descriptor_lock_);
+    if (descriptor_ == nullptr) {
+        return false;
+    }
+    pollfd asked{descriptor_->number(), POLLRDHUP, 0};
+    return ::poll(&asked, 1, 0) == 0;
+}
+
 HeaderBytes Stream::receive_header(Moment deadline) {
     const std::shared_ptr<Descriptor> descriptor = this->descriptor();
     HeaderBytes bytes;

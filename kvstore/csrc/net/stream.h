@@ -48,6 +48,9 @@ class Stream {
     // True once there is something to receive, or the stream has ended; false at the deadline.
     bool wait_readable(Moment deadline);
 
+    // False once this side or the peer has ended the connection, or it broke, as far as the kernel knows by now.
+    bool is_connected() const;
+
     // The bytes of a header. Throws NetError(deadline) when not a byte came in time, and peer_gone.
     HeaderBytes receive_header(Moment deadline);
 
