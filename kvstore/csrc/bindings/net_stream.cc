@@ -1,5 +1,6 @@
 #include "../net/stream.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 
 #include "../net/error.h"
 #include "../net/frame.h"
+#include "../net/socket_information.h"
 #include "bindings.h"
 #include "value_buffer.h"
 
@@ -111,10 +113,37 @@ nb::dict limits() {
     return limits;
 }
 
+void bind_socket_information(nb::module_& module) {
+    nb::class_<net::SocketInformation>(module, "SocketInformation",
+                                       "What the kernel knows of a TCP connection; None is what it does not say.")
+        .def_ro("round_trip_s", &net::SocketInformation::round_trip_s)
+        .def_ro("round_trip_variation_s", &net::SocketInformation::round_trip_variation_s)
+        .def_ro("round_trip_min_s", &net::SocketInformation::round_trip_min_s)
+        .def_ro("delivery_bytes_per_s", &net::SocketInformation::delivery_bytes_per_s)
+        .def_ro("is_app_limited", &net::SocketInformation::is_app_limited)
+        .def_ro("retransmits", &net::SocketInformation::retransmits)
+        .def_ro("segments_sent", &net::SocketInformation::segments_sent)
+        .def_ro("sent_bytes", &net::SocketInformation::sent_bytes)
+        .def_ro("acknowledged_bytes", &net::SocketInformation::acknowledged_bytes)
+        .def_ro("retransmitted_bytes", &net::SocketInformation::retransmitted_bytes)
+        .def_ro("window_segments", &net::SocketInformation::window_segments)
+        .def_ro("in_flight_segments", &net::SocketInformation::in_flight_segments)
+        .def_ro("segment_bytes", &net::SocketInformation::segment_bytes)
+        .def_ro("unsent_bytes", &net::SocketInformation::unsent_bytes)
+        .def_ro("busy_s", &net::SocketInformation::busy_s)
+        .def_ro("receiver_limited_s", &net::SocketInformation::receiver_limited_s)
+        .def_ro("buffer_limited_s", &net::SocketInformation::buffer_limited_s)
+        .def_ro("congestion_control", &net::SocketInformation::congestion_control);
+    module.def("socket_information", &net::read_socket_information, nb::arg("descriptor"),
+               nb::sig("def socket_information(descriptor: int) -> SocketInformation"),
+               "TCP_INFO and TCP_CONGESTION of a connected socket. Raises TransportError if it is none.");
+}
+
 }  // namespace
 
 void bind_net_stream(nb::module_& module) {
     nb::register_exception_translator(&translate);
+    bind_socket_information(module);
     module.def("pack_frame_header", &pack_frame_header, nb::arg("kind"), nb::arg("flags"), nb::arg("epoch"),
                nb::arg("counter"), nb::arg("generation"), nb::arg("payload_bytes"), nb::arg("piece_count"),
                nb::arg("payload_crc32c"),

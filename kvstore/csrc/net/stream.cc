@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "error.h"
+#include "socket_information.h"
 
 namespace kvstore::net {
 namespace {
@@ -141,6 +142,7 @@ Stream::~Stream() = default;
 void Stream::set_progress_deadline_s(double seconds) {
     const double bounded = std::clamp(seconds, 0.001, wait_s_max);
     set_timeouts(descriptor()->number(), bounded);
+    set_patience(descriptor()->number(), bounded);
     progress_deadline_s_.store(bounded, std::memory_order_relaxed);
 }
 
