@@ -107,7 +107,7 @@ OFFER_RECORDS_MAX = 1 << 18
 TRANSFERS_PER_NODE_MAX = 256
 TRANSFERS_PER_PEER_MAX = 64
 CONNECTIONS_PER_NODE_MAX = 1024
-CONNECTIONS_PER_TRANSFER_MAX = 16
+CONNECTIONS_PER_TRANSFER_MAX = 64
 """The first one and those that join it; each has a thread at both ends."""
 IDLE_CONNECTIONS_MAX = 64
 """Connections of a sender that wait for its next transfer, to all receivers together."""
@@ -126,6 +126,8 @@ TRANSFER_PRIORITY_DEFAULT = 128
 OUTCOME_GRACE_S = 60.0
 """How long both sides remember how a transfer ended, so that COMMIT is idempotent."""
 OUTCOMES_MAX = 4096
+LINKS_MAX = 1024
+"""Peers whose links a sender remembers measurements of, about 2 KB each; then the one used the longest ago goes."""
 
 assert SPAN_BYTES_MAX <= RECORD_BYTES_MAX
 assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
@@ -134,4 +136,5 @@ assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
 assert VICTIMS_AHEAD_MIN <= VICTIMS_AHEAD
 assert ATTACH_MESSAGE_BYTES_MAX >= 4 * PROMPT_TOKENS_MAX + HANDOVER_PAYLOAD_BYTES_MAX
 assert TRANSFERS_PER_PEER_MAX <= TRANSFERS_PER_NODE_MAX
+assert CONNECTIONS_PER_TRANSFER_MAX <= CONNECTIONS_PER_NODE_MAX
 assert COPY_THREADS_DEFAULT <= COPY_THREADS_MAX

@@ -6,13 +6,14 @@ Nothing else lives here. Each seam has a conformance kit in `kvstore.testing`.
 from kvstore.abc.codec import Codec
 from kvstore.abc.policy import CheckpointPolicy, Evictable, EvictionPolicy
 from kvstore.abc.tier import Slot, Tier
-from kvstore.abc.transport import Availability, Connection, Listener, Transport, TransportOptions
+from kvstore.abc.transport import Availability, Connection, ConnectionInformation, Listener, Transport, TransportOptions
 
 __all__ = [
     "Availability",
     "CheckpointPolicy",
     "Codec",
     "Connection",
+    "ConnectionInformation",
     "Evictable",
     "EvictionPolicy",
     "Listener",

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvstore.errors import UnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,7 +26,7 @@ class TransportOptions:
 
     Attributes:
         pacing_bytes_per_s: the most bytes per second that this side sends; None is unpaced.
-        congestion_control: name of the algorithm (`cubic`, `bbr`); None is the system's choice.
+        congestion_control: name of the algorithm (`cubic`, `bbr`); None leaves it to what is measured of the path.
     """
 
     pacing_bytes_per_s: float | None = None
@@ -37,6 +39,43 @@ class Availability:
 
     is_available: bool
     detail: str
+
+
+@dataclass(frozen=True)
+class ConnectionInformation:
+    """What is known of a connection's path at this moment; None is what its transport cannot tell.
+
+    Counts and times are from the connection's beginning, of this side's sending.
+
+    Attributes:
+        round_trip_s, round_trip_variation_s: smoothed round-trip time and its mean deviation.
+        round_trip_min_s: the smallest round-trip time of the last minutes.
+        delivery_bytes_per_s: how fast the peer acknowledged bytes when there were enough to send.
+        is_app_limited: the last measured delivery rate was that of a sender which had nothing to send.
+        sent_bytes, retransmitted_bytes: on the wire; the former include the latter.
+        acknowledged_bytes: known to have arrived.
+        in_flight_bytes: sent and not acknowledged.
+        unsent_bytes: given to the transport, and waiting there.
+        busy_s: time in which there was something to send or to be acknowledged.
+        receiver_limited_s, buffer_limited_s: of `busy_s`, waiting for the receiver's window, or for a larger buffer on
+            this side.
+        congestion_control: name of the algorithm in use.
+    """
+
+    round_trip_s: float | None = None
+    round_trip_variation_s: float | None = None
+    round_trip_min_s: float | None = None
+    delivery_bytes_per_s: float | None = None
+    is_app_limited: bool | None = None
+    sent_bytes: int | None = None
+    retransmitted_bytes: int | None = None
+    acknowledged_bytes: int | None = None
+    in_flight_bytes: int | None = None
+    unsent_bytes: int | None = None
+    busy_s: float | None = None
+    receiver_limited_s: float | None = None
+    buffer_limited_s: float | None = None
+    congestion_control: str | None = None
 
 
 class Connection(ABC):
@@ -95,6 +134,29 @@ class Connection(ABC):
         """
         return None
 
+    def information(self) -> ConnectionInformation:
+        """What is known of the path now; cheap enough to be asked for many times a second. Any thread.
+
+        Raises:
+            PeerGoneError: this side closed the connection.
+        """
+        return ConnectionInformation()
+
+    def congestion_controls(self) -> tuple[str, ...]:
+        """Algorithms that this process may choose for the connection, the system's own first; () if there is no choice.
+
+        There is none either where the options that the connection was made with have chosen.
+        """
+        return ()
+
+    def use_congestion_control(self, name: str) -> None:
+        """Choose one of `congestion_controls` for what this side sends from here on.
+
+        Raises:
+            UnavailableError: it is none of them. PeerGoneError: this side closed the connection.
+        """
+        raise UnavailableError(f"{type(self).__name__} has no choice of congestion control; leave {name!r} out")
+
     def expose(self, view: memoryview) -> bytes:
         """Let the peer of this connection read `view` until `withdraw`; the caller keeps it alive.
 
@@ -122,8 +184,6 @@ class Connection(ABC):
 
 
 def _no_get(connection: Connection) -> Exception:
-    from kvstore.errors import UnavailableError
-
     return UnavailableError(f"{type(connection).__name__} is a stream; ask supports_get before exposing memory")
 
 

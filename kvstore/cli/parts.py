@@ -9,6 +9,7 @@ from importlib import metadata
 
 from kvstore import registry
 from kvstore.cli.finding import Finding
+from kvstore.cli.machine import read_text
 from kvstore.errors import KVStoreError
 from kvstore.limits import COPY_THREADS_MAX
 from kvstore.units import format_bytes
@@ -32,12 +33,24 @@ NATIVE_PATHS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 """Implementations of each native job from best to worst: what they are, and what of `cpu_features` they need."""
 REQUIRED_PACKAGES = ("pyarrow", "numpy")
+SOCKET_BUFFER_WANTED_BYTES = 16 << 20
+"""Twice bandwidth x delay of 1 Gbit/s and 60 ms."""
 CONGESTION_CONTROLS = ("cubic", "bbr")
 """One for short round trips, one for long and lossy ones."""
 
 
 def part_findings() -> list[Finding]:
-    return [*_native(), *_transports(), *_congestion_controls(), _pacing(), *_codecs(), *_packages(), _cuda()]
+    return [
+        *_native(),
+        *_transports(),
+        *_congestion_controls(),
+        *_socket_buffers(),
+        _pacing(),
+        _zerocopy(),
+        *_codecs(),
+        *_packages(),
+        _cuda(),
+    ]
 
 
 def _native() -> list[Finding]:
@@ -118,20 +131,24 @@ def _transports() -> list[Finding]:
 
 def _congestion_controls() -> list[Finding]:
     """Which algorithms a connection of this process may choose; the kernel's own list does not say."""
-    from transports.tcp.socket_options import NEAR_S, congestion_controls, near_congestion_control
+    from kvstore.transfer.path import FAR_CONGESTION_CONTROL, NEAR_CONGESTION_CONTROL, NEAR_ROUND_TRIP_S
+    from transports.tcp.socket_options import choosable_congestion_controls, congestion_controls
 
     findings = []
-    near = near_congestion_control()
+    choosable = choosable_congestion_controls()
+    limit = f"{NEAR_ROUND_TRIP_S * 1000:g} ms"
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         name_bytes_max = 16  # TCP_CA_NAME_MAX of linux/tcp.h
         default = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name_bytes_max).rstrip(b"\0").decode()
         for name in dict.fromkeys((default, *congestion_controls(), *CONGESTION_CONTROLS)):
             uses = []
-            if name == near:
-                uses.append(f"by tcp:// connections with round trips below {NEAR_S * 1000:g} ms")
+            if name == (NEAR_CONGESTION_CONTROL if NEAR_CONGESTION_CONTROL in choosable else default):
+                uses.append(f"round trips below {limit}")
+            if name == (FAR_CONGESTION_CONTROL if FAR_CONGESTION_CONTROL in choosable else default):
+                uses.append(f"round trips of {limit} and more")
             if name == default:
-                uses.append("by other tcp:// connections" if near else "by tcp:// connections")
-            use, why = " and ".join(uses) or "on request", ""
+                uses.append("paced connections")
+            use, why = f"by tcp:// for {' and '.join(uses)}" if uses else "on request", ""
             try:
                 probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
             except PermissionError:
@@ -140,6 +157,38 @@ def _congestion_controls() -> list[Finding]:
                 use, why = "", f"the kernel does not have it; as root: modprobe tcp_{name}"
             findings.append(Finding(f"congestion.{name}", not why, "TCP congestion control", use, why))
     return findings
+
+
+def _socket_buffers() -> list[Finding]:
+    """How far the kernel may grow a connection's buffers by itself; bandwidth x delay beyond it is not reached."""
+    findings = []
+    for name, buffered in (("tcp_rmem", "received"), ("tcp_wmem", "sent")):
+        fields = read_text(f"/proc/sys/net/ipv4/{name}").split()
+        if len(fields) != 3:
+            continue
+        most_bytes = int(fields[2])
+        is_low = most_bytes < SOCKET_BUFFER_WANTED_BYTES
+        # Half of it is room for what was lost and comes again.
+        reached = f"{most_bytes / 2 * 8 / 0.1 / 1e6:.0f} Mbit/s at 100 ms"
+        findings.append(
+            Finding(
+                f"tcp.{name}",
+                not is_low,
+                f"up to {format_bytes(most_bytes)} {buffered} per connection, enough for about {reached}",
+                in_use="grown by the kernel as the path needs it" if not is_low else "",
+                why_not_better=f"for fast long paths raise the third number of net.ipv4.{name}" if is_low else "",
+            )
+        )
+    return findings
+
+
+def _zerocopy() -> Finding:
+    return Finding(
+        "tcp.zerocopy",
+        False,
+        "MSG_ZEROCOPY of the kernel" if hasattr(socket, "MSG_ERRQUEUE") else "unknown",
+        why_not_better="not used: it was never seen to pay where no network card is; pieces are copied into the kernel",
+    )
 
 
 def _pacing() -> Finding:

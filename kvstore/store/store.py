@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
-    from kvstore.transfer import Endpoint, Sender, TransferObserver, TransferReport, TransferSettings
+    from kvstore.transfer import Endpoint, LinkSnapshot, Sender, TransferObserver, TransferReport, TransferSettings
 
 DRAM_DEFAULT = "1GiB"
 
@@ -515,6 +515,12 @@ class Store:
             resume=resume,
             sender=sender,
         )
+
+    def links(self) -> tuple[LinkSnapshot, ...]:
+        """How the links to the peers that this store has sent to are doing: values for a scheduler. Any thread."""
+        with self._lock:
+            sender = self._sender
+        return () if sender is None else sender.links()
 
     def own_sender(self) -> Sender:
         """For `Writer`: who sends for this store; begun when it is first asked for."""

@@ -3,15 +3,18 @@
 from kvstore.transfer.endpoint import Endpoint
 from kvstore.transfer.frames import TransferId
 from kvstore.transfer.inbox import InboxStatistics
-from kvstore.transfer.report import TransferObserver, TransferReport
+from kvstore.transfer.report import PathReport, TransferObserver, TransferReport
 from kvstore.transfer.sender import Sender, send_lease, send_writer
 from kvstore.transfer.settings import TransferSettings
 from kvstore.transfer.source import LeaseSource, Source, SourceListener, SourceRecord, WriterSource
+from kvstore.transfer.telemetry import LinkSnapshot
 
 __all__ = [
     "Endpoint",
     "InboxStatistics",
     "LeaseSource",
+    "LinkSnapshot",
+    "PathReport",
     "Sender",
     "Source",
     "SourceListener",

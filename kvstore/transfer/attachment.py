@@ -39,7 +39,7 @@ from kvstore.transfer.messages import (
 )
 from kvstore.transfer.native import SEND_S
 from kvstore.transfer.pieces import split_rows
-from kvstore.transfer.settings import JOIN_BYTES_MIN, KEEPALIVE_FRACTION
+from kvstore.transfer.settings import KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +95,7 @@ class Attachment:
         self._may_join = False
         self._is_closed = False
         self._branches: list[Branch] = []
+        self._branches_begun = 0
         self._lost: list[Lost] = []
 
     @property
@@ -138,17 +139,16 @@ class Attachment:
             self._granted_bytes = max(self._granted_bytes, want.granted_bytes)
             pieces = owner.outgoing.want(want.ranges, granted_bytes=self._granted_bytes, is_again=False)
         owner.wanted(pieces, is_again=False, is_one_sided=self._is_one_sided)
-        self._branch_out(want)
+        self._branch_out(owner.path.begin(owner.outgoing.bytes_of(want.ranges), want.granted_bytes))
         return self._stream()
 
-    def _branch_out(self, want: Want) -> None:
-        """Open further connections if that pays: they take pieces from the same state, a slow one fewer."""
+    def _branch_out(self, connections: int) -> None:
+        """Open connections up to this number: they take pieces from the same state, a slow one fewer."""
         owner = self._owner
         if not self._may_join or owner.options.pacing_bytes_per_s is not None:
             return
-        if owner.outgoing.bytes_of(want.ranges) < JOIN_BYTES_MIN:
-            return
-        for _ in range(owner.settings.connections - 1):
+        while self._branches_begun + 1 < connections:
+            self._branches_begun += 1
             branch = Branch(owner, self._generation, self._frame_bytes_max, self._progress_deadline_s)
             self._branches.append(branch)
             branch.start()
@@ -158,6 +158,7 @@ class Attachment:
         greeted = owner.connector.connect(deadline, may_reuse=self._may_reuse)
         self._greeted = greeted
         self._link = link = greeted.link
+        owner.path.opened(link.connection)
         self._progress_deadline_s = link.progress_deadline_s
         self._frame_bytes_max = self._frame_bytes(greeted.theirs)
         self._frame_pieces_ok(greeted.theirs)
@@ -211,6 +212,7 @@ class Attachment:
                 owner.stop.clear()
                 self._check()
                 if self._committed is not None:
+                    owner.path.sample(is_last=True)
                     return self._committed
                 seen = owner.change_count
                 again, self._again = self._again, []
@@ -222,7 +224,9 @@ class Attachment:
                 owner.wanted(repeated, is_again=True, is_one_sided=self._is_one_sided)
             if self._is_commit_sent and not owner.check_source():
                 continue  # what is sent again now is taken without another word from here
-            if self._send_pieces():
+            has_sent = self._send_pieces()
+            self._branch_out(owner.path.sample())
+            if has_sent:
                 continue
             with owner.changed:
                 if owner.change_count != seen:
@@ -260,7 +264,7 @@ class Attachment:
             owner.outgoing.departures,
             *owner.transfer,
             self._generation,
-            self._frame_bytes_max,
+            owner.path.frame_bytes(link.connection, self._frame_bytes_max),
             0,
             start_s + SEND_S,
             owner.observer is not None,
@@ -279,7 +283,10 @@ class Attachment:
         link = self._need_link()
         owner = self._owner
         frame = owner.outgoing.next_frame(
-            owner.transfer, self._generation, self._frame_bytes_max, is_remote=self._is_one_sided
+            owner.transfer,
+            self._generation,
+            owner.path.frame_bytes(link.connection, self._frame_bytes_max),
+            is_remote=self._is_one_sided,
         )
         if frame is None:
             return False
@@ -472,6 +479,7 @@ class Attachment:
             except PeerGoneError:
                 break  # A closed connection has withdrawn everything.
         self._descriptors = {}
+        self._owner.path.closed(link.connection)
         if not is_committed:
             link.close()
         if self._reader is not None:

@@ -89,6 +89,8 @@ class Branch:
                 self._stop.set()
                 link = self._link
                 may_give_back = self._may_give_back and not is_broken
+            if link is not None:
+                owner.path.closed(link.connection)
             if joined is not None and may_give_back:
                 owner.connector.give_back_joined(joined)
             elif link is not None:
@@ -106,6 +108,7 @@ class Branch:
         if joined is not None:
             with self._lock:
                 self.number = joined.number
+            owner.path.opened(joined.greeted.link.connection)
         return joined
 
     def _opened(self, link: FrameLink) -> None:
@@ -126,7 +129,7 @@ class Branch:
                 owner.outgoing.departures,
                 *owner.transfer,
                 self._generation,
-                self._frame_bytes_max,
+                owner.path.frame_bytes(link.connection, self._frame_bytes_max),
                 self.number,
                 start_s + SEND_S,
                 owner.observer is not None,

@@ -159,7 +159,7 @@ class Dialer(Connector):
             return kept
         link = self._open(self._settings.progress_deadline_s, deadline)
         try:
-            can_join = link.native is not None and self._settings.connections > 1
+            can_join = link.native is not None and self._settings.connections != 1
             ours = self._hello(link, can_join=can_join)
             link.send(Kind.HELLO, NO_TRANSFER, payload=ours.pack())
             try:

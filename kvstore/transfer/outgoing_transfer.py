@@ -23,6 +23,7 @@ from kvstore.transfer.attachment import Attachment
 from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
 from kvstore.transfer.outgoing import Outgoing
+from kvstore.transfer.path_watch import PathWatch
 from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.report import TransferReport
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.settings import TransferSettings
     from kvstore.transfer.source import Costs, Ids, Source
+    from kvstore.transfer.telemetry import Link
 
 LOG = logging.getLogger("kvstore.transfer")
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -64,6 +66,7 @@ class OutgoingTransfer:
         total_deadline_s: float | None,
         priority: int,
         observer: TransferObserver | None,
+        link: Link,
         on_end: Callable[[OutgoingTransfer], None],
         is_resumed: bool = False,
     ) -> None:
@@ -75,6 +78,7 @@ class OutgoingTransfer:
         self.options = options
         self.settings = settings
         self.observer = observer
+        self.path = PathWatch(link, options, settings)
         self.handle: Handle[TransferReport] = Handle(f"transfer {transfer} to {address}", self.cancel)
         if total_deadline_s is None:
             total_deadline_s = settings.total_deadline_s(source.total_bytes, is_complete=source.is_complete)
@@ -215,9 +219,11 @@ class OutgoingTransfer:
         except BaseException as error:
             if isinstance(error, PeerGoneError):
                 error.transfer = self.transfer
+            self.path.end(None)
             self._end()
             self.handle.fail(error)
         else:
+            self.path.end(report)
             self._end()
             self.handle.resolve(report)
 
@@ -316,4 +322,5 @@ class OutgoingTransfer:
             last_byte_s=self._last_byte_s,
             producer_finished_s=self.producer_finished_s,
             committed_s=now,
+            path=self.path.report(),
         )

@@ -12,6 +12,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class PathReport:
+    """How a transfer used its path, and why so.
+
+    Attributes:
+        connections: the most that were open at once.
+        congestion_control: names of the algorithms that its connections used; () where the transport cannot tell.
+        why: what was chosen, and what for.
+        round_trip_s: smallest round-trip time; None where the transport cannot tell.
+        retransmitted_share: bytes sent again lately, of all sent to this peer; None where the transport cannot tell.
+        limits: what held it back besides the network, each with the remedy.
+    """
+
+    connections: int = 1
+    congestion_control: tuple[str, ...] = ()
+    why: str = ""
+    round_trip_s: float | None = None
+    retransmitted_share: float | None = None
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TransferReport:
     """The result of a transfer that was committed. Times are of the sender's monotonic clock.
 
@@ -30,6 +51,7 @@ class TransferReport:
         first_byte_s, last_byte_s: the first and the last DATA frame left; None if none was needed.
         producer_finished_s: every piece was there and committed on this side.
         committed_s: the receiver's COMMITTED arrived.
+        path: connections and congestion control, and why these.
     """
 
     transfer: TransferId
@@ -47,6 +69,7 @@ class TransferReport:
     last_byte_s: float | None
     producer_finished_s: float
     committed_s: float
+    path: PathReport = PathReport()
 
     @property
     def total_bytes(self) -> int:
@@ -56,6 +79,13 @@ class TransferReport:
     def seconds(self) -> float:
         """From the call of `send` to the acknowledged commit."""
         return self.committed_s - self.started_s
+
+    @property
+    def sent_bytes_per_s(self) -> float | None:
+        """How fast the bytes left, from the first to the last; None if that took no time."""
+        if self.first_byte_s is None or self.last_byte_s is None or self.last_byte_s <= self.first_byte_s:
+            return None
+        return self.total_bytes / (self.last_byte_s - self.first_byte_s)
 
     @property
     def exposed_s(self) -> float:

@@ -17,6 +17,7 @@ from kvstore.transfer.idle_links import IdleLinks
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
 from kvstore.transfer.source import LeaseSource, WriterSource, check_source
+from kvstore.transfer.telemetry import LinkTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kvstore.store.writer import Writer
     from kvstore.transfer.report import TransferObserver, TransferReport
     from kvstore.transfer.source import Source
+    from kvstore.transfer.telemetry import LinkSnapshot
 
 CLOSE_DEADLINE_S = 10.0
 """How long `close` waits for transfers that it has cancelled; their own waits are shorter by default."""
@@ -51,6 +53,7 @@ class Sender:
         self._begun_count = 0
         self._transfers: set[OutgoingTransfer] = set()
         self._idle = IdleLinks()
+        self._links = LinkTable()
         self._is_closed = False
 
     def __enter__(self) -> Sender:
@@ -119,6 +122,7 @@ class Sender:
                 total_deadline_s=total_deadline_s,
                 priority=priority,
                 observer=observer,
+                link=self._links.link(address),
                 on_end=self._ended,
                 is_resumed=resume is not None,
             )
@@ -158,6 +162,10 @@ class Sender:
                 f"transfer {transfer} cannot be resumed: another sender began it, or an earlier run; send it anew"
             )
         return transfer
+
+    def links(self) -> tuple[LinkSnapshot, ...]:
+        """How the links to this sender's peers are doing, the one used last at the end: values for a scheduler."""
+        return self._links.snapshot()
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -29,9 +29,6 @@ PRODUCER_SLACK_S = 600.0
 DAMAGED_PIECES_MAX = 64
 """Pieces of one transfer that may arrive damaged and be asked for again before it is given up."""
 
-CONNECTIONS_PER_TRANSFER_DEFAULT = 2
-"""A second one keeps a second core busy at each end."""
-
 JOIN_BYTES_MIN = 8 * MIB
 """Fewer missing bytes are gone before a further connection stands."""
 KEEPALIVE_FRACTION = 0.1
@@ -52,7 +49,8 @@ class TransferSettings:
         rate_min_bytes_per_s: assumed for the default total deadline.
         transfers_per_node_max, transfers_per_peer_max, connections_per_node_max: incoming ones.
         damaged_pieces_max: pieces asked for again before a transfer fails.
-        connections: over how many connections a sender spreads one transfer, where both sides can.
+        connections: over how many connections a sender spreads one transfer, where both sides can; None leaves it to
+            what is measured of the path.
     """
 
     progress_deadline_s: float = PROGRESS_DEADLINE_S
@@ -65,13 +63,13 @@ class TransferSettings:
     transfers_per_peer_max: int = TRANSFERS_PER_PEER_MAX
     connections_per_node_max: int = CONNECTIONS_PER_NODE_MAX
     damaged_pieces_max: int = DAMAGED_PIECES_MAX
-    connections: int = CONNECTIONS_PER_TRANSFER_DEFAULT
+    connections: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"transfer setting {name}={value} must be positive")
-        if self.connections > CONNECTIONS_PER_TRANSFER_MAX:
+        if self.connections is not None and self.connections > CONNECTIONS_PER_TRANSFER_MAX:
             raise ValueError(f"connections={self.connections} is above the limit of {CONNECTIONS_PER_TRANSFER_MAX}")
 
     def total_deadline_s(self, total_bytes: int, *, is_complete: bool) -> float:

@@ -14,6 +14,7 @@ import pytest
 
 import kvstore
 import kvstore.transfer.attachment
+import kvstore.transfer.path_watch
 import kvstore.transfer.session
 from kvstore._native import crc32c
 from kvstore.abc import TransportOptions
@@ -69,7 +70,7 @@ def _leaves_nothing() -> Iterator[None]:
 def _small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that 2 MiB are many frames, and enough for further connections."""
     monkeypatch.setattr(kvstore.transfer.attachment, "FRAME_BYTES", 16 << 10)
-    monkeypatch.setattr(kvstore.transfer.attachment, "JOIN_BYTES_MIN", 1)
+    monkeypatch.setattr(kvstore.transfer.path_watch, "JOIN_BYTES_MIN", 1)
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_a_paced_transfer_keeps_to_one_connection(source: kvstore.Store, endpoin
 
 
 def test_the_number_of_connections_is_limited() -> None:
-    with pytest.raises(ValueError, match="connections=17"):
+    with pytest.raises(ValueError, match="connections=65"):
         TransferSettings(connections=CONNECTIONS_PER_TRANSFER_MAX + 1)
 
 

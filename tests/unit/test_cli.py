@@ -19,7 +19,7 @@ from kvstore.cli.inspect import printable
 from kvstore.cli.main import app
 from kvstore.record import write_record_stream
 from tests.format.records import attention_record, state_record
-from transports.tcp.socket_options import near_congestion_control
+from transports.tcp.socket_options import choosable_congestion_controls
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/format/vectors/gated_delta.arrow"
@@ -112,9 +112,12 @@ def test_doctor_shows_every_finding() -> None:
     assert "no UCX transport" in findings["transport.ucx"]["why_not_better"]
     assert findings["transport.tcp"]["is_available"]
     uses = {name: finding["in_use"] for name, finding in findings.items() if name.startswith("congestion.")}
-    if near_congestion_control() is not None:
-        assert "below 1 ms" in uses["congestion.cubic"]
-    assert sum(use.endswith("tcp:// connections") for use in uses.values()) == 1, "the system's own choice"
+    for name, use in (("cubic", "below 1 ms"), ("bbr", "of 1 ms and more")):
+        if name in choosable_congestion_controls():
+            assert use in uses[f"congestion.{name}"]
+    for use in ("below 1 ms", "of 1 ms and more", "paced connections"):
+        assert sum(use in uses[name] for name in uses) == 1
+    assert {"tcp.tcp_rmem", "tcp.tcp_wmem", "tcp.zerocopy"} <= set(findings)
     for finding in findings.values():
         assert finding["is_available"] or finding["why_not_better"] or finding["offered"]
         if not finding["is_available"]:

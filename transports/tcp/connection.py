@@ -11,9 +11,11 @@ import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from kvstore.abc import Connection
+from kvstore._native import socket_information
+from kvstore.abc import Connection, ConnectionInformation
 from kvstore.errors import DeadlineError, PeerGoneError, TransportError
 from transports.buffers import byte_views
+from transports.tcp.socket_options import choosable_congestion_controls, set_congestion_control
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,10 +36,16 @@ class TcpConnection(Connection):
 
     The waits are the kernel's (`SO_SNDTIMEO`, `SO_RCVTIMEO`), one per direction, so that a sender and a
     receiver do not disturb each other, and a long vector needs one call rather than one per wake-up.
+
+    Args:
+        sock: connected; owned from here on.
+        peer_address: for people.
+        may_choose: congestion control is for the user of the connection to choose.
     """
 
-    def __init__(self, sock: socket.socket, peer_address: str) -> None:
+    def __init__(self, sock: socket.socket, peer_address: str, *, may_choose: bool = False) -> None:
         sock.settimeout(None)
+        self._may_choose = may_choose
         self._socket = sock
         self._peer_address = peer_address
         self._lock = threading.Lock()
@@ -99,6 +107,34 @@ class TcpConnection(Connection):
                     f"no descriptor is left for the connection to {self._peer_address} ({error.strerror}); raise "
                     "`ulimit -n`"
                 ) from error
+
+    def information(self) -> ConnectionInformation:
+        with self._call():
+            found = socket_information(self._socket.fileno())
+        in_flight = found.in_flight_segments, found.segment_bytes
+        return ConnectionInformation(
+            round_trip_s=found.round_trip_s,
+            round_trip_variation_s=found.round_trip_variation_s,
+            round_trip_min_s=found.round_trip_min_s,
+            delivery_bytes_per_s=found.delivery_bytes_per_s,
+            is_app_limited=found.is_app_limited,
+            sent_bytes=found.sent_bytes,
+            retransmitted_bytes=found.retransmitted_bytes,
+            acknowledged_bytes=found.acknowledged_bytes,
+            in_flight_bytes=None if in_flight[0] is None or in_flight[1] is None else in_flight[0] * in_flight[1],
+            unsent_bytes=found.unsent_bytes,
+            busy_s=found.busy_s,
+            receiver_limited_s=found.receiver_limited_s,
+            buffer_limited_s=found.buffer_limited_s,
+            congestion_control=found.congestion_control,
+        )
+
+    def congestion_controls(self) -> tuple[str, ...]:
+        return choosable_congestion_controls() if self._may_choose else ()
+
+    def use_congestion_control(self, name: str) -> None:
+        with self._call():
+            set_congestion_control(self._socket, name)
 
     @contextmanager
     def _call(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from kvstore.abc import Connection, Listener, TransportOptions
 from kvstore.errors import AddressError, DeadlineError, PeerGoneError, TransportError, UnavailableError
 from transports.tcp.address import Endpoint, format_address
 from transports.tcp.connection import TcpConnection
-from transports.tcp.socket_options import adapt_congestion_control, prepare_socket
+from transports.tcp.socket_options import may_choose_congestion_control, prepare_socket
 
 if TYPE_CHECKING:
     from kvstore.clock import Deadline
@@ -106,11 +106,10 @@ class TcpListener(Listener):
             raise TransportError(f"accepting on {self._address} failed: {error.strerror}") from error
         try:
             prepare_socket(sock, self._options)
-            adapt_congestion_control(sock, self._options)
         except BaseException:
             sock.close()
             raise
-        return TcpConnection(sock, format_address(peer))
+        return TcpConnection(sock, format_address(peer), may_choose=may_choose_congestion_control(self._options))
 
 
 def open_listener(address: str, endpoint: Endpoint, options: TransportOptions) -> TcpListener:

@@ -33,15 +33,12 @@ RETRANSMIT_PAUSE_MS_MAX = 1000
 """The least that the kernel takes. Otherwise TCP's pauses double: a path that was cut for 3 s at a round-trip time of
 100 ms would be tried again after 6 s, when its transfers have long failed."""
 
-NEAR_S = 0.001
-"""Round trips shorter than this are within a machine or a rack, where losses are rare and loss-based control is at
-its best: `cubic` carries twice what `bbr` does there, which models a path that it can hardly measure."""
-NEAR_CONGESTION_CONTROL = "cubic"
+FIRST_CONGESTION_CONTROL = "cubic"
+"""What a connection begins with whose congestion control will be chosen when its round-trip time is known: the best one
+for short round trips, where losses are rare. In this order because the other one does not work: a socket that was `bbr`
+once stays paced whatever it is made later."""
 _NAME_BYTES_MAX = 16
 """`TCP_CA_NAME_MAX` of `linux/tcp.h`."""
-_TCPI_RTT_OFFSET = 68
-"""`tcpi_rtt` in `struct tcp_info`, microseconds."""
-
 UNSENT_S = 0.025
 """Seconds of paced bytes that may wait in the kernel before `send` blocks."""
 BURST_S = 0.0005
@@ -69,10 +66,9 @@ def prepare_socket(sock: socket.socket, options: TransportOptions) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     _bound_retransmit_pauses(sock)
     if options.congestion_control is not None:
-        _set_congestion_control(sock, options.congestion_control)
-    elif _adapts(options):
-        # Until the round-trip time is known; see `adapt_congestion_control`.
-        _set_congestion_control(sock, NEAR_CONGESTION_CONTROL)
+        set_congestion_control(sock, options.congestion_control)
+    elif may_choose_congestion_control(options) and FIRST_CONGESTION_CONTROL in choosable_congestion_controls():
+        set_congestion_control(sock, FIRST_CONGESTION_CONTROL)
     if options.pacing_bytes_per_s is not None:
         _set_pacing(sock, options.pacing_bytes_per_s)
 
@@ -95,54 +91,27 @@ def congestion_controls() -> tuple[str, ...]:
 
 
 @cache
-def near_congestion_control() -> str | None:
-    """The algorithm for short round trips, if this process may choose it; None leaves the system's choice."""
+def choosable_congestion_controls() -> tuple[str, ...]:
+    """Those that this process may set, the default first. Root may set all that the kernel offers."""
+    found = []
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        try:
-            probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, NEAR_CONGESTION_CONTROL.encode())
-        except OSError:
-            return None
-    return NEAR_CONGESTION_CONTROL
+        default = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _NAME_BYTES_MAX).rstrip(b"\0").decode()
+        for name in dict.fromkeys((default, *congestion_controls())):
+            try:
+                probe.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            except OSError:
+                continue  # Not allowed to this process: it is none of the choosable ones.
+            found.append(name)
+    return tuple(found)
 
 
-def _default_congestion_control() -> str:
-    """What a new socket of this process has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        name = probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _NAME_BYTES_MAX)
-    return name.rstrip(b"\0").decode()
+def may_choose_congestion_control(options: TransportOptions) -> bool:
+    """Whether the algorithm is this library's to choose: the user has chosen none and wants no pace."""
+    return options.congestion_control is None and options.pacing_bytes_per_s is None
 
 
-def round_trip_s(sock: socket.socket) -> float | None:
-    """The round-trip time of a connected socket as the kernel has measured it; None where it does not say."""
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_RTT_OFFSET + 4)
-    except (AttributeError, OSError):
-        return None
-    if len(info) < _TCPI_RTT_OFFSET + 4:
-        return None
-    microseconds = int.from_bytes(info[_TCPI_RTT_OFFSET:], sys.byteorder)
-    return microseconds / 1e6 if microseconds else None
-
-
-def _adapts(options: TransportOptions) -> bool:
-    """Whether the algorithm is this transport's to choose: the user has chosen none and wants no pace."""
-    is_free = options.congestion_control is None and options.pacing_bytes_per_s is None
-    return is_free and near_congestion_control() is not None
-
-
-def adapt_congestion_control(sock: socket.socket, options: TransportOptions) -> None:
-    """Go back to the system's choice if a connection that was just established turns out to be a long one.
-
-    In this order because the other one does not work: a socket that was `bbr` stays paced whatever it is made later.
-    """
-    if not _adapts(options):
-        return
-    measured_s = round_trip_s(sock)
-    if measured_s is None or measured_s >= NEAR_S:
-        _set_congestion_control(sock, _default_congestion_control())
-
-
-def _set_congestion_control(sock: socket.socket, name: str) -> None:
+def set_congestion_control(sock: socket.socket, name: str) -> None:
+    """Raises `UnavailableError`, which says what this process may set."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
     except (OSError, ValueError) as error:

@@ -13,10 +13,9 @@ from transports.tcp.address import Endpoint, format_address, parse_address, reso
 from transports.tcp.connection import TcpConnection
 from transports.tcp.listener import open_listener
 from transports.tcp.socket_options import (
-    NEAR_S,
-    adapt_congestion_control,
+    choosable_congestion_controls,
     congestion_controls,
-    near_congestion_control,
+    may_choose_congestion_control,
     prepare_socket,
 )
 
@@ -31,9 +30,9 @@ class TcpTransport(Transport):
     def availability(self) -> Availability:
         offered = congestion_controls()
         controls = f"{offered[0]} by default, of {', '.join(offered)}" if offered else "the kernel does not say which"
-        near = near_congestion_control()
-        if near is not None and offered[:1] != (near,):
-            controls += f"; {near} at round trips below {NEAR_S * 1000:g} ms"
+        choosable = choosable_congestion_controls()
+        if len(choosable) > 1:
+            controls += f"; by round-trip time among {', '.join(choosable)}"
         ipv6 = "and IPv6" if socket.has_ipv6 else "only, no IPv6"
         return Availability(True, f"IPv4 {ipv6}; unencrypted; congestion control: {controls}")
 
@@ -78,8 +77,8 @@ def _connect(endpoint: Endpoint, options: TransportOptions, deadline: Deadline) 
         if sock.getsockname() == sock.getpeername():
             # TCP's simultaneous open: a free port of the ephemeral range can be chosen for our own side.
             raise PeerGoneError("nobody listens there (the socket connected to itself)")
-        adapt_congestion_control(sock, options)
-        return TcpConnection(sock, format_address(sock.getpeername()))
+        may_choose = may_choose_congestion_control(options)
+        return TcpConnection(sock, format_address(sock.getpeername()), may_choose=may_choose)
     except BaseException:
         sock.close()
         raise
