@@ -28,6 +28,8 @@ GROUPS_MAX = 64
 TENSORS_PER_GROUP_MAX = 16
 SHARD_UNITS_MAX = 4096
 """Shard units of one tensor: (KV or state heads) x segments."""
+SPEC_FILE_BYTES_MAX = 16 * MIB
+"""A spec file. One of 64 groups with 4096 layers each takes 4 MiB."""
 
 # Records
 SPAN_BYTES_MAX = 8 * MIB

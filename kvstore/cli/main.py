@@ -69,6 +69,19 @@ def inspect(
     raise typer.Exit(run_inspect(files, as_json=as_json, all_pieces=pieces))
 
 
+@app.command()
+def spec(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A model's folder, or its config.json.")],
+    weights: Annotated[str, typer.Option(help="Identity of the weights: a digest, a revision, an explicit name.")],
+    block_tokens: Annotated[int, typer.Option(help="Tokens per attention block.")] = 64,
+    dtype: Annotated[str | None, typer.Option(help="Type of the activations, if the configuration has none.")] = None,
+) -> None:
+    """Print the spec file of a transformers configuration, which a node serves."""
+    from kvstore.cli.spec import run_spec
+
+    raise typer.Exit(run_spec(config, weights=weights, block_tokens=block_tokens, dtype=dtype))
+
+
 def main() -> None:
     """Run the command line; also `python -m kvstore`."""
     from kvstore.errors import KVStoreError

@@ -1,6 +1,7 @@
 """Model specs: what a model's cache consists of, and when two caches are the same."""
 
 from kvstore.spec.dtypes import DType
+from kvstore.spec.file import load_spec, save_spec, spec_from_file_text, spec_to_file_text
 from kvstore.spec.grid import UNKNOWN_GRID, ChunkGrid
 from kvstore.spec.group import CacheGroup, LayerSpan, ReuseRule
 from kvstore.spec.model import ModelSpec
@@ -20,4 +21,8 @@ __all__ = [
     "Shard",
     "TensorSpec",
     "UnitRange",
+    "load_spec",
+    "save_spec",
+    "spec_from_file_text",
+    "spec_to_file_text",
 ]

@@ -59,6 +59,8 @@ class CacheGroup:
             )
         if not isinstance(self.layers, tuple) or not isinstance(self.tensors, tuple):
             raise SpecError(f"group {self.name!r}: layers and tensors are tuples; write (number,) and (tensor,)")
+        if not all(type(number) is int for number in (*self.layers, self.window_tokens or 0)):
+            raise SpecError(f"group {self.name!r}: layers and window_tokens are whole numbers")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise SpecError(f"group {self.name!r} needs ascending layer numbers, got {self.layers}")
         if not 1 <= len(self.tensors) <= TENSORS_PER_GROUP_MAX:

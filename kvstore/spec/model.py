@@ -47,9 +47,11 @@ class ModelSpec:
     numerics: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str):
+            raise SpecError(f"model={self.model!r} is no text; name the architecture")
         if not isinstance(self.weights, str) or not self.weights.strip():
             raise SpecError("weights= needs the identity of the weights (a digest, a revision, an explicit name)")
-        if not isinstance(self.block_tokens, int) or not BLOCK_TOKENS_MIN <= self.block_tokens <= BLOCK_TOKENS_MAX:
+        if type(self.block_tokens) is not int or not BLOCK_TOKENS_MIN <= self.block_tokens <= BLOCK_TOKENS_MAX:
             raise SpecError(
                 f"block_tokens={self.block_tokens!r} is no whole number from {BLOCK_TOKENS_MIN} to {BLOCK_TOKENS_MAX}; "
                 "64 is usual"
@@ -60,6 +62,8 @@ class ModelSpec:
             raise SpecError(f"a spec has 1 to {GROUPS_MAX} groups, not {len(self.groups)}")
         if len({group.name for group in self.groups}) != len(self.groups):
             raise SpecError("two groups have the same name")
+        if not all(isinstance(text, str) for pair in self.numerics for text in pair):
+            raise SpecError(f"numerics={self.numerics!r} are pairs of texts; write numbers as text, too")
         names = [name for name, _ in self.numerics]
         if names != sorted(set(names)):
             raise SpecError("numerics must be sorted by name, each name once; build the spec with dict items, sorted")

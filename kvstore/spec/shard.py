@@ -31,6 +31,11 @@ class Segment:
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
             raise SpecError(f"segment name {self.name!r} is not an identifier")
+        # Equal numbers of other types would have another fingerprint.
+        if type(self.units) is not int or type(self.unit_rows) is not int or type(self.replicated) is not bool:
+            raise SpecError(
+                f"segment {self.name!r}: units and unit_rows are whole numbers, replicated is true or false"
+            )
         if not 1 <= self.units <= SHARD_UNITS_MAX:
             raise SpecError(f"segment {self.name!r} has {self.units} shard units; allowed are 1 to {SHARD_UNITS_MAX}")
         if self.unit_rows < 1:

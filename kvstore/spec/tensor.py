@@ -44,6 +44,9 @@ class TensorSpec:
             raise SpecError(f"tensor {self.name!r}: segments and inner are tuples; write (segment,) and (size,)")
         if not self.segments:
             raise SpecError(f"tensor {self.name!r} has no segments")
+        # Equal numbers of other types would have another fingerprint.
+        if type(self.has_tokens) is not bool or not all(type(size) is int for size in self.inner):
+            raise SpecError(f"tensor {self.name!r}: inner holds whole numbers, has_tokens is true or false")
         if any(size < 1 for size in self.inner):
             raise SpecError(f"tensor {self.name!r} has an empty axis in {self.inner}")
 

@@ -17,6 +17,7 @@ from kvstore.cli import doctor, machine, parts
 from kvstore.cli.finding import Finding
 from kvstore.cli.inspect import printable
 from kvstore.cli.main import app
+from kvstore.errors import UnavailableError
 from kvstore.record import write_record_stream
 from tests.format.records import attention_record, state_record
 from transports.tcp.socket_options import choosable_congestion_controls
@@ -307,3 +308,12 @@ def test_doctor_tries_what_attached_processes_need() -> None:
     findings = {finding["name"]: finding for finding in json.loads(result.stdout)["findings"]}
     assert "SCM_RIGHTS" in findings["attach.memory"]["offered"]
     assert findings["attach.pidfd"]["in_use"]
+
+
+# spec
+
+
+def test_spec_without_transformers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'kvstore\[transformers\]'"):
+        invoke("spec", tmp_path, "--weights", "x")
