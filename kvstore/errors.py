@@ -172,3 +172,9 @@ class TransferTooLargeError(TransferFullError):
 
 class TransferAbortedError(TransferError):
     """One side gave the transfer up; the message carries its reason."""
+
+
+class PeerClosingError(TransferAbortedError):
+    """The receiver drains or closes: send elsewhere at once, or there once it has started again."""
+
+    retryable = True

@@ -13,6 +13,7 @@ from kvstore.clock import Deadline
 from kvstore.errors import (
     ChecksumError,
     KVStoreError,
+    PeerClosingError,
     PeerGoneError,
     ProtocolError,
     TransferAbortedError,
@@ -374,6 +375,8 @@ class Attachment:
         message = f"{owner.address} refused transfer {owner.transfer} ({abort.code.name}): {abort.reason}"
         if abort.code is AbortCode.CHECKSUM:
             return ChecksumTransferError(message)
+        if abort.code is AbortCode.CLOSING:
+            return PeerClosingError(f"{message}; send it elsewhere, or there once it has started again")
         if abort.code in (AbortCode.INVALID, AbortCode.UNSUPPORTED, AbortCode.LIMIT, AbortCode.UNKNOWN_TRANSFER):
             return TransferError(message)
         return TransferAbortedError(message)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvstore.pool import BasePool
     from kvstore.transfer.inbox import InboxStatistics
     from kvstore.transfer.report import TransferObserver
+    from kvstore.transfer.status import IncomingStatus
 
 ACCEPT_DEADLINE_S = 3600.0
 """One wait for a connection; it goes on afterwards, and `close` ends it at once."""
@@ -105,9 +106,32 @@ class Endpoint:
         """Transfers that hold a reservation now, with or without a connection."""
         return self._inbox.active_count
 
+    def transfers(self) -> list[IncomingStatus]:
+        """The transfers that hold a reservation now."""
+        return self._inbox.transfers()
+
     def statistics(self) -> InboxStatistics:
         """What has been received and refused so far."""
         return self._inbox.statistics()
+
+    def drain(self, deadline_s: float) -> bool:
+        """Take nothing new, and wait for what is being received, at most `deadline_s`.
+
+        New transfers are refused by name, so that their senders go elsewhere; connections are accepted all the same,
+        since a transfer whose connection breaks may still be resumed. Follow it with `close`; until then, call it again
+        to wait longer.
+
+        Returns:
+            Whether every transfer has ended, and its sender has been told how. `close` gives up the rest.
+        """
+        if not self._inbox.drain(Deadline.after(deadline_s)):
+            return False
+        with self._lock:
+            sessions = list(self._sessions)
+        telling = Deadline.after(ABORT_DEADLINE_S)
+        for session in sessions:
+            session.settle(telling)
+        return True
 
     def _accept(self) -> None:
         number = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kvstore.transfer.incoming import IncomingTransfer
 from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.offer import OfferFlag, check_offer
 from kvstore.transfer.outcomes import Outcomes
+from kvstore.transfer.status import IncomingStatus
 
 if TYPE_CHECKING:
     from kvstore.pool import BasePool, BaseTransaction, RecordArrays
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.session import Session
     from kvstore.transfer.settings import TransferSettings
+
+
+LOG = logging.getLogger("kvstore.transfer")
 
 
 class OfferRefusedError(TransferError):
@@ -47,6 +52,7 @@ class InboxStatistics:
         damaged_pieces: pieces that arrived with a checksum that did not hold.
         refused: connections and offers that broke the protocol or did not match.
         received_bytes: piece bytes of committed transfers.
+        received_s: seconds of committed transfers, each from its first offer to its commit.
     """
 
     committed: int = 0
@@ -56,6 +62,7 @@ class InboxStatistics:
     damaged_pieces: int = 0
     refused: int = 0
     received_bytes: int = 0
+    received_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -91,6 +98,7 @@ class Inbox:
         self._reserving: set[TransferId] = set()
         self._generations = count(1)
         self._statistics = InboxStatistics()
+        self._is_draining = False
         self._is_closed = False
         self._janitor = threading.Thread(target=self._expire, name="kvstore-transfer-janitor", daemon=True)
         self._janitor.start()
@@ -100,6 +108,12 @@ class Inbox:
         """A copy of the counters."""
         with self._changed:
             return InboxStatistics(**vars(self._statistics))
+
+    def transfers(self) -> list[IncomingStatus]:
+        """The transfers that hold a reservation now, oldest first."""
+        with self._changed:
+            entries = list(self._entries.values())
+        return [IncomingStatus.of(entry.incoming, is_attached=not entry.is_detached) for entry in entries]
 
     @property
     def active_count(self) -> int:
@@ -137,6 +151,7 @@ class Inbox:
             self._check_open()
             entry = self._entries.get(transfer)
             if entry is None:
+                self._check_taking()
                 self._check_limits(transfer)
                 self._reserving.add(transfer)
         if entry is not None:
@@ -151,16 +166,22 @@ class Inbox:
                     self._check_open()
                 incoming.generation = next(self._generations)
                 incoming.detached_s = None
+                incoming.peer_address = session.peer_address
                 self._entries[transfer] = _Entry(incoming, session)
                 self._changed.notify_all()  # The janitor takes note of its deadline.
                 return incoming
         finally:
             with self._changed:
                 self._reserving.discard(transfer)
+                self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreClosedError("the node is closing")
+
+    def _check_taking(self) -> None:
+        if self._is_draining:
+            raise OfferRefusedError(AbortCode.CLOSING, "the node is draining and takes nothing new")
 
     def _check_limits(self, transfer: TransferId) -> None:
         if transfer in self._reserving:
@@ -188,6 +209,7 @@ class Inbox:
             entry.session = session
             incoming.generation = next(self._generations)
             incoming.detached_s = None
+            incoming.peer_address = session.peer_address
             self._statistics.resumed += 1
             return incoming
 
@@ -256,7 +278,9 @@ class Inbox:
             self._entries.pop(incoming.transfer, None)
             self._statistics.committed += 1
             self._statistics.received_bytes += incoming.received_bytes
+            self._statistics.received_s += answer.elapsed_us / 1e6
             self._changed.notify_all()
+        _log_end(incoming, "committed")
         return answer
 
     def give_up(self, transfer: TransferId, abort: Abort, *, only_detached: bool = False) -> bool:
@@ -275,6 +299,7 @@ class Inbox:
         entry.incoming.transaction.abort(abort.reason)
         with self._changed:
             self._changed.notify_all()
+        _log_end(entry.incoming, "aborted", code=abort.code.name.lower(), reason=abort.reason)
         return True
 
     def detach(self, incoming: IncomingTransfer, generation: int) -> None:
@@ -316,6 +341,15 @@ class Inbox:
             for transfer, abort in expired:
                 self.give_up(transfer, abort, only_detached=True)
 
+    def drain(self, deadline: Deadline) -> bool:
+        """Refuse new transfers and wait for those that run, detached ones included. False if some run at the deadline.
+
+        What is refused from here on stays refused; it may be called again, to wait longer.
+        """
+        with self._changed:
+            self._is_draining = True
+            return self._changed.wait_for(lambda: not self._entries and not self._reserving, deadline.remaining_s())
+
     def close(self) -> None:
         """Give everything up and end the janitor. The sessions have ended by now, or soon will."""
         with self._changed:
@@ -326,3 +360,18 @@ class Inbox:
             self.give_up(transfer, Abort(AbortCode.CLOSING, "the node is closing"))
         self._pool.unsubscribe(self._space_changed)
         self._janitor.join()
+
+
+def _log_end(incoming: IncomingTransfer, outcome: str, **details: str) -> None:
+    """One line for each transfer that ends."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return
+    fields = {
+        "event": f"transfer_{outcome}",
+        "transfer": str(incoming.transfer),
+        "peer": incoming.peer_address,
+        "bytes": incoming.received_bytes,
+        "seconds": round(time.monotonic() - incoming.began_s, 6),
+        **details,
+    }
+    LOG.info("transfer %s from %s %s", incoming.transfer, incoming.peer_address, outcome, extra={"fields": fields})

@@ -62,6 +62,7 @@ class IncomingTransfer:
         generation: of the present attachment; 0 while there is none.
         deadline: when it is given up for good.
         detached_s: since when no session is attached; None while one is.
+        peer_address: of the connection that brought or resumed it last.
         is_joined: further connections have carried pieces of this attachment, so that COMMIT may overtake some.
     """
 
@@ -74,6 +75,7 @@ class IncomingTransfer:
         self.deadline = Deadline(self.began_s + min(offer.total_deadline_ms / 1000, TRANSFER_DEADLINE_MAX_S))
         self.detached_s: float | None = self.began_s
         self.commit: Commit | None = None
+        self.peer_address = ""
         self.is_joined = False
         self.record_count = len(offered)
         self._reserved, addresses = transaction.reserved_arrays

@@ -112,6 +112,8 @@ class OutgoingTransfer:
         self.producer_finished_s: float | None = None
         self.failure: str | None = None
         self.cancelled: str | None = None
+        self.report: TransferReport | None = None
+        """Set once it has been committed."""
         self._pieces_again = 0
         self._pieces_wanted: int | None = None
         self._first_byte_s: float | None = None
@@ -215,7 +217,7 @@ class OutgoingTransfer:
 
     def _run(self) -> None:
         try:
-            report = self._send()
+            self.report = report = self._send()
         except BaseException as error:
             if isinstance(error, PeerGoneError):
                 error.transfer = self.transfer

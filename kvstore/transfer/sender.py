@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore.abc import TransportOptions
@@ -35,6 +36,22 @@ CLOSE_DEADLINE_S = 10.0
 """How long `close` waits for transfers that it has cancelled; their own waits are shorter by default."""
 
 
+@dataclass
+class SenderStatistics:
+    """Counters of one sender; they only grow.
+
+    Attributes:
+        committed, failed: transfers by how they ended; cancelled ones have failed.
+        sent_bytes: piece bytes of committed transfers.
+        sent_s: seconds of committed transfers, each from `send` to the acknowledged commit.
+    """
+
+    committed: int = 0
+    failed: int = 0
+    sent_bytes: int = 0
+    sent_s: float = 0.0
+
+
 class Sender:
     """Begins transfers to other nodes. Any thread may call.
 
@@ -52,6 +69,7 @@ class Sender:
         self._lock = threading.Lock()
         self._begun_count = 0
         self._transfers: set[OutgoingTransfer] = set()
+        self._statistics = SenderStatistics()
         self._idle = IdleLinks()
         self._links = LinkTable()
         self._is_closed = False
@@ -64,6 +82,17 @@ class Sender:
 
     def __repr__(self) -> str:
         return f"Sender({len(self._transfers)} transfers)"
+
+    @property
+    def transfer_count(self) -> int:
+        """Transfers that are being sent now."""
+        with self._lock:
+            return len(self._transfers)
+
+    def statistics(self) -> SenderStatistics:
+        """What has been sent so far."""
+        with self._lock:
+            return SenderStatistics(**vars(self._statistics))
 
     def send(
         self,
@@ -173,7 +202,16 @@ class Sender:
 
     def _ended(self, transfer: OutgoingTransfer) -> None:
         with self._lock:
-            self._transfers.discard(transfer)
+            if transfer not in self._transfers:
+                return
+            self._transfers.remove(transfer)
+            report = transfer.report
+            if report is None:
+                self._statistics.failed += 1
+                return
+            self._statistics.committed += 1
+            self._statistics.sent_bytes += report.total_bytes
+            self._statistics.sent_s += report.seconds
 
     def close(self) -> None:
         """Cancel what is running, wait until its threads have ended, and close every connection. Idempotent."""

@@ -139,6 +139,15 @@ class Session:
         """The longest silence that both sides bear."""
         return self._link.progress_deadline_s
 
+    @property
+    def peer_address(self) -> str:
+        return self._link.peer_address
+
+    def settle(self, deadline: Deadline) -> None:
+        """Wait until what is being done for a transfer has been done, its answer to the peer included. Any thread."""
+        if self._lock.acquire(timeout=deadline.remaining_s()):
+            self._lock.release()
+
     def close(self) -> None:
         """End the connection; `run` then returns soon. Any thread."""
         self._is_over.set()
