@@ -116,6 +116,10 @@ class JointCommitError(KVStoreError):
     retryable = True
 
 
+class ConfigError(KVStoreError, ValueError):
+    """A node cannot be configured so: a setting that does not exist, of a wrong type, out of bounds, or unsafe."""
+
+
 class UnavailableError(KVStoreError):
     """Something asked for is not installed or not supported on this machine."""
 

@@ -131,6 +131,24 @@ OUTCOMES_MAX = 4096
 LINKS_MAX = 1024
 """Peers whose links a sender remembers measurements of, about 2 KB each; then the one used the longest ago goes."""
 
+# Node
+NODE_ADDRESSES_MAX = 16
+"""Addresses that one node listens on; they label its metrics."""
+NODE_CONFIG_BYTES_MAX = 1 * MIB
+NODE_SETTING_CHARACTERS_MAX = 4096
+"""A path or an address in a node's configuration."""
+NODE_DRAIN_S_MAX = 3600.0
+NODE_DEADLINE_S_MAX = 3600.0
+"""Of any deadline of transfers that an operator sets."""
+NODE_COUNT_MAX = 1 << 16
+"""Of any number of transfers, connections or pieces that an operator sets; each connection has a thread."""
+HTTP_CONNECTIONS_MAX = 16
+"""Requests that a node's health endpoint serves at once; each has a thread."""
+HTTP_REQUEST_BYTES_MAX = 16 * KIB
+"""Request line and headers; what follows is not read."""
+HTTP_DEADLINE_S = 5.0
+"""For one request and its answer together."""
+
 assert SPAN_BYTES_MAX <= RECORD_BYTES_MAX
 assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
 assert FRAME_HEADER_BYTES % 16 == 0

@@ -82,6 +82,49 @@ def spec(
     raise typer.Exit(run_spec(config, weights=weights, block_tokens=block_tokens, dtype=dtype))
 
 
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings in TOML.")] = None,
+    spec: Annotated[str | None, typer.Option(metavar="FILE", help="The model's spec file.")] = None,
+    dram: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of the pool: 8GiB.")] = None,
+    listen: Annotated[
+        list[str] | None, typer.Option(metavar="ADDRESS", help="Where other nodes connect. May be repeated.")
+    ] = None,
+    socket: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Unix socket at which this host's engines attach.")
+    ] = None,
+    http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Health and metrics; empty for none.")] = None,
+    trust_network: Annotated[
+        bool, typer.Option("--trust-network", help="Listen beyond loopback: whoever connects may read and write.")
+    ] = False,
+    drain_s: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long transfers may end.")] = None,
+    log_format: Annotated[str | None, typer.Option(metavar="text|json", help="Form of the log lines.")] = None,
+    log_level: Annotated[str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other setting. May be repeated.")
+    ] = None,
+) -> None:
+    """Serve a pool to other machines, and to processes of this host.
+
+    Flags win over the file, --set over both. On SIGTERM it drains: exits with 0 if every transfer ended, with 1 if some
+    were cut off; with 2 if it is configured wrongly, with 3 if it cannot start. All settings: docs/operations.md.
+    """
+    from kvstore.cli.serve import run_serve
+
+    flags = {
+        "spec": spec,
+        "dram": dram,
+        "listen": listen or None,
+        "attach.socket": socket,
+        "http.listen": http,
+        "trust_network": trust_network or None,
+        "drain_s": drain_s,
+        "log.format": log_format,
+        "log.level": log_level,
+    }
+    raise typer.Exit(run_serve(config, flags, assignments or []))
+
+
 def main() -> None:
     """Run the command line; also `python -m kvstore`."""
     from kvstore.errors import KVStoreError

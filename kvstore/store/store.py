@@ -532,7 +532,17 @@ class Store:
                 self._sender = Sender()
             return self._sender
 
+    @property
+    def sender(self) -> Sender | None:
+        """Who sends for this store; None as long as nothing was sent."""
+        return self._sender
+
     # The store itself
+
+    @property
+    def attached_process_count(self) -> int:
+        """Processes on this store's pool, those included that are gone and may still write."""
+        return 0 if self._owner is None else len(self._owner.processes())
 
     def statistics(self) -> PoolStatistics:
         """Counters, and what the budget is used for."""

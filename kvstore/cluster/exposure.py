@@ -1,0 +1,50 @@
+"""What may be reached from other machines is said by the operator, in plain words."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from kvstore.errors import ConfigError
+
+LOCAL_SCHEMES = ("memory",)
+"""Transports that do not leave the process."""
+LOCAL_NAMES = ("localhost",)
+"""Host names that are taken for loopback; where they led is looked at again once the socket is there."""
+REMEDY = (
+    "Listen on 127.0.0.1 or [::1]; or, if you trust everyone who can reach it, say so with --trust-network "
+    "(trust_network = true in the file)"
+)
+
+
+def check_exposure(addresses: tuple[str, ...], http_address: str, *, trust_network: bool) -> None:
+    """Refuse to listen beyond loopback unless the operator trusts the network.
+
+    Raises:
+        ConfigError: an address that other machines may reach, or one of which this cannot be seen.
+    """
+    if trust_network:
+        return
+    for address in addresses:
+        if not is_loopback(address):
+            raise ConfigError(
+                f"{address} is not a loopback address, and TCP is neither encrypted nor authenticated: whoever can "
+                f"reach the port can read and write the cache. {REMEDY}"
+            )
+    if http_address and not is_loopback(f"http://{http_address}"):
+        raise ConfigError(
+            f"http.listen = {http_address} is not a loopback address, and there is no authentication: whoever can "
+            f"reach the port can see models, peers and counters. {REMEDY}"
+        )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this host can reach an address. A host name other than localhost counts as reachable."""
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname or ""
+        if parts.scheme in LOCAL_SCHEMES or host in LOCAL_NAMES:
+            return True
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

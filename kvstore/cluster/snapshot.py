@@ -1,0 +1,96 @@
+"""What a node is doing at one moment, as values: the metrics and the status page are made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvstore.pool import PoolStatistics
+    from kvstore.transfer import InboxStatistics, IncomingStatus, SenderStatistics
+
+
+@dataclass(frozen=True)
+class ReceiverSnapshot:
+    """One address that the node listens on.
+
+    Attributes:
+        address: with the real port.
+        connections: open now.
+        transfers: those that hold a reservation.
+        statistics: counters.
+        last_refused: the last peer that was refused, and why.
+    """
+
+    address: str
+    connections: int
+    transfers: tuple[IncomingStatus, ...]
+    statistics: InboxStatistics
+    last_refused: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class NodeSnapshot:
+    """All of it.
+
+    Attributes:
+        state: `starting`, `ready`, `draining` or `closed`.
+        version: of the library.
+        pid, started_at_s, uptime_s: of the process; the start in seconds since 1970.
+        model, weights, fingerprint, block_tokens: of the spec; None until it was read.
+        pool: counters and budget; None until there is a pool.
+        attached_processes: engines' processes on the pool.
+        receivers: by address.
+        sending: transfers that leave now.
+        sent: counters of what left; None if nothing did.
+    """
+
+    state: str
+    version: str
+    pid: int
+    started_at_s: float
+    uptime_s: float
+    model: str | None = None
+    weights: str | None = None
+    fingerprint: str | None = None
+    block_tokens: int | None = None
+    pool: PoolStatistics | None = None
+    attached_processes: int = 0
+    receivers: tuple[ReceiverSnapshot, ...] = ()
+    sending: int = 0
+    sent: SenderStatistics | None = None
+
+    def document(self) -> dict[str, Any]:
+        """For JSON. Salts are secrets of tenants: they are counted, not named."""
+        pool = None
+        if self.pool is not None:
+            pool = {**vars(self.pool), "salts": len(self.pool.bytes_by_salt)}
+            del pool["bytes_by_salt"]
+        return {
+            "state": self.state,
+            "version": self.version,
+            "pid": self.pid,
+            "started_at_s": round(self.started_at_s, 3),
+            "uptime_s": round(self.uptime_s, 3),
+            "spec": {
+                "model": self.model,
+                "weights": self.weights,
+                "fingerprint": self.fingerprint,
+                "block_tokens": self.block_tokens,
+            },
+            "pool": pool,
+            "attached_processes": self.attached_processes,
+            "receiving": [_receiver_document(receiver) for receiver in self.receivers],
+            "sending": {"transfers": self.sending, **(vars(self.sent) if self.sent is not None else {})},
+        }
+
+
+def _receiver_document(receiver: ReceiverSnapshot) -> dict[str, Any]:
+    refused = receiver.last_refused
+    return {
+        "address": receiver.address,
+        "connections": receiver.connections,
+        "transfers": [{**vars(status), "transfer": str(status.transfer)} for status in receiver.transfers],
+        "statistics": vars(receiver.statistics),
+        "last_refused": None if refused is None else {"peer": refused[0], "reason": refused[1]},
+    }

@@ -1,0 +1,211 @@
+"""`kvstore serve`: a process that receives, lets engines attach, tells how it goes, and drains when asked to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner
+
+import kvstore
+from kvstore.abc import TransportOptions
+from kvstore.cli.main import app
+from kvstore.errors import OwnerGoneError, PeerClosingError
+from kvstore.spec import Shard, save_spec
+from kvstore.testing.resources import leaves_nothing
+from tests.integration.serve_process import ServeProcess, serving
+from tests.integration.transfer_nodes import (
+    BIG_TOKENS,
+    BIG_WIDTH,
+    WITHIN_S,
+    assert_same,
+    match_all,
+    prompt,
+    put_layer,
+    store_prompt,
+    tiny_spec,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HELD = TransportOptions(pacing_bytes_per_s=64 << 10)
+"""It would take half a minute: no test waits for its end."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    with leaves_nothing():
+        yield
+
+
+@pytest.fixture
+def source() -> Iterator[kvstore.Store]:
+    with kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as store:
+        store_prompt(store, prompt(BIG_TOKENS))
+        yield store
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    save_spec(tiny_spec(BIG_WIDTH), tmp_path / "model.json")
+    return ["--spec", str(tmp_path / "model.json"), "--dram", "32MiB", "--listen", "tcp://127.0.0.1:0"]
+
+
+def begin(source: kvstore.Store, node: ServeProcess) -> Any:
+    """A transfer that would take half a minute, and has begun."""
+    handle = source.send(match_all(source, prompt(BIG_TOKENS)), node.address, transport=HELD)
+    wait_until(lambda: arriving(node) == 1, "the transfer has begun")
+    return handle
+
+
+def arriving(node: ServeProcess) -> int:
+    return len(json.loads(node.get("/status")[1])["receiving"][0]["transfers"])
+
+
+def test_a_node_receives_tells_and_serves_its_host(source: kvstore.Store, arguments: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    path = tmp_path / "pool.sock"
+    with serving(*arguments, "--socket", str(path)) as node:
+        node.wait_ready()
+        assert node.metric("kvstore_receive_transfers_total") == 0
+        with kvstore.attach(path) as engine:
+            report = source.send(match_all(source, prompt(BIG_TOKENS)), node.address).result(WITHIN_S)
+            assert_same(source, engine, prompt(BIG_TOKENS), BIG_TOKENS)
+            assert node.metric("kvstore_attached_processes") == 1
+        assert node.metric("kvstore_receive_transfers_total") == 1
+        assert node.metric("kvstore_receive_bytes_total") == report.total_bytes
+        assert node.metric("kvstore_pool_used_bytes") > report.total_bytes
+        line = node.event("transfer_committed")
+        assert (line["transfer"], line["bytes"]) == (str(report.transfer), report.total_bytes)
+        status = json.loads(node.get("/status")[1])
+        assert status["spec"]["fingerprint"] == source.spec.fingerprint.hex()
+        assert status["pool"]["commits"] == 1
+        engine = kvstore.attach(path)
+        node.terminate(signal.SIGINT)
+        assert node.exit_status() == 0
+        with pytest.raises(OwnerGoneError):
+            engine.match(prompt(20))
+        engine.close()
+        events = [line["event"] for line in node.lines if "event" in line]
+    assert events[:5] == ["starting", "http", "opened", "listening", "ready"]
+    assert events[-4:] == ["signal", "draining", "drained", "closed"]
+
+
+def test_what_runs_ends_during_a_drain(source: kvstore.Store, arguments: list[str]) -> None:
+    ids = prompt(40, seed=1)
+    with serving(*arguments) as node, source.write(ids) as writer:
+        handle = writer.send(node.address)
+        put_layer(writer, 1, 0, 40, [], 1, Shard())
+        wait_until(lambda: arriving(node) == 1, "the transfer has begun")
+        node.terminate()
+        node.event("draining")
+        assert node.get("/readyz") == (503, "draining\n")
+        assert node.get("/healthz")[0] == 200
+        with pytest.raises(PeerClosingError, match="draining"):
+            source.send(match_all(source, prompt(BIG_TOKENS)), node.address).result(WITHIN_S)
+        for layer in (0, 2, 3, 4):
+            put_layer(writer, layer, 0, 40, [40], 1, Shard())
+        writer.commit()
+        report = handle.result(WITHIN_S)
+        assert node.exit_status() == 0
+        assert node.event("transfer_committed")["bytes"] == report.total_bytes
+
+
+def test_what_does_not_end_in_time_is_cut(source: kvstore.Store, arguments: list[str]) -> None:
+    with serving(*arguments, "--drain-s", "0.2") as node:
+        handle = begin(source, node)
+        node.terminate()
+        with pytest.raises(PeerClosingError, match="closing"):
+            handle.result(WITHIN_S)
+        assert node.exit_status() == 1
+        assert node.event("cut")["transfers"] == 1
+        assert node.event("transfer_aborted")["code"] == "closing"
+
+
+def test_a_second_signal_ends_the_wait(source: kvstore.Store, arguments: list[str]) -> None:
+    with serving(*arguments, "--drain-s", "3600") as node:
+        handle = begin(source, node)
+        node.terminate()
+        node.event("draining")
+        node.terminate(signal.SIGINT)
+        with pytest.raises(PeerClosingError):
+            handle.result(WITHIN_S)
+        assert node.exit_status() == 1
+
+
+def test_settings_from_a_file_and_a_supervisor(arguments: list[str], tmp_path: Path) -> None:
+    """Two addresses, limits from the file, and systemd hears of start and stop."""
+    file = tmp_path / "node.toml"
+    file.write_text(
+        f'spec = "{arguments[1]}"\ndram = "32MiB"\nlisten = ["tcp://localhost:0", "tcp://127.0.0.1:0"]\n'
+        "[transfer]\ntransfers_per_node_max = 1\n"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(WITHIN_S)
+        with serving("--config", str(file), NOTIFY_SOCKET=str(tmp_path / "notify")) as node:
+            assert supervisor.recv(100) == b"READY=1"
+            node.wait_ready()
+            addresses = [line["address"] for line in node.lines if line.get("event") == "listening"]
+            assert len(addresses) == 2
+            for seed, address in enumerate(addresses):
+                with kvstore.open(tiny_spec(BIG_WIDTH), dram="8MiB") as store:
+                    store_prompt(store, prompt(40, seed=seed))
+                    assert store.send(match_all(store, prompt(40, seed=seed)), address).result(WITHIN_S).tokens == 40
+            node.terminate()
+            assert supervisor.recv(100) == b"STOPPING=1"
+            assert node.exit_status() == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--spec", "/nonexistent/model.json"], 2, "the spec file /nonexistent/model.json cannot be read"),
+        (["--listen", "IN USE"], 3, "the port is in use; stop its user"),
+    ],
+)
+def test_a_node_that_cannot_start_says_why(arguments: list[str], more: list[str], status: int, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        more = [text.replace("IN USE", f"tcp://127.0.0.1:{taken.getsockname()[1]}") for text in more]
+        with serving(*arguments, *more) as node:
+            assert node.exit_status() == status
+            assert message in " ".join(str(line["message"]) for line in node.lines)
+            assert not any("Traceback" in str(line) for line in node.lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "x", "--listen", "tcp://0.0.0.0:0"], "whoever can reach the port can read and write the cache"),
+        (["--set", "tls.certificate=x"], "command line: tls is not there yet"),
+        (["--config", "/nonexistent.toml"], "the configuration /nonexistent.toml cannot be read"),
+        (["--set", "drain_s"], "is not KEY=VALUE"),
+        ([], "no spec file is named"),
+    ],
+)
+def test_wrong_settings(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["serve", *arguments])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("kvstore serve: ")
+    assert message in done.stderr
+
+
+def test_a_killed_node_is_in_nobodys_way(arguments: list[str], tmp_path: Path) -> None:
+    more = ["--socket", str(tmp_path / "pool.sock"), "--set", f"attach.arena=test-serve-{os.getpid()}"]
+    with serving(*arguments, *more) as node:
+        node.wait_ready()
+        node.terminate(signal.SIGKILL)
+        assert node.exit_status() == -signal.SIGKILL
+    # Beyond loopback, since it is told so.
+    with serving(*arguments, *more, "--listen", "tcp://0.0.0.0:0", "--trust-network") as node:
+        node.wait_ready()
+        assert node.address.startswith("tcp://0.0.0.0:")
+        node.terminate()
+        assert node.exit_status() == 0
