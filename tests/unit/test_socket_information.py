@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
+import threading
+import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvstore._native import Stream, socket_information
-from kvstore.errors import TransportError
+from kvstore.errors import PeerGoneError, TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,3 +71,38 @@ def test_the_kernel_gives_up_soon_after_the_no_progress_deadline() -> None:
             except OSError:
                 longest_ms = 2000  # Kernels before 6.15 have no such bound.
             assert longest_ms == 2000
+
+
+def test_a_sender_waits_while_the_peer_takes_bytes_more_slowly_than_the_buffer_frees() -> None:
+    """The kernel lets a sender go on when a third of a large buffer is free, which may take longer than a deadline."""
+    deadline_s, slow_reads = 1.0, 60
+    message = bytes(12 << 20)
+    with connected_pair() as (ours, theirs):
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        received = 0
+
+        def read() -> None:
+            nonlocal received
+            for number in itertools.count():
+                data = theirs.recv(16 << 10 if number < slow_reads else 1 << 20)
+                received += len(data)
+                if received == len(message) or not data:
+                    return
+                if number < slow_reads:
+                    time.sleep(0.04)
+
+        reader = threading.Thread(target=read)
+        stream = Stream(os.dup(ours.fileno()), "peer", deadline_s)
+        reader.start()
+        with closing(stream):
+            stream.send([message])
+            reader.join(30.0)
+        assert received == len(message)
+
+
+def test_a_sender_gives_up_when_the_peer_takes_nothing() -> None:
+    with connected_pair() as (ours, _):
+        stream = Stream(os.dup(ours.fileno()), "peer", 0.3)
+        with closing(stream), pytest.raises(PeerGoneError, match="took no bytes"):
+            stream.send([bytes(64 << 20)])

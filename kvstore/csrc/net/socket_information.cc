@@ -1,7 +1,9 @@
 #include "socket_information.h"
 
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -113,6 +115,14 @@ SocketInformation read_socket_information(int descriptor) {
     found.buffer_limited_s = Fields::seconds(fields.bytes(offset::buffer_limited));
     found.congestion_control = congestion_control(descriptor);
     return found;
+}
+
+std::optional<std::uint64_t> unacknowledged_bytes(int descriptor) {
+    int count = 0;
+    if (::ioctl(descriptor, SIOCOUTQ, &count) != 0 || count < 0) {
+        return std::nullopt;
+    }
+    return static_cast<std::uint64_t>(count);
 }
 
 void set_patience(int descriptor, double progress_deadline_s) {

@@ -33,6 +33,9 @@ struct SocketInformation {
 // Throws NetError(local): no open socket.
 SocketInformation read_socket_information(int descriptor);
 
+// Bytes that were given to the kernel and not acknowledged by the peer; absent on sockets without such a count.
+std::optional<std::uint64_t> unacknowledged_bytes(int descriptor);
+
 // How long a TCP connection may go without an acknowledgement, so that it ends not long after the user's own deadline
 // would have ended it, and how long a retransmission may be put off, so that a link that comes back is used soon.
 // Does nothing on other sockets and where the kernel lacks it.

@@ -20,6 +20,7 @@ namespace {
 
 constexpr std::size_t parts_per_call_max = 1024;  // IOV_MAX of Linux
 constexpr double wait_s_max = 86400.0;
+constexpr double look_fraction = 0.2;  // of the no-progress deadline: how often a blocked sender looks for progress
 
 std::string seconds_text(double seconds) {
     std::array<char, 32> text{};
@@ -141,7 +142,7 @@ Stream::~Stream() = default;
 
 void Stream::set_progress_deadline_s(double seconds) {
     const double bounded = std::clamp(seconds, 0.001, wait_s_max);
-    set_timeouts(descriptor()->number(), bounded);
+    set_timeouts(descriptor()->number(), bounded * look_fraction);
     set_patience(descriptor()->number(), bounded);
     progress_deadline_s_.store(bounded, std::memory_order_relaxed);
 }
@@ -208,7 +209,9 @@ void Stream::send_slice(int fd, std::span<iovec>& parts) {
     iovec& last = parts[count - 1];
     last.iov_len -= cut;
     std::span<iovec> left = parts.first(count);
-    const Moment end = Clock::now() + duration_of(progress_deadline_s());
+    Moment looked = Clock::now();
+    Moment end = looked + duration_of(progress_deadline_s());
+    std::uint64_t waiting = unacknowledged_bytes(fd).value_or(0);
     int flags = MSG_NOSIGNAL;
     while (!left.empty() && slice != 0) {
         msghdr message{};
@@ -220,19 +223,32 @@ void Stream::send_slice(int fd, std::span<iovec>& parts) {
         }
         if (sent > 0) {
             slice -= static_cast<std::size_t>(sent);
+            waiting += static_cast<std::uint64_t>(sent);
             advance(left, static_cast<std::size_t>(sent));
         }
         if (slice == 0) {
             break;
         }
-        // The kernel waited in vain, or a signal came: from here on the wait is what is left of the slice's time.
+        // The kernel waited in vain, or a signal came: from here on the waits end with the slice's time.
         flags |= MSG_DONTWAIT;
-        if (!wait_for(fd, POLLOUT, end)) {
-            descriptor();
+        const Moment step = Clock::now() + duration_of(progress_deadline_s() * look_fraction);
+        if (wait_for(fd, POLLOUT, std::min(step, end))) {
+            continue;
+        }
+        descriptor();
+        // The kernel takes more only when a third of its buffer is free. While what it has is being acknowledged, as
+        // after a pause of the network, the peer is there.
+        const std::uint64_t still_waiting = unacknowledged_bytes(fd).value_or(waiting);
+        const Moment now = Clock::now();
+        if (still_waiting < waiting) {
+            waiting = still_waiting;
+            end = looked + duration_of(progress_deadline_s());
+        } else if (now >= end) {
             throw NetError(Fault::peer_gone, peer_address_ + " took no bytes for " +
                                                  seconds_text(progress_deadline_s()) +
                                                  "; it is stopped, or the network between is cut or too slow");
         }
+        looked = now;
     }
     if (cut != 0) {
         last.iov_base = static_cast<std::byte*>(last.iov_base) + last.iov_len;
