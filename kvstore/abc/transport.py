@@ -56,6 +56,7 @@ class ConnectionInformation:
         acknowledged_bytes: known to have arrived.
         in_flight_bytes: sent and not acknowledged.
         unsent_bytes: given to the transport, and waiting there.
+        buffer_max_bytes: the most that this side keeps of bytes which are not acknowledged.
         busy_s: time in which there was something to send or to be acknowledged.
         receiver_limited_s, buffer_limited_s: of `busy_s`, waiting for the receiver's window, or for a larger buffer on
             this side.
@@ -72,6 +73,7 @@ class ConnectionInformation:
     acknowledged_bytes: int | None = None
     in_flight_bytes: int | None = None
     unsent_bytes: int | None = None
+    buffer_max_bytes: int | None = None
     busy_s: float | None = None
     receiver_limited_s: float | None = None
     buffer_limited_s: float | None = None

@@ -21,6 +21,9 @@ LOSS_BOUND_CONNECTIONS = 8
 LOSS_BOUND_CONNECTIONS_MAX = 32
 LOSS_SHARE_MIN = 1e-5
 """Share of the bytes that were sent again from which on losses hold a loss-based algorithm back."""
+BUFFER_SHARE_MIN = 0.75
+"""A send buffer is what holds a connection back when twice bandwidth x delay is this much of it: losses that are being
+repaired keep as many bytes again."""
 GROWTH_PAYS = 1.15
 """Twice the connections must carry this much more, or they were not worth it."""
 FAR_BYTES_PER_CONNECTION_MIN = 1 * MIB
@@ -39,6 +42,7 @@ class PathMeasurement:
         transfers: to this peer at the moment, this one counted.
         connections: how many the rates below belong to; None if none was measured.
         bytes_per_s: what they carried together while there was more to send; None if that was not the case.
+        buffer_max_bytes: of one connection: the most that this side keeps of bytes which are not acknowledged.
         fewer_bytes_per_s: what fewer connections carried, before the last growth.
     """
 
@@ -49,6 +53,7 @@ class PathMeasurement:
     transfers: int = 1
     connections: int | None = None
     bytes_per_s: float | None = None
+    buffer_max_bytes: int | None = None
     fewer_bytes_per_s: float | None = None
 
     @property
@@ -85,9 +90,9 @@ def choose_path(
         return PathChoice(name, connections, f"{why}; {connections} connections as asked")
     if not measured.is_far:
         return PathChoice(name, NEAR_CONNECTIONS, why)
-    if name == FAR_CONGESTION_CONTROL:
-        return PathChoice(name, _bounded(FAR_CONNECTIONS, measured), why)
-    count, because = _grown(measured)
+    is_loss_bound = name != FAR_CONGESTION_CONTROL
+    first = LOSS_BOUND_CONNECTIONS if is_loss_bound else FAR_CONNECTIONS
+    count, because = _grown(measured, first, _held_back(measured, is_loss_bound=is_loss_bound))
     return PathChoice(name, _bounded(count, measured), f"{why}; {because}")
 
 
@@ -112,19 +117,31 @@ def _where(measured: PathMeasurement) -> str:
     return f"round trip {measured.round_trip_s * 1000:.3g} ms, {'far' if measured.is_far else 'near'}"
 
 
-def _grown(measured: PathMeasurement) -> tuple[int, str]:
-    """How many connections of a loss-based algorithm, and why."""
-    count, share = measured.connections, measured.retransmitted_share
+def _held_back(measured: PathMeasurement, *, is_loss_bound: bool) -> str | None:
+    """What keeps one connection from carrying more, where that is something that more of them are a remedy for."""
+    share = measured.retransmitted_share
+    if is_loss_bound and share is not None and share >= LOSS_SHARE_MIN:
+        return f"{share:.2%} is lost"
+    buffer_bytes = (measured.buffer_max_bytes or 0) * (measured.connections or 0)
+    needed_bytes = 2 * (measured.bytes_per_s or 0.0) * (measured.round_trip_s or 0.0)
+    if buffer_bytes and needed_bytes >= BUFFER_SHARE_MIN * buffer_bytes:
+        return "each one's send buffer is full"
+    return None
+
+
+def _grown(measured: PathMeasurement, first: int, held_back: str | None) -> tuple[int, str]:
+    """How many connections a far path gets, and why."""
+    count = measured.connections
     if count is None:
-        return LOSS_BOUND_CONNECTIONS, f"{LOSS_BOUND_CONNECTIONS} connections to begin with"
+        return first, f"{first} connections to begin with"
     if measured.bytes_per_s is None:
-        return count, f"{count} connections, whose rate is not measured yet"
-    if share is None or share < LOSS_SHARE_MIN:
-        return count, f"{count} connections, since nothing is lost"
+        return count, f"{count} connections as before"
+    if held_back is None:
+        return count, f"{count} connections, which nothing holds back"
     if measured.fewer_bytes_per_s is not None and measured.bytes_per_s < measured.fewer_bytes_per_s * GROWTH_PAYS:
         return count, f"{count} connections, since more did not carry more"
     grown = min(2 * count, LOSS_BOUND_CONNECTIONS_MAX)
-    return max(grown, count), f"{max(grown, count)} connections, since {share:.2%} is lost and more carry more"
+    return max(grown, count), f"{max(grown, count)} connections, since {held_back} and more carry more"
 
 
 def _bounded(count: int, measured: PathMeasurement) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.errors import PeerGoneError
 from kvstore.limits import KIB
-from kvstore.transfer.path import PathChoice, PathMeasurement, choose_path
+from kvstore.transfer.path import BUFFER_SHARE_MIN, PathChoice, PathMeasurement, choose_path
 from kvstore.transfer.report import PathReport
 from kvstore.transfer.settings import JOIN_BYTES_MIN
 from kvstore.transfer.telemetry import Growth, LinkSample
@@ -64,6 +64,7 @@ class PathWatch:
         self._choice = PathChoice(None, 1, "not connected yet")
         self._next_s = 0.0
         self._can_tell = False
+        self._buffer_max_bytes: int | None = None
         self._delivery_bytes_per_s: float | None = None
         self._wanted_bytes = 0
         self._acknowledged_bytes = 0
@@ -93,6 +94,7 @@ class PathWatch:
             if not self._watched:
                 self._choice = replace(choice, connections=1)
             self._watched[connection] = _Watched(connection, found)
+            self._buffer_max_bytes = found.buffer_max_bytes or self._buffer_max_bytes
             self._can_tell = self._can_tell or found.acknowledged_bytes is not None
             self._most_connections = max(self._most_connections, len(self._watched))
             self._count_since_s, self._half, self._is_limited = time.monotonic(), None, False
@@ -236,10 +238,11 @@ class PathWatch:
         left = self._wanted_bytes - self._acknowledged_bytes
         choice = self._choose(replace(self._measurement(left), connections=count, bytes_per_s=rate,
                                       fewer_bytes_per_s=fewer))  # fmt: skip
-        is_settled = choice.connections <= count
-        self._growth = Growth(max(count, choice.connections), rate, fewer, is_settled, sample.at_s)
-        self._link.growth = self._growth
         self._choice = replace(choice, connections=max(count, choice.connections))
+        if self._choice.connections == count and fewer is None:
+            return  # Nothing speaks for more, so far.
+        self._growth = Growth(self._choice.connections, rate, fewer, self._choice.connections == count, sample.at_s)
+        self._link.growth = self._growth
 
     def _measurement(self, left_bytes: int) -> PathMeasurement:
         growth = self._growth
@@ -250,6 +253,7 @@ class PathWatch:
             left_bytes=left_bytes,
             transfers=max(1, self._link.transfers_running),
             connections=None if growth is None else growth.connections,
+            buffer_max_bytes=self._buffer_max_bytes,
         )
 
     def _choose(self, measured: PathMeasurement) -> PathChoice:
@@ -312,10 +316,12 @@ class PathWatch:
                 "takes bytes slowly, or net.ipv4.tcp_rmem allows too little there (its third number should be twice "
                 f"bandwidth x delay, which is at least {product:.0f} bytes)"
             )
-        if self._buffer_limited_s > LIMITED_SHARE_MIN * self._busy_s:
+        buffer_bytes = (self._buffer_max_bytes or 0) * self._most_connections
+        is_full = buffer_bytes != 0 and 2 * product >= BUFFER_SHARE_MIN * buffer_bytes
+        if is_full or self._buffer_limited_s > LIMITED_SHARE_MIN * self._busy_s:
             found.append(
-                f"for {self._buffer_limited_s / self._busy_s:.0%} of the time the send buffer was too small: raise the "
-                f"third number of net.ipv4.tcp_wmem here to more than twice bandwidth x delay, {product:.0f} bytes"
+                "the send buffers were too small: raise the third number of net.ipv4.tcp_wmem here to more than twice "
+                f"bandwidth x delay, which is at least {product:.0f} bytes"
             )
         if self._window_bytes and product > WINDOW_SHARE_MIN * self._window_bytes:
             found.append(

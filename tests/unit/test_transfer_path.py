@@ -46,9 +46,19 @@ def changed(measured: PathMeasurement, **fields: object) -> PathMeasurement:
         (changed(LOSSY, connections=16, fewer_bytes_per_s=7e6), "cubic", 32, "more carry more"),
         (changed(LOSSY, connections=16, fewer_bytes_per_s=12.5e6), "cubic", 16, "more did not carry more"),
         (changed(LOSSY, connections=32, fewer_bytes_per_s=7e6), "cubic", LOSS_BOUND_CONNECTIONS_MAX, "32"),
-        (changed(LOSSY, bytes_per_s=None), "cubic", 8, "not measured yet"),
-        (changed(LOSSY, retransmitted_share=0.0), "cubic", 8, "nothing is lost"),
-        (changed(LOSSY, retransmitted_share=None), "cubic", 8, "nothing is lost"),
+        (changed(LOSSY, bytes_per_s=None), "cubic", 8, "8 connections as before"),
+        (changed(LOSSY, retransmitted_share=0.0), "cubic", 8, "which nothing holds back"),
+        (changed(LOSSY, retransmitted_share=None), "cubic", 8, "which nothing holds back"),
+        # A send buffer that is too small for bandwidth x delay holds every algorithm back.
+        (changed(FAR, connections=1, bytes_per_s=1e7, buffer_max_bytes=4 * MIB), "bbr", 1, "nothing holds back"),
+        (changed(FAR, connections=1, bytes_per_s=5e7, buffer_max_bytes=4 * MIB), "bbr", 2, "send buffer is full"),
+        (changed(FAR, connections=2, bytes_per_s=5e7, buffer_max_bytes=4 * MIB), "bbr", 2, "nothing holds back"),
+        (
+            changed(FAR, connections=2, bytes_per_s=1e8, fewer_bytes_per_s=9e7, buffer_max_bytes=4 * MIB),
+            "bbr",
+            2,
+            "more did not carry more",
+        ),
         # What there is to send, and who else sends.
         (changed(LOSSY, left_bytes=3 * MIB), "cubic", 3, ""),
         (changed(LOSSY, left_bytes=1), "cubic", 1, ""),

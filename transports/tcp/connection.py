@@ -15,7 +15,11 @@ from kvstore._native import socket_information
 from kvstore.abc import Connection, ConnectionInformation
 from kvstore.errors import DeadlineError, PeerGoneError, TransportError
 from transports.buffers import byte_views
-from transports.tcp.socket_options import choosable_congestion_controls, set_congestion_control
+from transports.tcp.socket_options import (
+    choosable_congestion_controls,
+    send_buffer_max_bytes,
+    set_congestion_control,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -123,6 +127,7 @@ class TcpConnection(Connection):
             acknowledged_bytes=found.acknowledged_bytes,
             in_flight_bytes=None if in_flight[0] is None or in_flight[1] is None else in_flight[0] * in_flight[1],
             unsent_bytes=found.unsent_bytes,
+            buffer_max_bytes=send_buffer_max_bytes(),
             busy_s=found.busy_s,
             receiver_limited_s=found.receiver_limited_s,
             buffer_limited_s=found.buffer_limited_s,

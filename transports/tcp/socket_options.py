@@ -49,6 +49,7 @@ SEGMENT_BYTES_MAX = 32767
 
 _OFFERED = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _DEFAULT = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+_SEND_BUFFER = Path("/proc/sys/net/ipv4/tcp_wmem")
 _ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 
 
@@ -103,6 +104,13 @@ def choosable_congestion_controls() -> tuple[str, ...]:
                 continue  # Not allowed to this process: it is none of the choosable ones.
             found.append(name)
     return tuple(found)
+
+
+@cache
+def send_buffer_max_bytes() -> int | None:
+    """How far the kernel lets a connection's send buffer grow; None where it does not say."""
+    fields = _SEND_BUFFER.read_text().split() if _SEND_BUFFER.exists() else []
+    return int(fields[2]) if len(fields) == 3 else None
 
 
 def may_choose_congestion_control(options: TransportOptions) -> bool:
