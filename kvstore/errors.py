@@ -179,6 +179,6 @@ class TransferAbortedError(TransferError):
 
 
 class PeerClosingError(TransferAbortedError):
-    """The receiver drains or closes: send elsewhere at once, or there once it has started again."""
+    """The receiver drains, closes or needed the space: send elsewhere at once, or there later."""
 
     retryable = True

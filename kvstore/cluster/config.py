@@ -146,8 +146,8 @@ class NodeConfig:
                 raise ConfigError(f"{name}={shown(getattr(self, name))} is no {section.__name__}; pass one")
         for key, setting in SETTINGS.items():
             section_name, _, name = key.partition(".")
-            if section_name == "transfer":
-                parse_as(setting.kind, key, getattr(self.transfer, name), "the configuration")
+            if section_name == "transfer" and (value := getattr(self.transfer, name)) != setting.default:
+                parse_as(setting.kind, key, value, "the configuration")
         check_exposure(self.listen, self.http.listen, trust_network=self.trust_network)
 
 

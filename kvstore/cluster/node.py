@@ -44,7 +44,7 @@ class NodeState(enum.Enum):
 class Node:
     """Opens a pool and serves it until it is closed. Any thread may call; a context manager.
 
-        with Node(NodeConfig(spec="model.json", dram="8GiB")) as node:
+        with Node(NodeConfig(spec="model.json", dram=8 << 30)) as node:
             node.addresses  # ("tcp://127.0.0.1:7400",)
 
     The constructor returns when the node is ready. The health endpoint answers before that, and until the very end.

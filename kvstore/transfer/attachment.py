@@ -376,7 +376,7 @@ class Attachment:
         if abort.code is AbortCode.CHECKSUM:
             return ChecksumTransferError(message)
         if abort.code is AbortCode.CLOSING:
-            return PeerClosingError(f"{message}; send it elsewhere, or there once it has started again")
+            return PeerClosingError(f"{message}; send it elsewhere, or there later")
         if abort.code in (AbortCode.INVALID, AbortCode.UNSUPPORTED, AbortCode.LIMIT, AbortCode.UNKNOWN_TRANSFER):
             return TransferError(message)
         return TransferAbortedError(message)

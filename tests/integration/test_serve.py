@@ -153,6 +153,7 @@ def test_settings_from_a_file_and_a_supervisor(arguments: list[str], tmp_path: P
         with serving("--config", str(file), NOTIFY_SOCKET=str(tmp_path / "notify")) as node:
             assert supervisor.recv(100) == b"READY=1"
             node.wait_ready()
+            node.event("ready")  # written after the lines that are looked for
             addresses = [line["address"] for line in node.lines if line.get("event") == "listening"]
             assert len(addresses) == 2
             for seed, address in enumerate(addresses):

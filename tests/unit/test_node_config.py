@@ -119,7 +119,7 @@ def test_values_in_python_are_checked_too() -> None:
         ("trust_network = 1", "trust_network = 1 is not true or false"),
         ("dran = 5", "there is no setting 'dran'; did you mean dram?"),
         ("[transfer]\ncredit = 5", "no setting 'transfer.credit'; did you mean transfer.credit_bytes?"),
-        ("[transfer]\nconnections = 17", "transfer.connections = 17 is not a whole number from 1 to 16"),
+        ("[transfer]\nconnections = 65", "transfer.connections = 65 is not a whole number from 1 to 64"),
         ("[transfer]\nprogress_deadline_s = 0.0", "from 0.1 to 3600"),
         ("[log]\nformat = 'xml'", "log.format = 'xml' is not one of text, json"),
         ("log = 5", r"log is a table; write \[log\]"),
