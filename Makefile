@@ -94,7 +94,7 @@ fuzz: $(NATIVE) ## damaged bytes against every parser, a minute each; ARGS="--se
 soak: $(NATIVE) ## kills at random points, the long form: an hour or so; `make test` has the short one
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE KVSTORE_KILLS=$${KVSTORE_KILLS:-1000} \
 	  KVSTORE_SOAK_ROUNDS=$${KVSTORE_SOAK_ROUNDS:-200} $(RUN) -m pytest --timeout=7200 tests/crash \
-	  tests/integration/test_transfer_connections.py $(ARGS)
+	  tests/integration/test_transfer_connections.py tests/network $(ARGS)
 
 # Built and installed as a user would: isolated build, bare environment, no torch.
 wheel: $(DEPENDENCIES) ## a wheel in dist/, with its import test in a bare environment
