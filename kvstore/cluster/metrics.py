@@ -146,6 +146,24 @@ METRICS: tuple[Metric, ...] = (
         "Seconds of committed transfers, from send to commit.",
         lambda n: n.sent.sent_s if n.sent else 0.0,
     ),
+    _of_node(
+        "kvstore_send_exposed_seconds_total",
+        COUNTER,
+        "What transfers added after their producers had finished.",
+        lambda n: n.sent.exposed_s if n.sent else 0.0,
+    ),
+    _of_node(
+        "kvstore_send_queued_bytes",
+        GAUGE,
+        "Wanted by peers, not yet on the wire.",
+        lambda n: sum(link.queued_bytes for link in n.links),
+    ),
+    _of_node(
+        "kvstore_send_in_flight_bytes",
+        GAUGE,
+        "On the wire, not acknowledged.",
+        lambda n: sum(link.in_flight_bytes for link in n.links),
+    ),
 )
 """Every metric (docs/operations.md)."""
 

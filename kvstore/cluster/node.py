@@ -135,6 +135,7 @@ class Node:
             receivers=tuple(_receiver(endpoint) for endpoint in self._endpoints),
             sending=0 if sender is None else sender.transfer_count,
             sent=None if sender is None else sender.statistics(),
+            links=store.links(),
         )
 
     def _start(self) -> None:

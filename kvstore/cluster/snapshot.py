@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvstore.pool import PoolStatistics
-    from kvstore.transfer import InboxStatistics, IncomingStatus, SenderStatistics
+    from kvstore.transfer import InboxStatistics, IncomingStatus, LinkSnapshot, SenderStatistics
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class NodeSnapshot:
         receivers: by address.
         sending: transfers that leave now.
         sent: counters of what left; None if nothing did.
+        links: how the links to the peers that were sent to are doing.
     """
 
     state: str
@@ -59,6 +60,7 @@ class NodeSnapshot:
     receivers: tuple[ReceiverSnapshot, ...] = ()
     sending: int = 0
     sent: SenderStatistics | None = None
+    links: tuple[LinkSnapshot, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """For JSON. Salts are secrets of tenants: they are counted, not named."""
@@ -82,6 +84,7 @@ class NodeSnapshot:
             "attached_processes": self.attached_processes,
             "receiving": [_receiver_document(receiver) for receiver in self.receivers],
             "sending": {"transfers": self.sending, **(vars(self.sent) if self.sent is not None else {})},
+            "links": [vars(link) for link in self.links],
         }
 
 

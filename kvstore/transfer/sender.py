@@ -44,12 +44,14 @@ class SenderStatistics:
         committed, failed: transfers by how they ended; cancelled ones have failed.
         sent_bytes: piece bytes of committed transfers.
         sent_s: seconds of committed transfers, each from `send` to the acknowledged commit.
+        exposed_s: seconds that they added after their producers had finished.
     """
 
     committed: int = 0
     failed: int = 0
     sent_bytes: int = 0
     sent_s: float = 0.0
+    exposed_s: float = 0.0
 
 
 class Sender:
@@ -212,6 +214,7 @@ class Sender:
             self._statistics.committed += 1
             self._statistics.sent_bytes += report.total_bytes
             self._statistics.sent_s += report.seconds
+            self._statistics.exposed_s += report.exposed_s
 
     def close(self) -> None:
         """Cancel what is running, wait until its threads have ended, and close every connection. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import threading
 from contextlib import closing
@@ -105,6 +106,10 @@ def test_it_receives_and_its_store_finds(tmp_path: Path) -> None:
         sent = node.snapshot().sent
         assert sent is not None
         assert sent.committed == 1
+        assert 0.0 < sent.exposed_s <= sent.sent_s
+        (link,) = node.snapshot().document()["links"]
+        assert (link["peer_address"], link["transfers"]) == (onward.address, 1)
+        json.dumps(link)
 
 
 def test_a_drain_waits_for_what_leaves_and_what_arrives() -> None:
