@@ -95,7 +95,7 @@ Flags run_intact_records(nb::handle header_template, const AnyArray& class_array
                           number_array);
     const auto ranges = uint64_values(piece_array, 2, "pieces");
     const std::span<const PieceRange> pieces(reinterpret_cast<const PieceRange*>(ranges.data()), ranges.size() / 2);
-    if (pieces.size() * sizeof(std::uint32_t) != records.framing.checksum_bytes) {
+    if (pieces.size() * sizeof(std::uint32_t) > records.framing.checksum_bytes) {
         throw nb::value_error(("intact_records: " + std::to_string(pieces.size()) + " pieces, but checksums of " +
                                std::to_string(records.framing.checksum_bytes) + " bytes")
                                   .c_str());
@@ -124,7 +124,8 @@ void bind_record(nb::module_& module) {
                "Args:\n"
                "    header_template: the class's header with blank fields.\n"
                "    record_class: shape [10]: offsets of the fields key, parent, grid, end_tokens, valid_tokens,\n"
-               "        cost_us and metadata_crc32c; checksum of the schema; offset and bytes of the checksum column.\n"
+               "        cost_us and metadata_crc32c; checksum of the schema; offset and bytes of the checksum column,\n"
+               "        with what lies behind it that the metadata checksum covers, too.\n"
                "    gaps: offset and bytes of each gap of the body, shape [g, 2].\n"
                "    addresses: of the records, shape [n].\n"
                "    digests: n times 96 bytes: key, parent, grid.\n"
@@ -144,7 +145,7 @@ void bind_record(nb::module_& module) {
                "    pieces: offset and bytes of each piece, in the order of the checksum column, shape [p, 2].\n"
                "    threads: at most so many share the work, the caller's included.\n\n"
                "Raises:\n"
-               "    TypeError, ValueError: as `frame_records`, or another number of pieces than of checksums.");
+               "    TypeError, ValueError: as `frame_records`, or more pieces than checksums.");
 }
 
 }  // namespace kvstore::bindings
