@@ -93,10 +93,10 @@ class Workload:
 
     def gather_plans(self, writer: Writer) -> list[npt.NDArray[np.uint64]]:
         """What `put` copies, a plan for each layer."""
-        spans = spans_of(writer.transaction)
+        spans = spans_of(writer.transaction, {})
         plans = []
         for span_number, layers in enumerate(span.layers for span in self.spec.spans[0]):
-            span = spans[0, span_number]
+            (span,) = spans[0, span_number]
             nodes = span.reserved(0, len(span.index))
             counts = np.full(len(nodes), self.spec.block_tokens)
             for layer in layers:

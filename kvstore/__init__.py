@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvstore.errors import KVStoreError
     from kvstore.keys import ExtraInput
     from kvstore.pool import Candidate, HandOver, Match, Prompt
-    from kvstore.spec import ChunkGrid, ModelSpec, Shard
+    from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
     from kvstore.store import Arrival, Lease, Store, Writer
     from kvstore.store import attach_store as attach
     from kvstore.store import open_store as open
@@ -29,6 +29,7 @@ _HOMES = {
     "Arrival": "kvstore.store",
     "Candidate": "kvstore.pool",
     "ChunkGrid": "kvstore.spec",
+    "Coverage": "kvstore.spec",
     "ExtraInput": "kvstore.keys",
     "HandOver": "kvstore.pool",
     "KVStoreError": "kvstore.errors",
@@ -49,6 +50,7 @@ __all__ = [
     "Arrival",
     "Candidate",
     "ChunkGrid",
+    "Coverage",
     "ExtraInput",
     "HandOver",
     "KVStoreError",

@@ -174,7 +174,8 @@ def frame_records(
     Args:
         header_template: the class's header with blank fields.
         record_class: shape [10]: offsets of the fields key, parent, grid, end_tokens, valid_tokens, cost_us and
-            metadata_crc32c; checksum of the schema message; offset and bytes of the checksum column.
+            metadata_crc32c; checksum of the schema message; offset and bytes of the checksum column,
+            with what lies behind it that the metadata checksum covers, too.
         gaps: offset and bytes of each gap of the body, shape [g, 2].
         addresses: of the records, shape [n].
         digests: n times 96 bytes: key, parent, grid.
@@ -205,7 +206,7 @@ def intact_records(
         threads: at most so many share the work, the caller's included.
 
     Raises:
-        TypeError, ValueError: as `frame_records`, or another number of pieces than of checksums.
+        TypeError, ValueError: as `frame_records`, or more pieces than checksums.
     """
 
 def cpu_features() -> dict[str, str | bool | int]:

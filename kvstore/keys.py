@@ -35,6 +35,7 @@ PrefixKey: TypeAlias = bytes
 KEY_BYTES = 32
 ROOT_DOMAIN = b"kvstore.keys.root.v1\0"
 BLOCK_DOMAIN = b"kvstore.keys.block.v1\0"
+COVERAGE_DOMAIN = b"kvstore.keys.coverage.v1\0"
 
 _U32 = Struct("<I")
 _EXTRA_HEADER = Struct("<II")
@@ -142,6 +143,16 @@ def prefix_keys(
     chain = KeyChain(root, block_tokens)
     chain.extend(token_ids, extras)
     return chain.block_keys
+
+
+def sparse_key(whole_key: PrefixKey, mask: bytes) -> PrefixKey:
+    """The key of a block or tail of which some layers hold only some tokens.
+
+    Args:
+        whole_key: its key if every layer held all of it.
+        mask: which tokens each attention layer holds, as `kvstore.spec.Coverage.block_masks` gives it.
+    """
+    return sha256(COVERAGE_DOMAIN + whole_key + _U32.pack(len(mask)) + mask).digest()
 
 
 class KeyChain:

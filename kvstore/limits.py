@@ -63,6 +63,10 @@ VICTIMS_AHEAD_MIN = 64
 """With fewer left, the policy is asked again after the next commit."""
 CANDIDATES_MAX = 64
 """Candidates that one match reports, deepest first."""
+SPARSE_NODES_BYTES_MAX = 64 * MIB
+"""Memory of the hints by which sparse nodes are found, about 320 bytes and a mask each."""
+SPARSE_VARIANTS_MAX = 16
+"""Coverages of one prompt that a match looks at for a reader that accepts any."""
 CHECKPOINTS_PER_WRITE_MAX = 64
 QUARANTINE_FRACTION_MAX = 0.25
 """Share of a tier's capacity that may wait for dropped writers before new writes are refused."""

@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 REASONS_MAX = 64
 NO_LENGTH = 0xFFFFFFFF
 """Stands for "everything" where a number of tokens is asked for; above every prompt's length."""
-_PROMPT = struct.Struct("<IIII")
+_PROMPT = struct.Struct("<IIIIB3x")
 _EXTRA = struct.Struct("<II")
 _MATCHED = struct.Struct("<IIIIII")
 NUMBER_AND_TERM = struct.Struct("<QQ")
-_CANDIDATE_ROW = np.dtype([("blocks", "<u4"), ("tail_tokens", "<u4")])
+_CANDIDATE_ROW = np.dtype([("path", "<u4"), ("blocks", "<u4"), ("tail_tokens", "<u4")])
 
 assert NO_LENGTH > PROMPT_TOKENS_MAX
 
@@ -64,12 +64,13 @@ class MatchRequest:
     shard: Shard
     grid: ChunkGrid | None = None
     cap_tokens: int | None = None
+    accept_coverage: bool = False
 
     def pack(self) -> bytes:
         prompt = self.prompt
         cap = NO_LENGTH if self.cap_tokens is None else max(0, min(self.cap_tokens, len(prompt)))
         adapter = prompt.adapter.encode()
-        fixed = _PROMPT.pack(cap, len(prompt), len(adapter), len(prompt.extras))
+        fixed = _PROMPT.pack(cap, len(prompt), len(adapter), len(prompt.extras), self.accept_coverage)
         parts = [fixed, pack_shard(self.shard), pack_chunks(self.grid), pack_path(prompt.path), pack_bytes(prompt.salt)]
         parts.append(adapter)
         parts.extend(_EXTRA.pack(extra.position, len(extra.data)) + extra.data for extra in prompt.extras)
@@ -79,11 +80,13 @@ class MatchRequest:
     @classmethod
     def parse(cls, data: memoryview, spec: ModelSpec) -> MatchRequest:
         reader = MessageReader(data, "MATCH")
-        cap, tokens, adapter_bytes, extra_count = reader.fixed(_PROMPT)
+        cap, tokens, adapter_bytes, extra_count, accept_coverage = reader.fixed(_PROMPT)
         shard, grid, path = read_shard(reader), read_chunks(reader), read_path(reader, spec)
         salt = read_salt(reader)
         if path.tokens != tokens or adapter_bytes > SALT_BYTES_MAX or extra_count > PROMPT_TOKENS_MAX:
             raise reader.fail(f"has {tokens} tokens on a path of {path.tokens}, or too many other inputs")
+        if accept_coverage > 1 or any(data[_PROMPT.size - 3 : _PROMPT.size]):
+            raise reader.fail("has flags or reserved bytes that mean nothing")
         if cap not in range(tokens + 1) and cap != NO_LENGTH:
             raise reader.fail(f"asks for {cap} of {tokens} tokens")
         adapter = reader.text(adapter_bytes)
@@ -93,8 +96,8 @@ class MatchRequest:
         if tuple(ids[len(path.keys) * path.block_tokens :].tolist()) != path.tail_ids:
             raise reader.fail("has a tail whose ids are not the prompt's last ones")
         _check_shard(reader, spec, shard)
-        prompt = Prompt(ids, salt, adapter, extras, path)
-        return cls(prompt, shard, grid, None if cap == NO_LENGTH else cap)
+        prompt = Prompt(ids, salt, adapter, extras, path, path.masks)
+        return cls(prompt, shard, grid, None if cap == NO_LENGTH else cap, bool(accept_coverage))
 
 
 def _read_extra(reader: MessageReader, tokens: int) -> ExtraInput:
@@ -113,8 +116,15 @@ def _check_shard(reader: MessageReader, spec: ModelSpec, shard: Shard) -> None:
 
 
 def pack_match(match: Match) -> bytes:
-    """The answer to `MatchRequest`. Paths are not repeated: they are prefixes of the request's own."""
-    rows = np.array([(len(c.path.keys), len(c.path.tail_ids)) for c in match.candidates], _CANDIDATE_ROW)
+    """The answer to `MatchRequest`.
+
+    A candidate's path is the beginning of the request's own exact path or of one in a list, by number from 1.
+    """
+    paths: list[NodePath] = []
+    rows = np.array(
+        [(_path_number(c.path, paths), len(c.path.keys), len(c.path.tail_ids)) for c in match.candidates],
+        _CANDIDATE_ROW,
+    )
     reasons = [clipped_utf8(reason, ATTACH_TEXT_BYTES_MAX) for reason in match.missing.reasons[:REASONS_MAX]]
     fixed = _MATCHED.pack(
         match.missing.cap_tokens,
@@ -126,7 +136,19 @@ def pack_match(match: Match) -> bytes:
     )
     tier = pack_bytes((match.tier or "").encode())
     suggested = np.array(match.suggested, "<u4").tobytes()
-    return b"".join((fixed, tier, rows.tobytes(), suggested, *map(pack_bytes, reasons)))
+    packed_paths = struct.pack("<I", len(paths)) + b"".join(map(pack_path, paths))
+    return b"".join((fixed, tier, rows.tobytes(), suggested, *map(pack_bytes, reasons), packed_paths))
+
+
+def _path_number(path: NodePath, paths: list[NodePath]) -> int:
+    """Of the path that another one is the beginning of: 0 for exact ones, or a number in the list, which grows."""
+    if path.is_exact:
+        return 0
+    for number, known in enumerate(paths, start=1):
+        if path == known or (not path.tail_ids and path == known.prefix(len(path))):
+            return number
+    paths.append(path)
+    return len(paths)
 
 
 def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Match:
@@ -139,10 +161,14 @@ def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Mat
     rows = reader.rows(_CANDIDATE_ROW, candidate_count).tolist()
     suggested = tuple(reader.rows(np.dtype("<u4"), suggested_count).tolist())
     reasons = tuple(reader.text(reader.count(ATTACH_TEXT_BYTES_MAX, "bytes of a reason")) for _ in range(reason_count))
+    paths = [read_path(reader, spec) for _ in range(reader.count(CANDIDATES_MAX, "paths"))]
     reader.finish()
-    candidates = tuple(_candidate(reader, request, spec, blocks, tail, tier) for blocks, tail in rows)
+    candidates = tuple(_candidate(reader, request, spec, row, paths, tier) for row in rows)
     lengths = [candidate.tokens for candidate in candidates]
-    if lengths != sorted(set(lengths), reverse=True) or max(cap, *suggested, 0) > len(request.prompt):
+    may_repeat = any(not candidate.is_exact for candidate in candidates)
+    if lengths != sorted(lengths if may_repeat else set(lengths), reverse=True) or max(cap, *suggested, 0) > len(
+        request.prompt
+    ):
         raise reader.fail("has candidates that are not ever shorter, or lengths past the prompt's end")
     return Match(
         tokens=lengths[0] if lengths else 0,
@@ -156,19 +182,28 @@ def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Mat
 
 
 def _candidate(
-    reader: MessageReader, request: MatchRequest, spec: ModelSpec, blocks: int, tail: int, tier: str
+    reader: MessageReader,
+    request: MatchRequest,
+    spec: ModelSpec,
+    row: tuple[int, int, int],
+    paths: list[NodePath],
+    tier: str,
 ) -> Candidate:
-    prompt, block = request.prompt, spec.block_tokens
+    number, blocks, tail = row
+    prompt, block = request.prompt.exact, spec.block_tokens
     tokens = blocks * block + tail
-    if not 0 < tokens <= len(prompt) or tail >= block:
-        raise reader.fail(f"has a candidate of {tokens} tokens, the prompt {len(prompt)}")
+    if not 0 < tokens <= len(prompt) or tail >= block or number > len(paths):
+        raise reader.fail(f"has a candidate of {tokens} tokens on path {number}, the prompt {len(prompt)}")
+    path = prompt.path
+    if number:
+        path = paths[number - 1]
+        if tokens > path.tokens or (tail and tokens != path.tokens):
+            raise reader.fail(f"has a candidate of {tokens} tokens on a path of {path.tokens}")
     if not tail:
-        path = prompt.path.prefix(blocks)
-    elif tokens == prompt.path.tokens:
-        path = prompt.path
-    else:
+        path = path.prefix(blocks)
+    elif tokens != path.tokens:
         ids = tuple(prompt.token_ids[blocks * block : tokens].tolist())
-        path = NodePath(prompt.path.root, block, prompt.path.keys[:blocks], prompt.tail_key(blocks, tokens), ids)
+        path = path.with_tail(blocks, prompt.tail_key(blocks, tokens), ids)
     return Candidate(tokens, path, spec.bytes_by_group(tokens, request.shard), tier)
 
 

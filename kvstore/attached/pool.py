@@ -213,9 +213,10 @@ class AttachedPool(BasePool):
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
         cap_tokens: int | None = None,
+        accept_coverage: bool = False,
     ) -> Match:
         self._settle()
-        request = MatchRequest(prompt, shard, grid, cap_tokens)
+        request = MatchRequest(prompt, shard, grid, cap_tokens, accept_coverage)
         answer = self.request(Kind.MATCH, request.pack())
         return self._understood(lambda: parse_match(answer, request, self.spec))
 

@@ -133,7 +133,13 @@ class Requests:
 
     def _match(self, message: memoryview) -> bytes:
         request = MatchRequest.parse(message, self._spec)
-        found = self._pool.match(request.prompt, shard=request.shard, grid=request.grid, cap_tokens=request.cap_tokens)
+        found = self._pool.match(
+            request.prompt,
+            shard=request.shard,
+            grid=request.grid,
+            cap_tokens=request.cap_tokens,
+            accept_coverage=request.accept_coverage,
+        )
         return pack_match(found)
 
     def _hold(self, message: memoryview) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from kvstore.limits import (
     SALT_BYTES_MAX,
 )
 from kvstore.pool import HandOver, NodePath, RecordName
+from kvstore.pool.path import SparseNode, wrong_sparse
 from kvstore.record import RecordHeader, record_layout
 from kvstore.spec import ChunkGrid, Shard, UnitRange
+from kvstore.spec.coverage import block_mask_bytes
 from kvstore.wire import Reader
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ class MessageReader(Reader):
 def pack_path(path: NodePath) -> bytes:
     tail = np.array(path.tail_ids, "<u4").tobytes()
     fixed = _PATH.pack(path.block_tokens, len(path.tail_ids), len(path.keys))
-    return b"".join((fixed, path.root, path.tail_key or b"", tail, *path.keys))
+    sparse = [_COUNT.pack(each.node) + each.whole_key + each.mask for each in path.sparse]
+    return b"".join((fixed, path.root, path.tail_key or b"", tail, *path.keys, _COUNT.pack(len(sparse)), *sparse))
 
 
 def read_path(reader: MessageReader, spec: ModelSpec) -> NodePath:
@@ -107,7 +110,21 @@ def read_path(reader: MessageReader, spec: ModelSpec) -> NodePath:
     root = reader.bytes(KEY_BYTES)
     tail_key = reader.bytes(KEY_BYTES) if tail else None
     tail_ids = tuple(reader.rows(np.dtype("<u4"), tail).tolist())
-    return NodePath(root, block, read_digests(reader, keys), tail_key, tail_ids)
+    path = NodePath(root, block, read_digests(reader, keys), tail_key, tail_ids)
+    count = reader.count(len(path), "sparse nodes")
+    return replace(path, sparse=_read_sparse(reader, spec, path, count)) if count else path
+
+
+def _read_sparse(reader: MessageReader, spec: ModelSpec, path: NodePath, count: int) -> tuple[SparseNode, ...]:
+    size = block_mask_bytes(spec)
+    sparse = []
+    for _ in range(count):
+        (node,) = reader.fixed(_COUNT)
+        sparse.append(SparseNode(node, reader.bytes(KEY_BYTES), reader.bytes(size)))
+    wrong = wrong_sparse(spec, path, sparse)
+    if wrong is not None:
+        raise reader.fail(wrong)
+    return tuple(sparse)
 
 
 def read_digests(reader: MessageReader, count: int) -> tuple[bytes, ...]:
@@ -258,7 +275,8 @@ def read_places(reader: MessageReader, spec: ModelSpec, path: NodePath, arena_by
     records: list[PlacedRecord] = []
     for node, group, span, start, stop, grid, slot, generation, slot_bytes, offset, cost_us in rows.tolist():
         name = _name(reader, spec, path, node, group, span, start, stop)
-        layout = record_layout(spec, group, span, name.units)
+        is_sparse = node in path.masks and group in spec.attention_groups
+        layout = record_layout(spec, group, span, name.units, is_sparse)
         if slot_bytes < layout.record_bytes or offset % 64 or offset + slot_bytes > arena_bytes:
             raise reader.fail(f"has a record of {slot_bytes} bytes at {offset} of an arena of {arena_bytes} bytes")
         end_tokens = path.end_tokens(node)

@@ -51,6 +51,15 @@ def _read(file: Path) -> bytes:
         return opened.read(STREAM_BYTES_MAX + 1)
 
 
+def held_tokens(record: StreamedRecord) -> list[int] | None:
+    """How many tokens each layer of a sparse record holds; None for others."""
+    if record.coverage is None:
+        return None
+    size = len(record.coverage) // len(record.fields.layers)
+    masks = (record.coverage[start : start + size] for start in range(0, len(record.coverage), size))
+    return [int.from_bytes(mask, "little").bit_count() for mask in masks]
+
+
 def describe(record: StreamedRecord) -> dict[str, Any]:
     """A verified record as plain values."""
     fields, header = record.fields, record.header
@@ -67,6 +76,7 @@ def describe(record: StreamedRecord) -> dict[str, Any]:
         "capacity_tokens": fields.capacity_tokens,
         "codecs": fields.codecs,
         "coverage": fields.coverage,
+        "held_tokens": held_tokens(record),
         "key": header.key.hex(),
         "parent": header.parent.hex(),
         "grid": header.grid.hex(),
@@ -102,6 +112,12 @@ def describe(record: StreamedRecord) -> dict[str, Any]:
     }
 
 
+def _held(document: dict[str, Any]) -> str:
+    if document["held_tokens"] is None:
+        return ""
+    return f" (by layer {', '.join(map(str, document['held_tokens']))} of {document['valid_tokens']})"
+
+
 def _print(document: dict[str, Any], pieces_shown: int | None) -> None:
     from rich import box
     from rich.console import Console
@@ -132,7 +148,7 @@ def _print(document: dict[str, Any], pieces_shown: int | None) -> None:
         "parent": document["parent"],
         "grid": document["grid"],
         "cost": f"{document['cost_us'] / 1e6:.6f} s of prefill" if document["cost_us"] else "unknown",
-        "codecs, coverage": f"{document['codecs']}, {document['coverage']}",
+        "codecs, coverage": f"{document['codecs']}, {document['coverage']}" + _held(document),
         "schema, header": f"{document['schema_bytes']} and {document['header_bytes']} bytes",
     }
     show("record", ("field", "value"), [(name, str(value)) for name, value in summary.items()])

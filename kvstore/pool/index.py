@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from kvstore._native import Needs
 from kvstore._native import PrefixIndex as NativeIndex
-from kvstore.limits import GHOSTS_MAX
+from kvstore.limits import GHOSTS_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.rows import slots_of
+from kvstore.pool.sparse import SparseNodes
 from kvstore.pool.victims import ITEM_BYTES, PolicyFeed
 from kvstore.spec import ReuseRule
 
@@ -49,28 +50,46 @@ class PrefixIndex:
     Attributes:
         native: the index itself.
         payload_bytes: bytes of waiting hand-over payloads.
+        sparse: which sparse nodes are known.
 
     Args:
         policy: ranks victims; None lets the index evict what was used longest ago.
     """
 
-    def __init__(self, spec: ModelSpec, policy: EvictionPolicy | None = None, ghosts_max: int = GHOSTS_MAX) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        policy: EvictionPolicy | None = None,
+        ghosts_max: int = GHOSTS_MAX,
+        sparse_bytes_max: int = SPARSE_NODES_BYTES_MAX,
+    ) -> None:
         are_states = [group.rule is ReuseRule.STATE for group in spec.groups]
         self.native = NativeIndex(are_states, ghosts_max, policy is None)
         self._feed = PolicyFeed(self.native, policy) if policy is not None else None
         self._handovers: dict[int, list[tuple[HandOver, Mapping[RecordPlace, bytes]]]] = {}
         self.payload_bytes = 0
+        self.sparse = SparseNodes(sparse_bytes_max)
+
+    @property
+    def hint_bytes(self) -> int:
+        """Memory that nobody made room for before it was taken."""
+        return self.payload_bytes + self.sparse.memory_bytes
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of the index, of the objects that a policy was given, and of waiting hand-over payloads."""
+        """Memory of the index, of what a policy was given, of waiting hand-over payloads and hints of sparse nodes."""
         policy_bytes = self._feed.memory_bytes if self._feed is not None else 0
-        return self.native.memory_bytes + policy_bytes + self.payload_bytes
+        return self.native.memory_bytes + policy_bytes + self.hint_bytes
 
     @property
     def record_bytes(self) -> int:
         """Memory that one record takes at most."""
         return RECORD_BYTES if self._feed is None else RECORD_BYTES + ITEM_BYTES
+
+    def is_stored(self, key: bytes) -> bool:
+        """Whether a node has records."""
+        node = self.native.find(key)
+        return node is not None and self.native.holds_records(node)
 
     # What changes who may be evicted, and what waits
 

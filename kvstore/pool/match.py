@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvstore.pool.path import NodePath, RecordPlace
-    from kvstore.spec import ChunkGrid, Shard
+    from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Candidate(LazyFields):
     @property
     def size_bytes(self) -> int:
         return sum(self.bytes_by_group.values())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every layer holds every token."""
+        return self.path.is_exact
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,15 @@ class Match(LazyFields):
     @property
     def best(self) -> Candidate | None:
         return self.candidates[0] if self.candidates else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the deepest candidate is what a whole prefill wrote; always so unless coverage was accepted."""
+        return self.best is None or self.best.is_exact
+
+    def coverage(self, spec: ModelSpec) -> Coverage | None:
+        """Which tokens each attention layer of the deepest candidate holds; None if all."""
+        return None if self.best is None else self.best.path.coverage(spec)
 
     @property
     def tier(self) -> str | None:

@@ -10,8 +10,10 @@ from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
-from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX
+from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.held import PlacedRows
 from kvstore.pool.hold import Hold
@@ -21,7 +23,7 @@ from kvstore.pool.plan import clear_padding, name_table, place_table
 from kvstore.pool.room import Room
 from kvstore.pool.rows import RecordNames, Rows, slot_table
 from kvstore.pool.seam import BaseHold, BasePool
-from kvstore.pool.search import Query, answer, search
+from kvstore.pool.search import Query, answer, joined, search
 from kvstore.pool.statistics import PoolStatistics
 from kvstore.pool.transaction import Transaction, commit_together, merge_grids
 from kvstore.record import record_layout
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 
 
 GHOST_FRACTION_MAX = 1 / 32
-"""Share of the capacity that ghosts may take: they must not crowd out the records that they are hints about."""
+"""Share of the capacity that ghosts may take, and as much again for hints of sparse nodes: they must not crowd out
+the records that they are hints about."""
 
 
 class Pool(BasePool):
@@ -82,7 +85,8 @@ class Pool(BasePool):
         self._tier = tier
         self._lock = threading.RLock()
         ghosts_max = min(GHOSTS_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
-        self._index = PrefixIndex(spec, eviction, ghosts_max)
+        sparse_bytes_max = min(SPARSE_NODES_BYTES_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX))
+        self._index = PrefixIndex(spec, eviction, ghosts_max, sparse_bytes_max)
         self._checkpoints = checkpoints or LadderCheckpoints()
         self._listeners: list[Callable[[], None]] = []
         self._settling = threading.local()
@@ -120,22 +124,33 @@ class Pool(BasePool):
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
         cap_tokens: int | None = None,
+        accept_coverage: bool = False,
     ) -> Match:
         if self._dropped:
             self._settle()
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
-        query = Query(self.spec, prompt, cap, shard, grid)
+        exact = prompt.exact
+        queries = [Query(self.spec, exact, exact.path, cap, shard, grid)]
+        if exact is not prompt:
+            queries.append(Query(self.spec, prompt, prompt.path, cap, shard, grid))
         with self._lock:
             self._check_open()
-            found = search(self._index.native, query)
+            native, sparse = self._index.native, self._index.sparse
+            if accept_coverage:
+                paths = [exact.path, *sparse.variants(exact, self._index.is_stored)]
+                queries = [Query(self.spec, exact, path, cap, shard, grid, sparse) for path in paths]
+            findings = [search(native, query) for query in queries]
             self._statistics.matches += 1
-            self._statistics.hits += found.tokens > 0
+            self._statistics.hits += any(found.tokens > 0 for found in findings)
 
         def suggest(resume_tokens: int, branch_points: Sequence[int]) -> tuple[int, ...]:
             with self._lock:
                 return self._checkpoints.suggest(len(prompt), resume_tokens, branch_points, self.spec.block_tokens)
 
-        return answer(query, found, self._tier.name, suggest)
+        if len(queries) == 1 and not accept_coverage:
+            return answer(queries[0], findings[0], self._tier.name, suggest)
+        with self._lock:  # the coverages of tails are looked up when the answers are made
+            return joined([answer(*each, self._tier.name, suggest) for each in zip(queries, findings, strict=True)])
 
     def hold(
         self,
@@ -320,6 +335,9 @@ class Pool(BasePool):
                 layouts, classes = rows.classes
                 for row in rows.padded():
                     clear_padding(layouts[classes[row]], placed.memories[row])
+                for row, mask in rows.covered():
+                    clear_padding(layouts[classes[row]], placed.memories[row])
+                    layouts[classes[row]].coverage(placed.memories[row])[:] = mask
                 placed_held = PlacedRows(held_rows, held_slots, self._views(held_slots))
                 transaction = Transaction(
                     self,
@@ -391,6 +409,10 @@ class Pool(BasePool):
         slots = transaction.placed.slots
         given_back = self._index.commit(transaction.writes, commit.ready, commit.costs_us)
         transaction.given_back(given_back)
+        if transaction.path.sparse:
+            committed = transaction.placed.rows.end_tokens[commit.ready.astype(np.int64)]
+            upto = transaction.path.tokens if commit.is_final else int(committed.max(initial=0))
+            self._index.sparse.add(transaction.path, upto)
         kept = set(commit.ready.tolist()).difference(given_back)
         self._room.keep_all([slots[number] for number in kept])
         self._room.give_back_all([slots[number] for number in given_back])
@@ -524,8 +546,8 @@ class Pool(BasePool):
             self._index.check()
             accounted = self._index.native.committed_bytes + self._room.reserved_bytes + self._tier.quarantined_bytes
             assert accounted == self._tier.used_bytes, (accounted, self._tier.used_bytes)
-            # A hand-over's payload is made room for by the next write.
-            assert self.is_closed or self._room.free_bytes + self._index.payload_bytes >= 0, "the budget is exceeded"
+            # A hand-over's payload, and the hint of a sparse node, are made room for by the next write.
+            assert self.is_closed or self._room.free_bytes + self._index.hint_bytes >= 0, "the budget is exceeded"
 
     def close(self) -> None:
         """Release the tier. Leases and writers that are still open end with `StoreClosedError`."""

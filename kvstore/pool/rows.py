@@ -13,6 +13,7 @@ from kvstore.keys import KEY_BYTES
 from kvstore.pool.path import RecordName
 from kvstore.record import RecordHeader, record_layout
 from kvstore.spec import ReuseRule, UnitRange
+from kvstore.spec.coverage import span_mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -126,9 +127,7 @@ class Rows:
     @cached_property
     def classes(self) -> tuple[list[RecordLayout], npt.NDArray[np.int64]]:
         """The layouts that occur, and the number of each record's."""
-        classes, numbers = self.record_names.classes
-        layouts = [record_layout(self.spec, group, span, UnitRange(*units)) for group, span, *units in classes]
-        return layouts, numbers
+        return layouts_of(self.spec, self.path, self.record_names)
 
     @cached_property
     def record_names(self) -> RecordNames:
@@ -199,6 +198,19 @@ class Rows:
         numbers = np.stack((self.end_tokens, self.valid_tokens, self.table[:, COST_US].astype(np.int64)), axis=1)
         return digests, numbers.astype(np.uint64)
 
+    def covered(self) -> list[tuple[int, bytes]]:
+        """Sparse records, with what their coverage columns hold."""
+        masks = self.path.masks
+        if not masks:
+            return []
+        rows = np.flatnonzero(np.isin(self.table[:, NODE], list(masks))).tolist()
+        named = [(row, *self.table[row, : SPAN + 1].tolist()) for row in rows]
+        return [
+            (row, span_mask(self.spec, masks[node], group, span))
+            for row, node, group, span in named
+            if group in self.spec.attention_groups
+        ]
+
     def padded(self) -> list[int]:
         """Records that will be filled in part only."""
         layouts, numbers = self.classes
@@ -217,6 +229,21 @@ def valid_tokens(
     windows = np.array([group.window_tokens or 0 for group in spec.groups], np.int64)[groups]
     is_attention = np.array([group.rule is ReuseRule.ATTENTION for group in spec.groups], np.bool_)[groups]
     return np.where(is_attention, (end_tokens - 1) % spec.block_tokens + 1, np.minimum(end_tokens, windows))
+
+
+def layouts_of(spec: ModelSpec, path: NodePath, names: RecordNames) -> tuple[list[RecordLayout], npt.NDArray[np.int64]]:
+    """The layouts of records of a path, each once, and the number of each record's."""
+    classes, numbers = names.classes
+    layouts = [record_layout(spec, group, span, UnitRange(*units)) for group, span, *units in classes]
+    if path.masks:
+        is_attention = np.array([group in spec.attention_groups for group, *_ in classes], np.bool_)[numbers]
+        is_sparse = np.isin(names.table[:, NODE], list(path.masks)) & is_attention
+        used, numbers = np.unique(numbers * 2 + is_sparse, return_inverse=True)
+        chosen = [(layouts[number // 2], bool(number % 2)) for number in used.tolist()]
+        layouts = [
+            record_layout(spec, each.group_index, each.span.index, each.units, sparse) for each, sparse in chosen
+        ]
+    return layouts, numbers
 
 
 def slots_of(table: npt.NDArray[np.uint64]) -> list[Slot]:

@@ -225,10 +225,14 @@ class BasePool(ABC):
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
         cap_tokens: int | None = None,
+        accept_coverage: bool = False,
     ) -> Match:
         """The deepest resume point of a prompt, the other candidates, and why nothing deeper serves.
 
+        A prompt that is not held whole finds what has its very coverage, and what is held whole.
+
         Args:
+            accept_coverage: find what has any other coverage as well.
             cap_tokens: deepest length allowed; by default one token less than the prompt has.
 
         Raises:

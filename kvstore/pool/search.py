@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvstore.limits import CANDIDATES_MAX
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from kvstore._native import Finding
     from kvstore._native import PrefixIndex as NativeIndex
-    from kvstore.pool.path import NodePath
+    from kvstore.pool.path import NodePath, SparseNode
     from kvstore.pool.prompt import Prompt
+    from kvstore.pool.sparse import SparseNodes
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
 
@@ -26,22 +27,40 @@ class Query:
 
     Attributes:
         prompt: ids and keys.
+        path: the nodes that are looked for; the prompt's own, or those of another coverage.
         cap_tokens: the deepest length allowed.
         shard: whose share is asked for.
         grid: chunk boundaries to insist on; None takes any.
+        sparse: known sparse nodes, whose tails are taken; None takes the prompt's own alone.
     """
 
     spec: ModelSpec
     prompt: Prompt
+    path: NodePath
     cap_tokens: int
     shard: Shard
     grid: ChunkGrid | None
+    sparse: SparseNodes | None = None
+
+    def tail_node(self, blocks: int, end_tokens: int, key: bytes) -> tuple[bool, SparseNode | None]:
+        """Whether the tail of this key is the prompt's, and its coverage if it is not held whole."""
+        own_key, own = self._own_tail(blocks, end_tokens)
+        if key == own_key:
+            return True, own
+        sparse = None if self.sparse is None else self.sparse.tail_node(self.prompt, self.path, blocks, end_tokens, key)
+        return sparse is not None, sparse
+
+    def _own_tail(self, blocks: int, end_tokens: int) -> tuple[bytes, SparseNode | None]:
+        if self.path is self.prompt.path:
+            return self.prompt.tail_node(blocks, end_tokens)
+        parent = self.path.keys[blocks - 1] if blocks else self.path.root
+        return self.prompt.whole_key(parent, blocks, end_tokens), None
 
 
 def search(native: NativeIndex, query: Query) -> Finding:
     """Every resume point of the prompt, deepest first (at most `CANDIDATES_MAX`)."""
     prompt = query.prompt
-    packed = prompt.path.packed
+    packed = query.path.packed
     grid = None if query.grid is None else query.grid.packed
     needs = needs_of(query.spec, query.shard)
     excluded: list[int] = []
@@ -50,7 +69,7 @@ def search(native: NativeIndex, query: Query) -> Finding:
         if not found.has_tails:
             return found
         # The ids alone do not decide: extra inputs enter the key as well.
-        foreign = [node for blocks, end, key, node in found.tails if prompt.tail_key(blocks, end) != key]
+        foreign = [node for blocks, end, key, node in found.tails if not query.tail_node(blocks, end, key)[0]]
         if not foreign:
             return found
         excluded.extend(foreign)
@@ -85,15 +104,35 @@ def answer(query: Query, found: Finding, tier: str, suggest: Callable[[int, Sequ
 
 
 def _candidate(query: Query, tier: str, blocks: int, tokens: int, tail_key: bytes | None) -> Candidate:
+    may_be_sparse = tail_key is not None and (query.sparse is not None or not query.path.is_exact)
+    tail = query.tail_node(blocks, tokens, tail_key)[1] if may_be_sparse and tail_key is not None else None
+
     def path() -> NodePath:
-        whole = query.prompt.path
         if tail_key is None:
-            return whole.prefix(blocks)
-        tail_ids = query.prompt.token_ids[blocks * whole.block_tokens : tokens]
-        return whole.with_tail(blocks, tail_key, tuple(tail_ids.tolist()))
+            return query.path.prefix(blocks)
+        tail_ids = query.prompt.token_ids[blocks * query.path.block_tokens : tokens]
+        return query.path.with_tail(blocks, tail_key, tuple(tail_ids.tolist()), tail)
 
     makers = {"path": path, "bytes_by_group": lambda: query.spec.bytes_by_group(tokens, query.shard)}
     return Candidate.lazily(makers, tokens=tokens, tier=tier)
+
+
+def joined(matches: Sequence[Match]) -> Match:
+    """One answer of several, that of the exact path first: of equal lengths what holds every token comes first."""
+    candidates: dict[tuple[int, bytes], Candidate] = {}
+    for match in matches:
+        for each in match.candidates:
+            candidates.setdefault((each.tokens, each.path.key(len(each.path) - 1)), each)
+    ordered = sorted(candidates.values(), key=lambda each: (-each.tokens, not each.is_exact))
+    tokens = ordered[0].tokens if ordered else 0
+    deepest = next(match for match in matches if match.tokens == tokens)
+    pending_tokens = max(match.pending_tokens for match in matches)
+    return replace(
+        deepest,
+        candidates=tuple(ordered[:CANDIDATES_MAX]),
+        missing=matches[0].missing,
+        pending_tokens=pending_tokens if pending_tokens > tokens else 0,
+    )
 
 
 def _on_grid(lengths: Sequence[int], resume_tokens: int, prompt: Prompt, grid: ChunkGrid) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from kvstore.pool.seam import BaseTransaction, incomplete
 from kvstore.record import Record, seal_records, seal_rows
 from kvstore.record.seal import COST_US_MAX
 from kvstore.spec import UNKNOWN_GRID
+from kvstore.spec.coverage import span_mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -210,6 +211,10 @@ class Transaction(BaseTransaction):
                 f"{found.key.hex()[:16]}, costing {found.cost_us} us; reserved were {record.header.end_tokens} of "
                 f"{record.header.key.hex()[:16]}, announced {cost_us} us"
             )
+        if record.layout.is_sparse:
+            mask = span_mask(record.layout.spec, self.path.masks[record.name.node], record.name.group, record.name.span)
+            if framed.coverage != mask:
+                raise WriteError("a record that is to be committed covers other tokens than were reserved")
         with self._lock:
             self._check_open()
             if not self._is_sealed[index]:

@@ -2,7 +2,7 @@
 
 from kvstore.record.columns import SegmentUnits, TensorColumn
 from kvstore.record.header import RecordHeader
-from kvstore.record.layout import Piece, RecordLayout, record_layout, slot_sizes_bytes
+from kvstore.record.layout import Piece, RecordLayout, largest_slot_bytes, record_layout, slot_sizes_bytes
 from kvstore.record.record import Record
 from kvstore.record.seal import seal_records, seal_rows, which_intact
 from kvstore.record.stream import StreamedPiece, StreamedRecord, read_record_stream, write_record_stream
@@ -16,6 +16,7 @@ __all__ = [
     "StreamedPiece",
     "StreamedRecord",
     "TensorColumn",
+    "largest_slot_bytes",
     "read_record_stream",
     "record_layout",
     "seal_records",

@@ -10,7 +10,14 @@ import pyarrow as pa
 
 from kvstore.errors import RecordError, SpecError
 from kvstore.limits import RECORD_BYTES_MAX, SHARD_UNITS_MAX, TENSORS_PER_GROUP_MAX
-from kvstore.record.schema import ARROW_STORAGE, CHECKSUM_COLUMN, SchemaFields, parse_number
+from kvstore.record.schema import (
+    ARROW_STORAGE,
+    CHECKSUM_COLUMN,
+    COVERAGE_COLUMN,
+    SchemaFields,
+    coverage_type,
+    parse_number,
+)
 from kvstore.spec import DType
 
 if TYPE_CHECKING:
@@ -71,27 +78,37 @@ def parse_columns(schema: pa.Schema, fields: SchemaFields) -> tuple[TensorColumn
     Raises:
         RecordError: a column is not what the schema's metadata and the format say.
     """
-    if not 2 <= len(schema) <= TENSORS_PER_GROUP_MAX + 1:
+    others = 1 + fields.is_sparse
+    if not 1 <= len(schema) - others <= TENSORS_PER_GROUP_MAX:
         raise RecordError(f"a record has 1 to {TENSORS_PER_GROUP_MAX} tensors and checksums, not {len(schema)} columns")
-    columns = tuple(_parse_column(field, fields) for field in list(schema)[:-1])
+    columns = tuple(_parse_column(field, fields) for field in list(schema)[:-others])
     if len({column.name for column in columns}) != len(columns):
         raise RecordError("the record names a tensor twice")
-    last = schema.field(len(schema) - 1)
+    last = schema.field(len(schema) - others)
     pieces = sum(1 for column in columns for _ in column.units())
     expected = pa.list_(pa.field("item", pa.uint32(), nullable=False), pieces)
     if last.name != CHECKSUM_COLUMN or last.type != expected or last.nullable:
-        raise RecordError(f"the last column is {last.name!r}: {last.type}, not {CHECKSUM_COLUMN!r}: {expected}")
+        raise RecordError(
+            f"the column after the tensors is {last.name!r}: {last.type}, not {CHECKSUM_COLUMN!r}: {expected}"
+        )
+    if fields.is_sparse:
+        coverage, expected = schema.field(len(schema) - 1), coverage_type(fields.capacity_tokens)
+        if coverage.name != COVERAGE_COLUMN or coverage.type != expected or coverage.nullable:
+            raise RecordError(
+                f"the last column is {coverage.name!r}: {coverage.type}, not {COVERAGE_COLUMN!r}: {expected}"
+            )
     total = sum(column.layer_bytes for column in columns) * len(fields.layers)
     if total > RECORD_BYTES_MAX:
         raise RecordError(f"the record's tensors would take {total} bytes, the limit is {RECORD_BYTES_MAX}")
     return columns
 
 
-def column_offsets(columns: tuple[TensorColumn, ...], layers: int) -> list[int]:
-    """Start of each column in the body, then of the checksums, then the end of the body."""
+def column_offsets(columns: tuple[TensorColumn, ...], layers: int, coverage_bytes: int = 0) -> list[int]:
+    """Start of each column in the body, then of the checksums, of the coverage if there is one, and the body's end."""
     pieces = sum(1 for column in columns for _ in column.units())
     offsets = [0]
-    for size in [*(column.layer_bytes * layers for column in columns), 4 * pieces * layers]:
+    sizes = [*(column.layer_bytes * layers for column in columns), 4 * pieces * layers]
+    for size in [*sizes, coverage_bytes] if coverage_bytes else sizes:
         offsets.append(-(-(offsets[-1] + size) // COLUMN_ALIGN_BYTES) * COLUMN_ALIGN_BYTES)
     return offsets
 

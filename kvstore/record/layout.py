@@ -15,7 +15,8 @@ from kvstore._native import crc32c
 from kvstore.errors import RecordTooLargeError, SpecError
 from kvstore.limits import RECORD_ALIGN_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_BYTES_MAX
 from kvstore.record.header import FIELD_WIDTHS, blank_field
-from kvstore.record.schema import CHECKSUM_COLUMN, arrow_schema, tensor_rows
+from kvstore.record.schema import CHECKSUM_COLUMN, COVERAGE_COLUMN, arrow_schema, tensor_rows
+from kvstore.spec.coverage import mask_bytes
 
 if TYPE_CHECKING:
     from kvstore.spec import CacheGroup, LayerSpan, ModelSpec, UnitRange
@@ -45,18 +46,23 @@ class Piece:
 
 
 class RecordLayout:
-    """Layout of one record class: a (group, span, shard units) of a spec. Immutable; any thread.
+    """Layout of one record class: a (group, span, shard units) of a spec, sparse or not. Immutable; any thread.
 
     A record is `header_bytes` of Arrow message metadata, padded to the alignment, then the body: one
-    column per tensor (a row per layer), then the piece checksums. `slot_bytes` is what a tier reserves.
+    column per tensor (a row per layer), then the piece checksums, then the coverage of a sparse one. `slot_bytes` is
+    what a tier reserves.
     """
 
-    def __init__(self, spec: ModelSpec, group_index: int, span_index: int, units: UnitRange) -> None:
+    def __init__(
+        self, spec: ModelSpec, group_index: int, span_index: int, units: UnitRange, is_sparse: bool = False
+    ) -> None:
         self.spec = spec
         self.group_index = group_index
         self.group: CacheGroup = spec.groups[group_index]
         self.span: LayerSpan = spec.spans[group_index][span_index]
         self.units = units
+        self.is_sparse = is_sparse
+        """Layers hold only the tokens that a coverage column names; the pieces have their full size."""
         self.capacity_tokens = self.group.capacity_tokens(spec.block_tokens)
         relative, pieces_per_layer = self._relative_pieces()
         if not relative:
@@ -65,7 +71,7 @@ class RecordLayout:
                 "use a worker count that divides the group's units more evenly"
             )
         self.pieces_per_layer = pieces_per_layer
-        self.schema = arrow_schema(spec, self.group, self.span, units, pieces_per_layer)
+        self.schema = arrow_schema(spec, self.group, self.span, units, pieces_per_layer, is_sparse)
         self.columns = tuple(
             index for index, tensor in enumerate(self.group.tensors) if tensor_rows(self.group, tensor, units)
         )
@@ -91,12 +97,13 @@ class RecordLayout:
         """The header with every per-record field blank."""
         self.body_bytes = len(message) - metadata_bytes
         self.record_bytes = self.header_bytes + self.body_bytes
-        self.slot_bytes = -(-self.record_bytes // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES
+        self.slot_bytes: int = -(-self.record_bytes // RECORD_ALIGN_BYTES) * RECORD_ALIGN_BYTES
         if self.slot_bytes > RECORD_BYTES_MAX + RECORD_HEADER_BYTES_MAX:
             raise RecordTooLargeError(
                 f"a record of group {self.group.name!r} takes {self.slot_bytes} bytes, the limit is {RECORD_BYTES_MAX}"
             )
         column_offsets = _column_offsets(self, bytes(message), metadata_bytes)
+        self.coverage_offset = column_offsets.pop() if is_sparse else None
         self.column_offsets = column_offsets[:-1]
         """Start of each column's data within the record, in the order of `columns`."""
         self.checksum_offset = column_offsets[-1]
@@ -142,7 +149,10 @@ class RecordLayout:
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """Alignment padding of the body, as (offset, bytes)."""
         ends = [(piece.offset, piece.offset + piece.size_bytes) for piece in self.pieces]
-        ends = sorted([*ends, (self.checksum_offset, self.checksum_offset + self.checksum_bytes)])
+        ends.append((self.checksum_offset, self.checksum_offset + self.checksum_bytes))
+        if self.coverage_offset is not None:
+            ends.append((self.coverage_offset, self.coverage_offset + self.coverage_bytes))
+        ends.sort()
         gaps = []
         at = self.header_bytes
         for start, end in [*ends, (self.record_bytes, self.record_bytes)]:
@@ -155,7 +165,7 @@ class RecordLayout:
     def framing(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
         """For `frame_records`: the class's offsets, and its gaps as an array."""
         fields = [self.field_offsets[name] for name in FIELD_WIDTHS]
-        record_class = [*fields, self.schema_checksum, self.checksum_offset, self.checksum_bytes]
+        record_class = [*fields, self.schema_checksum, self.checksum_offset, self.bound_bytes]
         return np.array(record_class, np.uint64), np.array(self.gaps, np.uint64).reshape(-1, 2)
 
     @cached_property
@@ -174,6 +184,18 @@ class RecordLayout:
     @property
     def checksum_bytes(self) -> int:
         return 4 * len(self.pieces)
+
+    @property
+    def coverage_bytes(self) -> int:
+        """Bytes of the coverage column: a mask per layer."""
+        return len(self.span.layers) * mask_bytes(self.capacity_tokens) if self.is_sparse else 0
+
+    @property
+    def bound_bytes(self) -> int:
+        """From the checksum column's begin, what the metadata checksum covers: the coverage column, too."""
+        if self.coverage_offset is None:
+            return self.checksum_bytes
+        return self.coverage_offset + self.coverage_bytes - self.checksum_offset
 
     def layer_pieces(self, layer: int) -> range:
         """Ids of the pieces of one layer of the span."""
@@ -194,19 +216,43 @@ class RecordLayout:
             ranges[piece.tensor] = range(ranges.get(piece.tensor, range(number, 0)).start, number + 1)
         return ranges
 
+    def coverage(self, record: memoryview) -> memoryview:
+        """The coverage column of a sparse record in memory; empty for others."""
+        start = self.coverage_offset or 0
+        return record[start : start + self.coverage_bytes]
+
     def checksums(self, record: memoryview) -> npt.NDArray[np.uint32]:
         """The checksum column of a record in memory, in piece order; writable if the memory is."""
         return np.frombuffer(record, np.uint32, len(self.pieces), self.checksum_offset)
 
 
-@lru_cache(maxsize=1024)
-def record_layout(spec: ModelSpec, group_index: int, span_index: int, units: UnitRange) -> RecordLayout:
+def record_layout(
+    spec: ModelSpec, group_index: int, span_index: int, units: UnitRange, is_sparse: bool = False
+) -> RecordLayout:
     """The layout of a record class; built once (about a millisecond), then shared."""
-    return RecordLayout(spec, group_index, span_index, units)
+    return _record_layout(spec, group_index, span_index, units, is_sparse)
+
+
+@lru_cache(maxsize=1024)
+def _record_layout(
+    spec: ModelSpec, group_index: int, span_index: int, units: UnitRange, is_sparse: bool
+) -> RecordLayout:
+    return RecordLayout(spec, group_index, span_index, units, is_sparse)
+
+
+def largest_slot_bytes(spec: ModelSpec) -> int:
+    """Size of the largest slot that any record of a spec takes, sparse ones included."""
+    return max(
+        record_layout(
+            spec, group, span, spec.groups[group].all_units, is_sparse=group in spec.attention_groups
+        ).slot_bytes
+        for group in range(len(spec.groups))
+        for span in range(len(spec.spans[group]))
+    )
 
 
 def slot_sizes_bytes(spec: ModelSpec) -> tuple[int, ...]:
-    """Sizes of the slots that unsharded records of a spec take, ascending; the last is the largest that any takes."""
+    """Sizes of the slots that unsharded records of a spec take, ascending."""
     sizes = {
         record_layout(spec, group, span, spec.groups[group].all_units).slot_bytes
         for group in range(len(spec.groups))
@@ -242,7 +288,8 @@ def _column_offsets(layout: RecordLayout, message: bytes, metadata_bytes: int) -
     buffer = pa.py_buffer(message)
     batch = pa.ipc.read_record_batch(buffer, layout.schema)
     offsets = []
-    for name in [layout.group.tensors[index].name for index in layout.columns] + [CHECKSUM_COLUMN]:
+    names = [*(layout.group.tensors[index].name for index in layout.columns), CHECKSUM_COLUMN]
+    for name in [*names, COVERAGE_COLUMN] if layout.is_sparse else names:
         column = batch.column(batch.schema.get_field_index(name))
         storage = column.storage if isinstance(column, pa.ExtensionArray) else column
         data = storage.flatten().buffers()[1]

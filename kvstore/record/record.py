@@ -73,9 +73,9 @@ class Record:
         return header
 
     def _metadata_checksum(self, framed: bytearray) -> int:
-        """CRC32C over the class's schema message, the header with a blank checksum, and the checksum column."""
+        """CRC32C over the class's schema message, the header with a blank checksum, checksum and coverage columns."""
         layout = self.layout
-        column = self.memory[layout.checksum_offset : layout.checksum_offset + layout.checksum_bytes]
+        column = self.memory[layout.checksum_offset : layout.checksum_offset + layout.bound_bytes]
         return crc32c(column, crc32c(framed, layout.schema_checksum))
 
     @property
@@ -108,6 +108,11 @@ class Record:
                 f"tensor {tensor!r}, unit {piece.unit}, prefix {header.key.hex()[:16]}"
             )
         return header
+
+    @property
+    def coverage(self) -> memoryview:
+        """Of a sparse record: which tokens each of its layers holds, a mask per layer. Empty for others."""
+        return self.layout.coverage(self.memory)
 
     def piece(self, piece: int) -> memoryview:
         """The bytes of one piece."""

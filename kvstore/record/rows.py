@@ -38,7 +38,9 @@ def local_rows(group: CacheGroup, tensor_index: int, shard: Shard) -> int:
 
 def runs_of(layout: RecordLayout, layer: int, tensor_index: int, shard: Shard) -> tuple[RowRun, ...]:
     """The pieces of one tensor of one layer that both the record and the worker hold."""
-    return _runs(layout.spec, layout.group_index, layout.span.index, layout.units, layer, tensor_index, shard)
+    return _runs(
+        layout.spec, layout.group_index, layout.span.index, layout.units, layer, tensor_index, shard, layout.is_sparse
+    )
 
 
 @lru_cache(maxsize=65536)
@@ -50,8 +52,9 @@ def _runs(
     layer: int,
     tensor_index: int,
     shard: Shard,
+    is_sparse: bool,
 ) -> tuple[RowRun, ...]:
-    layout = record_layout(spec, group_index, span_index, units)
+    layout = record_layout(spec, group_index, span_index, units, is_sparse)
     tensor = layout.group.tensors[tensor_index]
     first_row: dict[tuple[int, int], int] = {}
     row = 0

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from kvstore.errors import FormatVersionError, RecordError, SpecError
 from kvstore.limits import BLOCK_TOKENS_MAX, LAYERS_MAX, SHARD_UNITS_MAX
+from kvstore.spec.coverage import mask_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = "1"
 CHECKSUM_COLUMN = "crc32c"
+COVERAGE_COLUMN = "coverage"
 COVERAGE_ALL = "all"
+COVERAGE_TOKENS = "tokens"
+"""Each layer holds the tokens that the coverage column names."""
 CODECS_RAW = "raw"
 
 ARROW_STORAGE = {
@@ -57,6 +61,11 @@ class SchemaFields:
     codecs: str
     coverage: str
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a coverage column says which tokens each layer holds."""
+        return self.coverage == COVERAGE_TOKENS
+
 
 def tensor_rows(group: CacheGroup, tensor: TensorSpec, units: UnitRange) -> int:
     """Rows of `tensor` in a record that holds `units`."""
@@ -64,9 +73,9 @@ def tensor_rows(group: CacheGroup, tensor: TensorSpec, units: UnitRange) -> int:
 
 
 def arrow_schema(
-    spec: ModelSpec, group: CacheGroup, span: LayerSpan, units: UnitRange, pieces_per_layer: int
+    spec: ModelSpec, group: CacheGroup, span: LayerSpan, units: UnitRange, pieces_per_layer: int, is_sparse: bool
 ) -> pa.Schema:
-    """One row per layer, one fixed-shape tensor column per tensor, and the piece checksums.
+    """One row per layer, a fixed-shape tensor column per tensor, the piece checksums, the coverage of sparse ones.
 
     Raises:
         SpecError: a name of the spec cannot be written into a schema.
@@ -74,6 +83,8 @@ def arrow_schema(
     for tensor in group.tensors:
         if tensor.name == CHECKSUM_COLUMN:
             raise SpecError(f"group {group.name!r}: {CHECKSUM_COLUMN!r} is the column of checksums; rename the tensor")
+        if tensor.name == COVERAGE_COLUMN and is_sparse:
+            raise SpecError(f"group {group.name!r}: {COVERAGE_COLUMN!r} is the column of coverage; rename the tensor")
         for segment in tensor.segments:
             if not segment.name.isidentifier():
                 raise SpecError(f"tensor {tensor.name!r}: the segment name {segment.name!r} is not an identifier")
@@ -98,6 +109,8 @@ def arrow_schema(
         fields.append(pa.field(tensor.name, type_, nullable=False, metadata=metadata))
     checksums = pa.list_(pa.field("item", pa.uint32(), nullable=False), pieces_per_layer)
     fields.append(pa.field(CHECKSUM_COLUMN, checksums, nullable=False))
+    if is_sparse:
+        fields.append(pa.field(COVERAGE_COLUMN, coverage_type(capacity), nullable=False))
     metadata = {
         "kvstore.version": FORMAT_VERSION,
         "kvstore.fingerprint": spec.fingerprint.hex(),
@@ -110,9 +123,14 @@ def arrow_schema(
         "kvstore.block_tokens": str(spec.block_tokens),
         "kvstore.capacity_tokens": str(capacity),
         "kvstore.codecs": CODECS_RAW,
-        "kvstore.coverage": COVERAGE_ALL,
+        "kvstore.coverage": COVERAGE_TOKENS if is_sparse else COVERAGE_ALL,
     }
     return pa.schema(fields, metadata=metadata)
+
+
+def coverage_type(capacity_tokens: int) -> pa.DataType:
+    """Arrow type of the coverage column: a bit per token, the lowest bit of the first byte first."""
+    return pa.list_(pa.field("item", pa.uint8(), nullable=False), mask_bytes(capacity_tokens))
 
 
 def parse_schema(schema: pa.Schema) -> SchemaFields:
@@ -147,8 +165,10 @@ def parse_schema(schema: pa.Schema) -> SchemaFields:
         raise RecordError(f"the record's schema metadata is incomplete or malformed: {error}") from error
     if fields.codecs != CODECS_RAW:
         raise FormatVersionError(f"codec chain {fields.codecs!r} is not known here; known is {CODECS_RAW!r}")
-    if fields.coverage != COVERAGE_ALL:
-        raise FormatVersionError(f"coverage {fields.coverage!r} is not known here; known is {COVERAGE_ALL!r}")
+    if fields.coverage not in (COVERAGE_ALL, COVERAGE_TOKENS):
+        raise FormatVersionError(
+            f"coverage {fields.coverage!r} is not known here; known are {COVERAGE_ALL!r} and {COVERAGE_TOKENS!r}"
+        )
     _check_fields(fields)
     return fields
 
@@ -169,6 +189,8 @@ def _check_fields(fields: SchemaFields) -> None:
         raise RecordError(
             f"an attention record has room for {fields.capacity_tokens} tokens in blocks of {fields.block_tokens}"
         )
+    if fields.coverage == COVERAGE_TOKENS and fields.rule != "attention":
+        raise RecordError(f"a record of rule {fields.rule!r} has coverage {fields.coverage!r}; states are whole")
 
 
 def check_version(metadata: Mapping[bytes, bytes]) -> None:

@@ -15,7 +15,8 @@ from kvstore.limits import RECORD_ALIGN_BYTES, RECORD_BYTES_MAX, RECORD_HEADER_B
 from kvstore.record.columns import TensorColumn, column_offsets, parse_columns
 from kvstore.record.header import CHECKSUM_PREFIX, CHECKSUM_ZERO, RecordHeader, checksum_field
 from kvstore.record.message import END_OF_STREAM, MessageFrame, MessageKind, message_frame
-from kvstore.record.schema import SchemaFields, check_version, parse_schema
+from kvstore.record.schema import COVERAGE_TOKENS, SchemaFields, check_version, parse_schema
+from kvstore.spec.coverage import mask_bytes, unpack_block
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 STREAM_BYTES_MAX = RECORD_BYTES_MAX + 2 * RECORD_HEADER_BYTES_MAX + len(END_OF_STREAM)
 
+BUFFERS_PER_COLUMN = 3
+"""Of a fixed-size list: its validity, its items' validity, its items."""
 _CHECKSUM_FIELD = re.compile(re.escape(CHECKSUM_PREFIX) + rb"[0-9a-f]{8}")
 
 
@@ -61,6 +64,7 @@ class StreamedRecord:
         header: the per-record fields.
         columns: the tensors, in storage order.
         pieces: the pieces, in piece order.
+        coverage: of a sparse record, which tokens each layer holds: a mask per layer. None if they hold all.
         batch: the Arrow record batch, over the memory that was read.
         schema_bytes: bytes of the schema message; the record batch message follows it.
         header_bytes: bytes of the record batch message before its body.
@@ -70,6 +74,7 @@ class StreamedRecord:
     header: RecordHeader
     columns: tuple[TensorColumn, ...]
     pieces: tuple[StreamedPiece, ...]
+    coverage: bytes | None
     batch: pa.RecordBatch
     schema_bytes: int
     header_bytes: int
@@ -128,34 +133,51 @@ def read_record_stream(data: bytes | bytearray | memoryview) -> StreamedRecord:
             "belongs: it is truncated, or something else follows"
         )
     # Before Arrow parses any of it: damage stops here.
-    checksums = _checked_metadata(view[:start], record, frame)
+    is_sparse = schema_frame.custom_metadata.get(b"kvstore.coverage") == COVERAGE_TOKENS.encode()
+    checksums = _checked_metadata(view[:start], record, frame, is_sparse=is_sparse)
     schema = _read_schema(view[:start])
     fields = parse_schema(schema)
     columns = parse_columns(schema, fields)
     batch, custom = _read_batch(view)
     header = RecordHeader.from_fields({key.decode(errors="replace"): value for key, value in (custom or {}).items()})
-    offsets = [frame.metadata_bytes + offset for offset in column_offsets(columns, len(fields.layers))]
+    coverage_bytes = len(fields.layers) * mask_bytes(fields.capacity_tokens) if fields.is_sparse else 0
+    relative = column_offsets(columns, len(fields.layers), coverage_bytes)
+    offsets = [frame.metadata_bytes + offset for offset in relative]
     _check_body(batch, fields, columns, offsets, record, checksums)
     _check_valid_tokens(fields, header)
     pieces = _pieces(fields, columns, offsets, checksums)
     _check_pieces(record, pieces, checksums)
-    _check_padding(record, pieces, frame.metadata_bytes, (offsets[-2], checksums.nbytes))
-    return StreamedRecord(fields, header, columns, pieces, batch, start, frame.metadata_bytes)
+    others = [(offsets[len(columns)], checksums.nbytes)]
+    coverage = None
+    if coverage_bytes:
+        others.append((offsets[-2], coverage_bytes))
+        coverage = bytes(record[offsets[-2] : offsets[-2] + coverage_bytes])
+        _check_coverage(fields, header, coverage)
+    _check_padding(record, pieces, frame.metadata_bytes, others)
+    return StreamedRecord(fields, header, columns, pieces, coverage, batch, start, frame.metadata_bytes)
 
 
-def _checked_metadata(schema: memoryview, record: memoryview, frame: MessageFrame) -> npt.NDArray[np.uint32]:
-    """The checksum column, after checking schema, header and column against the metadata checksum."""
+def _checked_metadata(
+    schema: memoryview, record: memoryview, frame: MessageFrame, *, is_sparse: bool
+) -> npt.NDArray[np.uint32]:
+    """The checksum column, after checking schema, header and column against the metadata checksum.
+
+    In a sparse record the coverage column follows the checksums, and is covered with them.
+    """
     header = bytearray(record[: frame.metadata_bytes])
     fields = list(_CHECKSUM_FIELD.finditer(header))
-    if len(fields) != 1 or not frame.buffers:
+    columns_behind = BUFFERS_PER_COLUMN if is_sparse else 0
+    if len(fields) != 1 or len(frame.buffers) <= columns_behind:
         raise ChecksumError("the record has no metadata checksum, or several: it is damaged, or no kvstore record")
-    offset, size_bytes = frame.buffers[-1]
-    if offset < 0 or size_bytes <= 0 or size_bytes % 4 or offset + size_bytes > frame.body_bytes:
+    offset, size_bytes = frame.buffers[-1 - columns_behind]
+    end = sum(frame.buffers[-1])
+    if offset < 0 or size_bytes <= 0 or size_bytes % 4 or not offset + size_bytes <= end <= frame.body_bytes:
         raise RecordError(f"the record's checksum column claims bytes {offset} to {offset + size_bytes} of the body")
     checksums = np.frombuffer(record, np.uint32, size_bytes // 4, frame.metadata_bytes + offset)
     stored = fields[0].group()
     header[fields[0].start() : fields[0].end()] = CHECKSUM_ZERO
-    if checksum_field(crc32c(checksums, crc32c(header, crc32c(schema)))) != stored:
+    bound = record[frame.metadata_bytes + offset : frame.metadata_bytes + end]
+    if checksum_field(crc32c(bound, crc32c(header, crc32c(schema)))) != stored:
         raise ChecksumError("the record's metadata checksum does not hold: the record is damaged")
     return checksums
 
@@ -196,8 +218,8 @@ def _check_body(
     if offsets[-1] != record.nbytes:
         raise RecordError(f"the record has {record.nbytes} bytes, its columns make {offsets[-1]}")
     base = np.frombuffer(record, np.uint8).ctypes.data
-    if checksums.ctypes.data != base + offsets[-2]:
-        raise RecordError(f"the checksum column does not begin at byte {offsets[-2]} of the record")
+    if checksums.ctypes.data != base + offsets[len(columns)]:
+        raise RecordError(f"the checksum column does not begin at byte {offsets[len(columns)]} of the record")
     for index, offset in enumerate(offsets[:-1]):
         column = batch.column(index)
         storage = column.storage if index < len(columns) else column
@@ -253,11 +275,19 @@ def _check_pieces(record: memoryview, pieces: tuple[StreamedPiece, ...], checksu
         )
 
 
+def _check_coverage(fields: SchemaFields, header: RecordHeader, coverage: bytes) -> None:
+    """No layer holds a token that is not valid."""
+    block = fields.block_tokens
+    held = unpack_block(coverage, len(fields.layers), mask_bytes(block) * 8)
+    if held[:, header.valid_tokens :].any():
+        raise RecordError(f"the record covers tokens past the {header.valid_tokens} that it holds")
+
+
 def _check_padding(
-    record: memoryview, pieces: tuple[StreamedPiece, ...], header_bytes: int, checksums: tuple[int, int]
+    record: memoryview, pieces: tuple[StreamedPiece, ...], header_bytes: int, others: list[tuple[int, int]]
 ) -> None:
     at = header_bytes
-    parts = sorted([*((piece.offset, piece.size_bytes) for piece in pieces), checksums, (record.nbytes, 0)])
+    parts = sorted([*((piece.offset, piece.size_bytes) for piece in pieces), *others, (record.nbytes, 0)])
     for offset, size_bytes in parts:
         if any(record[at:offset]):
             raise ChecksumError(f"the padding at byte {at} of the record is not zero: the record is damaged")

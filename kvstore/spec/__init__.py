@@ -1,5 +1,6 @@
 """Model specs: what a model's cache consists of, and when two caches are the same."""
 
+from kvstore.spec.coverage import Coverage
 from kvstore.spec.dtypes import DType
 from kvstore.spec.file import load_spec, save_spec, spec_from_file_text, spec_to_file_text
 from kvstore.spec.grid import UNKNOWN_GRID, ChunkGrid
@@ -13,6 +14,7 @@ __all__ = [
     "WHOLE",
     "CacheGroup",
     "ChunkGrid",
+    "Coverage",
     "DType",
     "LayerSpan",
     "ModelSpec",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvstore.errors import AttachError, LeaseError, SpecError, WriteError
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
 from kvstore.pool import Match
-from kvstore.spec import ChunkGrid, ModelSpec, Shard
+from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
 from kvstore.store.lease import Lease
 
 if TYPE_CHECKING:
@@ -33,6 +33,12 @@ def check_position(shard: Shard, grid: ChunkGrid | None) -> None:
         raise SpecError(
             f"grid={grid!r} is no kvstore.ChunkGrid; pass ChunkGrid.every(chunk_tokens, upto=len(token_ids)), or None"
         )
+
+
+def check_coverage(coverage: Coverage | None) -> None:
+    """Raises `SpecError` for anything else than a coverage."""
+    if not isinstance(coverage, Coverage | None):
+        raise SpecError(f"coverage={coverage!r} is no kvstore.Coverage; make one with Coverage.of_masks, or pass None")
 
 
 def check_match(match: Match) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt, RecordArrays, RecordName
     from kvstore.record import RecordLayout
-    from kvstore.spec import ModelSpec, Shard, TensorSpec, UnitRange
+    from kvstore.spec import Coverage, ModelSpec, Shard, TensorSpec
 
 
 class Lease:
@@ -75,6 +75,16 @@ class Lease:
     def tokens(self) -> int:
         """Length of the resume point."""
         return self.path.tokens
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every layer holds every token; always so unless coverage was accepted."""
+        return self.path.is_exact
+
+    @cached_property
+    def coverage(self) -> Coverage | None:
+        """Which tokens each attention layer holds; None if all. What is not held is read as zeros."""
+        return self.path.coverage(self.spec)
 
     @property
     def handover(self) -> HandOver | None:
@@ -152,13 +162,13 @@ class Lease:
 
     @cached_property
     def _columns(self) -> dict[tuple[int, int], list[_Column]]:
-        """Records of equal (group, span, units) together, by (group, span)."""
-        grouped: dict[tuple[int, int, UnitRange], list[HeldRecord]] = {}
+        """Records of one layout together, by (group, span)."""
+        grouped: dict[RecordLayout, list[HeldRecord]] = {}
         for held in self.records:
-            grouped.setdefault((held.name.group, held.name.span, held.name.units), []).append(held)
+            grouped.setdefault(held.layout, []).append(held)
         columns: dict[tuple[int, int], list[_Column]] = {}
-        for (group, span, _), records in grouped.items():
-            columns.setdefault((group, span), []).append(_Column(records))
+        for layout, records in grouped.items():
+            columns.setdefault((layout.group_index, layout.span.index), []).append(_Column(records))
         return columns
 
     def _account(self, size_bytes: int, seconds: float) -> None:
@@ -196,6 +206,12 @@ class LayerView:
     def names(self) -> tuple[str, ...]:
         """The tensors of this layer."""
         return tuple(self._tensors)
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Which tokens the attention tensors of this layer hold, `[tokens]`; the others are read as zeros."""
+        coverage = self._lease.coverage
+        return np.ones(self._lease.tokens, np.bool_) if coverage is None else coverage.mask(self.number)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape that a destination for `name` must have: `[rows, tokens, *inner]` or `[rows, *inner]`."""

@@ -18,9 +18,10 @@ from kvstore.limits import (
 )
 from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
 from kvstore.pool.plan import grid_digest
-from kvstore.record import slot_sizes_bytes
+from kvstore.record import largest_slot_bytes, slot_sizes_bytes
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.arguments import (
+    check_coverage,
     check_deadline,
     check_joint,
     check_lease,
@@ -37,13 +38,15 @@ from kvstore.tiers import ArenaTier
 from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, TransportOptions
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
-    from kvstore.spec import ChunkGrid, ModelSpec, Shard
+    from kvstore.pool import BaseHold, BaseTransaction
+    from kvstore.pool.path import RecordPlace
+    from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
     from kvstore.transfer import Endpoint, LinkSnapshot, Sender, TransferObserver, TransferReport, TransferSettings
 
 DRAM_DEFAULT = "1GiB"
@@ -103,7 +106,7 @@ def open_store(
     if path is None and is_owner_told:
         raise AttachError("allow_uids=, silence_s= and verify= are for attached processes; pass socket= as well")
     sizes = slot_sizes_bytes(spec)
-    tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=sizes[-1], slot_sizes_bytes=sizes)
+    tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=sizes)
     try:
         pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
         if path is None:
@@ -166,23 +169,40 @@ class Store:
         self.close()
 
     def prompt(
-        self, token_ids: Any, *, salt: bytes = b"", adapter: str = "", extras: Iterable[ExtraInput] = ()
+        self,
+        token_ids: Any,
+        *,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        coverage: Coverage | None = None,
     ) -> Prompt:
         """Compute a prompt's keys once, for use in several calls.
 
         Raises:
             TokenError: no ids, negative, huge or too many ids, or a salt or extra input past its limit.
+            SpecError: a coverage of another length, or of layers without attention.
         """
-        return Prompt.of(self.spec, token_ids, salt=salt, adapter=adapter, extras=extras)
+        check_coverage(coverage)
+        return Prompt.of(self.spec, token_ids, salt=salt, adapter=adapter, extras=extras, coverage=coverage)
 
-    def _as_prompt(self, prompt: Any, salt: bytes, adapter: str, extras: Iterable[ExtraInput]) -> Prompt:
+    def _as_prompt(
+        self,
+        prompt: Any,
+        salt: bytes,
+        adapter: str,
+        extras: Iterable[ExtraInput],
+        coverage: Coverage | None = None,
+    ) -> Prompt:
         if isinstance(prompt, Prompt):
-            if salt or adapter or tuple(extras):
-                raise WriteError("a Prompt has its salt, adapter and extras already; pass them to Store.prompt only")
+            if salt or adapter or tuple(extras) or coverage is not None:
+                raise WriteError(
+                    "a Prompt has its salt, adapter, extras and coverage already; pass them to Store.prompt only"
+                )
             if not prompt.is_of(self.spec):
                 raise SpecError("this Prompt was made for another model spec; make it with this store's prompt()")
             return prompt
-        return self.prompt(prompt, salt=salt, adapter=adapter, extras=extras)
+        return self.prompt(prompt, salt=salt, adapter=adapter, extras=extras, coverage=coverage)
 
     # Reading
 
@@ -195,20 +215,28 @@ class Store:
         extras: Iterable[ExtraInput] = (),
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
+        coverage: Coverage | None = None,
+        accept_coverage: bool = False,
     ) -> Match:
         """How much of a prompt is there: a resume point, or a falsy match that says why not.
+
+        What a sparse prefill wrote is found only by who asks for it; see `Match.is_exact`.
 
         Args:
             prompt: token ids, or a `Prompt`. At most one token less than it has can match.
             salt, adapter, extras: what it is cached under.
             shard: the tensor-parallel position whose share is asked for.
             grid: insist on these chunk boundaries (strict numerics); None takes any.
+            coverage: take what holds just these tokens, too.
+            accept_coverage: take whatever tokens the layers hold; of equal lengths what holds all comes first.
 
         Raises:
-            TokenError: as `prompt`. SpecError: `shard` or `grid` is of another type. StoreClosedError: closed.
+            TokenError, SpecError: as `prompt`. SpecError: `shard` or `grid` is of another type. StoreClosedError:
+            closed.
         """
         check_position(shard, grid)
-        found = self.pool.match(self._as_prompt(prompt, salt, adapter, extras), shard=shard, grid=grid)
+        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
+        found = self.pool.match(target, shard=shard, grid=grid, accept_coverage=accept_coverage)
         return found if self._copied_s == 0.0 else found.timed(self._copied_s / self._copied_bytes)
 
     def read(self, match: Match, *, verify: bool = False) -> Lease:
@@ -259,6 +287,7 @@ class Store:
         grid: ChunkGrid | None = None,
         shard: Shard = WHOLE,
         joint: str | None = None,
+        coverage: Coverage | None = None,
     ) -> Writer:
         """Reserve space for what the store lacks of a prompt, and write it while it is computed.
 
@@ -272,6 +301,9 @@ class Store:
             shard: the tensor-parallel position whose share is written.
             joint: name of a commit that the writers of all `shard.count` positions make together, in whichever process:
                 their shares become visible in one step, or none does. A name stands for one attempt.
+            coverage: which tokens of each attention layer will be put, where a sparse or pruned prefill leaves some
+                out. What is written is then found by readers that accept coverage only. If the store has all of the
+                prompt whole, nothing is written.
 
         Raises:
             PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
@@ -284,7 +316,7 @@ class Store:
         check_position(shard, grid)
         check_lease(resume)
         check_joint(joint)
-        target = self._as_prompt(prompt, salt, adapter, extras)
+        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
         if resume is not None:
             resume.check_current()
             if not resume.continues_in(self.pool, target):
@@ -297,6 +329,64 @@ class Store:
         lengths = self._checkpoints(target, resume_at, start, grid)
         if grid is not None:
             self._check_grid(target, grid)
+        name = JointName(joint, shard.index, shard.count) if joint is not None else None
+        transaction = None
+        if target.masks and name is None and (resume is None or resume.is_exact):
+            transaction = self._begin_whole(target.exact, lengths, resume, grid, shard)
+        if transaction is None:
+            transaction = self._begin(target, lengths, resume, grid, shard, name)
+        writer = Writer(self, target, transaction, lengths, shard, target.path.coverage(self.spec))
+        try:
+            if target.masks:
+                writer.fill_uncovered()
+            if resume is not None:
+                writer.resume_from(resume)
+        except BaseException:
+            writer.abort("what is there at its begin could not be filled in")
+            raise
+        return writer
+
+    def _begin(
+        self,
+        target: Prompt,
+        lengths: tuple[int, ...],
+        resume: Lease | None,
+        grid: ChunkGrid | None,
+        shard: Shard,
+        joint: JointName | None,
+    ) -> BaseTransaction:
+        path = self._written_path(target, lengths)
+        first = resume.tokens // self.spec.block_tokens if resume is not None else 0
+        return self.pool.begin(
+            path,
+            self._names(path, lengths, first, shard),
+            salt=target.salt,
+            grid=grid,
+            resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
+            basis=resume.records if resume is not None else (),
+            joint=joint,
+        )
+
+    def _begin_whole(
+        self,
+        exact: Prompt,
+        lengths: tuple[int, ...],
+        resume: Lease | None,
+        grid: ChunkGrid | None,
+        shard: Shard,
+    ) -> BaseTransaction | None:
+        """A transaction that writes nothing, if all of a prompt that is to be held in part is there whole."""
+        path = self._written_path(exact, lengths)
+        if self.pool.missing(path, self._names(path, lengths, 0, shard), grid):
+            return None
+        transaction = self._begin(exact, lengths, resume, grid, shard, None)
+        if transaction.records:
+            # Evicted in this moment. Nothing that holds part of the tokens may ever be written here.
+            transaction.abort("a sparse prefill writes no whole records")
+            return None
+        return transaction
+
+    def _written_path(self, target: Prompt, lengths: tuple[int, ...]) -> NodePath:
         whole = len(target.path.keys)
         path = target.path if len(target) in lengths else target.path.prefix(whole)
         if not len(path):
@@ -304,24 +394,7 @@ class Store:
                 f"a prompt of {len(target)} tokens fills no block of {self.spec.block_tokens}; "
                 "name its end in resume_at to store it as a tail"
             )
-        first = start // self.spec.block_tokens
-        transaction = self.pool.begin(
-            path,
-            self._names(path, lengths, first, shard),
-            salt=target.salt,
-            grid=grid,
-            resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
-            basis=resume.records if resume is not None else (),
-            joint=JointName(joint, shard.index, shard.count) if joint is not None else None,
-        )
-        writer = Writer(self, target, transaction, lengths, shard)
-        if resume is not None:
-            try:
-                writer.resume_from(resume)
-            except BaseException:
-                writer.abort("the tail that it resumes from could not be copied")
-                raise
-        return writer
+        return path
 
     def _check_continues(self, resume: Lease, prompt: Prompt, shard: Shard, grid: ChunkGrid | None) -> None:
         if resume.shard != shard:
@@ -393,27 +466,42 @@ class Store:
     # Waiting
 
     def accept(
-        self, prompt: Any, *, salt: bytes = b"", adapter: str = "", extras: Iterable[ExtraInput] = ()
+        self,
+        prompt: Any,
+        *,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        coverage: Coverage | None = None,
+        accept_coverage: bool = False,
     ) -> Handle[Arrival]:
         """Take over a prompt that another process prefills: resolves once its hand-over is committed here.
 
         Each hand-over is taken once. Block with `.result(deadline_s)`, poll, or `await`; a wait that timed out
         goes on and may still take the hand-over, so `cancel` what is not wanted any more. Release the
-        arrival's lease after reading.
+        arrival's lease after reading. `coverage` and `accept_coverage` are as in `match`.
         """
-        target = self._as_prompt(prompt, salt, adapter, extras)
+        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
 
         def attempt() -> Arrival | None:
-            accepted = self.pool.accept_handover(target.path)
-            if accepted is None:
-                return None
-            handover, grids, hold = accepted
+            paths = [target.path]
+            if accept_coverage:
+                found = self.pool.match(target, cap_tokens=len(target), accept_coverage=True)
+                paths.extend(each.path for each in found.candidates if each.tokens == len(target))
+            for path in dict.fromkeys(paths):
+                accepted = self.pool.accept_handover(path)
+                if accepted is not None:
+                    return arrive(path, *accepted)
+            return None
+
+        def arrive(path: NodePath, handover: HandOver, grids: Mapping[RecordPlace, bytes], hold: BaseHold) -> Arrival:
             lease = Lease(self.spec, hold, WHOLE, self._copied)
-            match = self.pool.match(target, cap_tokens=len(target))
-            return Arrival(handover, replace(match, grids=grids), lease)
+            match = self.pool.match(target, cap_tokens=len(target), accept_coverage=accept_coverage)
+            chosen = tuple(each for each in match.candidates if each.tokens < len(target) or each.path == path)
+            return Arrival(handover, replace(match, candidates=chosen, grids=grids), lease)
 
         def undo(arrival: Arrival) -> None:
-            self.pool.return_handover(target.path, arrival.handover, arrival.match.grids or {})
+            self.pool.return_handover(arrival.lease.path, arrival.handover, arrival.match.grids or {})
             arrival.lease.release()
 
         return self._waiters.add(f"the hand-over of a prompt of {len(target)} tokens", attempt, undo)
@@ -428,12 +516,14 @@ class Store:
         extras: Iterable[ExtraInput] = (),
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
+        coverage: Coverage | None = None,
+        accept_coverage: bool = False,
     ) -> Handle[Match]:
         """Resolves once a resume point of at least `tokens` tokens is there; see `Match.pending_tokens`."""
-        target = self._as_prompt(prompt, salt, adapter, extras)
+        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
 
         def attempt() -> Match | None:
-            match = self.match(target, shard=shard, grid=grid)
+            match = self.match(target, shard=shard, grid=grid, accept_coverage=accept_coverage)
             return match if match.tokens >= tokens else None
 
         return self._waiters.add(f"a resume point of {tokens} tokens", attempt)

@@ -14,7 +14,7 @@ from kvstore.handle import Handle
 from kvstore.limits import JOINT_COMMIT_DEADLINE_S, TRANSFER_PRIORITY_DEFAULT
 from kvstore.spec import ReuseRule
 from kvstore.store.fill import (
-    SpanRecords,
+    TensorPlace,
     TensorPut,
     TokenBlocks,
     checksum_pieces,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvstore.abc import TransportOptions
     from kvstore.pool import BaseTransaction, HandOver, Prompt
     from kvstore.record.array_view import ArrayView
-    from kvstore.spec import ModelSpec, Shard
+    from kvstore.spec import Coverage, ModelSpec, Shard
     from kvstore.store.lease import Lease
     from kvstore.store.store import Store
     from kvstore.transfer import TransferObserver, TransferReport
@@ -65,11 +65,18 @@ class Writer:
         shard: whose share is written.
         prompt: what is written.
         resume_at: lengths at which this writer stores states.
+        coverage: which tokens of each layer will be put; None if all.
         transaction: the reserved records.
     """
 
     def __init__(
-        self, store: Store, prompt: Prompt, transaction: BaseTransaction, resume_at: tuple[int, ...], shard: Shard
+        self,
+        store: Store,
+        prompt: Prompt,
+        transaction: BaseTransaction,
+        resume_at: tuple[int, ...],
+        shard: Shard,
+        coverage: Coverage | None = None,
     ) -> None:
         self.prompt = prompt
         self.resume_at = resume_at
@@ -78,9 +85,10 @@ class Writer:
         self.spec: ModelSpec = store.spec
         self.shard = shard
         self._lock = threading.RLock()
-        self._spans: dict[tuple[int, int], SpanRecords] = spans_of(transaction)
+        self.coverage = coverage
+        self._masks = {} if coverage is None else {layer: coverage.mask(layer) for layer, _ in coverage.layers}
+        self._spans = spans_of(transaction, self._masks)
         self._claimed: dict[tuple[int, int, int], IntervalSet] = {}
-        self._filled: dict[tuple[int, int, int], IntervalSet] = {}
         self._claimed_states: set[tuple[int, int, int, int]] = set()
         self._whole_pieces = np.zeros(len(transaction.records), np.int64)
         self._costs_s = np.zeros(len(transaction.records))
@@ -115,7 +123,8 @@ class Writer:
 
         Args:
             layer: model layer number.
-            tokens: the range, counted from the start of the prompt; no step.
+            tokens: the range, counted from the start of the prompt; no step. Of a layer that does not hold all of
+                them (`coverage=`), the arrays have those that it holds alone, in their order.
             cost_s: seconds of prefill that these tokens of this layer took, if known.
             tensors: arrays by the spec's tensor names, each `[rows, tokens, *inner]`, on the host.
 
@@ -124,15 +133,18 @@ class Writer:
             SpecError: the layer has no such tensor.
         """
         start, stop = self._range(tokens)
+        mask = self._masks.get(layer)
+        count = stop - start if mask is None else int(np.count_nonzero(mask[start:stop]))
         with self.transaction.moving():
             checked = []
             for name, array in tensors.items():
                 group, index = self._tensor(layer, name, ReuseRule.ATTENTION)
                 what = f"{name!r} of layer {layer}, tokens {start} to {stop},"
-                view = host_view(array, self.spec.groups[group], index, self.shard, stop - start, what, WriteError)
+                view = host_view(array, self.spec.groups[group], index, self.shard, count, what, WriteError)
                 checked.append((group, index, view, what))
             self._claim(layer, [(group, index, what) for group, index, _, what in checked], start, stop)
-            self._put_tokens(self._reserved(layer, checked), start, stop, cost_s / max(1, len(checked)))
+            if count:
+                self._put_tokens(self._reserved(layer, checked), start, stop, cost_s / max(1, len(checked)))
 
     def put_state(self, layer: int, *, at: int, cost_s: float = 0.0, **tensors: Any) -> None:
         """Store state tensors of one layer after exactly `at` tokens.
@@ -208,47 +220,34 @@ class Writer:
 
     def _reserved(self, layer: int, checked: list[tuple[int, int, ArrayView, str]]) -> list[TensorPut]:
         """Those of a put's tensors that lie in a span of which anything is reserved."""
-        puts = []
-        for group, index, view, what in checked:
-            span = self._spans.get((group, self.spec.span_of_layer[group, layer]))
-            if span is not None:
-                puts.append(TensorPut(span, layer, group, index, view, what))
-        return puts
+        return [
+            TensorPut(span, layer, index, view)
+            for group, index, view, _ in checked
+            for span in self._spans.get((group, self.spec.span_of_layer[group, layer]), ())
+        ]
 
     def _put_tokens(self, puts: list[TensorPut], start: int, stop: int, cost_s: float) -> None:
         """Copy tokens that have been claimed; checksum and report the pieces that are whole now."""
         block, end = self.spec.block_tokens, self.transaction.path.tokens
+        mask = self._masks.get(puts[0].layer) if puts else None
         # The tensors of a layer mostly lie in one span.
         spans = {id(put.span): put.span for put in puts}
-        blocks_of = {known: TokenBlocks(span, start, stop, block, end) for known, span in spans.items()}
+        blocks_of = {known: TokenBlocks(span, start, stop, block, end, mask) for known, span in spans.items()}
         placed = [(put, blocks_of[id(put.span)]) for put in puts]
         gather_tokens(placed, self.shard)
+        arrived = []
         with self._lock:
-            arrived = [(put, blocks, self._tokens_arrived(put, blocks, start, stop, cost_s)) for put, blocks in placed]
+            for put, blocks in placed:
+                if cost_s:
+                    np.add.at(self._costs_s, blocks.records, blocks.counts / put.view.shape[1] * cost_s)
+                arrived.append((put, *blocks.arrived(put.span.left(put.layer, put.tensor))))
         # A piece becomes whole by one put only, so no other thread checksums or counts it.
-        checksum_pieces(
-            [
-                (put, blocks.nodes[is_whole & ~blocks.is_filled])
-                for put, blocks, is_whole in arrived
-                if not blocks.are_all_filled
-            ]
-        )
+        checksum_pieces([(put, unsummed) for put, _, unsummed in arrived if unsummed.size])
         with self._lock:
-            for put, blocks, is_whole in arrived:
-                self._pieces_arrived(put, blocks.records[is_whole])
+            for put, whole, _ in arrived:
+                self._pieces_arrived(put, put.span.index[whole])
 
-    def _tokens_arrived(
-        self, put: TensorPut, blocks: TokenBlocks, start: int, stop: int, cost_s: float
-    ) -> npt.NDArray[np.bool_]:
-        """Tokens of one tensor have been copied: whether each block has all of its tokens since then."""
-        filled = self._filled.setdefault((put.layer, put.group, put.tensor), IntervalSet())
-        left, right = filled.add(start, stop)
-        if cost_s:
-            self._costs_s[blocks.records] += blocks.counts / (stop - start) * cost_s
-        is_whole: npt.NDArray[np.bool_] = (blocks.begin >= left) & (blocks.end <= right)
-        return is_whole
-
-    def _pieces_arrived(self, put: TensorPut, records: npt.NDArray[np.int64]) -> None:
+    def _pieces_arrived(self, put: TensorPlace, records: npt.NDArray[np.int64]) -> None:
         """The pieces of one tensor in records are whole and checksummed: report them, seal what is complete."""
         pieces = put.pieces
         if not records.size or not pieces:
@@ -289,18 +288,37 @@ class Writer:
         with self.transaction.moving():
             for group in self.spec.attention_groups:
                 for layer in self.spec.groups[group].layers:
+                    mask = self._masks.get(layer)
+                    held = slice(None) if mask is None else mask[start : lease.tokens]
                     for index, tensor in enumerate(self.spec.groups[group].tensors):
-                        span = self._spans.get((group, self.spec.span_of_layer[group, layer]))
-                        if span is None or span.index[start // block] < 0:
+                        spans = self._spans.get((group, self.spec.span_of_layer[group, layer]), ())
+                        span = next((span for span in spans if span.index[start // block] >= 0), None)
+                        if span is None:
                             continue
-                        array = lease.layer(layer).read(tensor.name)[:, start:]
+                        array = lease.layer(layer).read(tensor.name)[:, start:][:, held]
                         what = f"{tensor.name!r} of layer {layer} in the tail"
-                        view = host_view(
-                            array, self.spec.groups[group], index, self.shard, lease.tokens - start, what, WriteError
-                        )
                         self._claim(layer, [(group, index, what)], start, lease.tokens)
-                        put = TensorPut(span, layer, group, index, view, what)
-                        self._put_tokens([put], start, lease.tokens, 0.0)
+                        if not array.shape[1]:
+                            continue
+                        view = host_view(
+                            array, self.spec.groups[group], index, self.shard, array.shape[1], what, WriteError
+                        )
+                        self._put_tokens([TensorPut(span, layer, index, view)], start, lease.tokens, 0.0)
+
+    def fill_uncovered(self) -> None:
+        """For `Store.write`: pieces of which no token will come are whole: zeros, as everything that is not held."""
+        with self.transaction.moving():
+            for (group, _), spans in self._spans.items():
+                for span in spans:
+                    for layer in span.layout.span.layers:
+                        if layer not in self._masks or self.spec.groups[group].rule is not ReuseRule.ATTENTION:
+                            continue
+                        for index in span.layout.columns:
+                            place = TensorPlace(span, layer, index)
+                            nodes = np.flatnonzero((span.index >= 0) & (span.left(layer, index) == 0))
+                            checksum_pieces([(place, nodes)])
+                            with self._lock:
+                                self._pieces_arrived(place, span.index[nodes])
 
     def send(
         self,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore.spec import WHOLE, CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec
+from kvstore.spec.coverage import mask_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -91,16 +92,27 @@ def _window(layers: tuple[int, ...], window_tokens: int) -> CacheGroup:
 
 
 def token_seeds(prompt: Prompt) -> npt.NDArray[np.uint64]:
-    """One number per token that depends on it, all before it, and what they are cached under."""
+    """One number per token that depends on it, all before it, which of them are held, and what all are cached under."""
     extras = {extra.position: b"" for extra in prompt.extras}
     for extra in sorted(prompt.extras, key=lambda extra: (extra.position, extra.data)):
         extras[extra.position] += len(extra.data).to_bytes(4, "little") + extra.data
     digest = hashlib.blake2b(prompt.path.root, digest_size=16)
     seeds = []
     for position, token_id in enumerate(prompt.token_ids.tolist()):
-        digest.update(token_id.to_bytes(4, "little") + extras.get(position, b""))
+        digest.update(token_id.to_bytes(4, "little") + extras.get(position, b"") + _held_at(prompt, position))
         seeds.append(int.from_bytes(digest.copy().digest()[:8], "little"))
     return np.array(seeds, np.uint64)
+
+
+def _held_at(prompt: Prompt, position: int) -> bytes:
+    """Which attention layers hold a token, if not all do."""
+    block, at = divmod(position, prompt.path.block_tokens)
+    mask = prompt.masks.get(block)
+    if mask is None:
+        return b""
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")
+    held = bits.reshape(-1, mask_bytes(prompt.path.block_tokens) * 8)[:, at]
+    return b"" if held.all() else held.tobytes()
 
 
 def token_values(
@@ -174,12 +186,13 @@ def tensors_of(spec: ModelSpec, rule: ReuseRule) -> list[tuple[int, tuple[str, .
 
 
 def put_tokens(writer: Writer, start: int, stop: int, *, layer: int | None = None) -> None:
-    """Put tokens `[start, stop)` of one attention layer, or of all."""
+    """Put tokens `[start, stop)` of one attention layer, or of all: those that the writer is to hold."""
     spec, shard = writer.spec, writer.shard
     for number, names in tensors_of(spec, ReuseRule.ATTENTION):
         if layer in (None, number):
+            held = slice(None) if writer.coverage is None else writer.coverage.mask(number)[start:stop]
             values: dict[str, Any] = {
-                name: token_values(spec, writer.prompt, number, name, start, stop, shard) for name in names
+                name: token_values(spec, writer.prompt, number, name, start, stop, shard)[:, held] for name in names
             }
             writer.put(number, tokens=slice(start, stop), **values)
 
@@ -204,17 +217,20 @@ def put_all(writer: Writer, *, start: int = 0) -> None:
 
 
 def check_lease(lease: Lease, prompt: Prompt) -> None:
-    """Read everything and compare it with what it must be.
+    """Read everything and compare it with what it must be: zeros where a layer does not hold a token.
 
     Raises:
         AssertionError: some value is not that of this prompt's prefix.
     """
+    masks = lease.path.masks
+    prompt = prompt.exact.with_masks(masks) if masks else prompt.exact
     for group in lease.spec.groups:
         for layer in group.layers:
             for tensor in group.tensors:
                 found = lease.layer(layer).read(tensor.name)
                 if group.rule is ReuseRule.ATTENTION:
                     expected = token_values(lease.spec, prompt, layer, tensor.name, 0, lease.tokens, lease.shard)
+                    expected[:, ~lease.layer(layer).mask] = 0
                 else:
                     expected = state_values(lease.spec, prompt, layer, tensor.name, lease.tokens, lease.shard)
                 what = f"{tensor.name!r} of layer {layer} after {lease.tokens} tokens"

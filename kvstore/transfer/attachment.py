@@ -24,6 +24,7 @@ from kvstore.errors import (
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, KIB, MIB
 from kvstore.transfer.branch import Branch
 from kvstore.transfer.frames import FLAG_REMOTE, PIECE_ROW_BYTES, Kind
+from kvstore.transfer.greeting import check_takes
 from kvstore.transfer.messages import (
     PIECE_ROW,
     Abort,
@@ -163,6 +164,7 @@ class Attachment:
         self._progress_deadline_s = link.progress_deadline_s
         self._frame_bytes_max = self._frame_bytes(greeted.theirs)
         self._frame_pieces_ok(greeted.theirs)
+        check_takes(owner.offer, greeted.theirs, owner.address)
         self._is_one_sided = greeted.is_one_sided
         self._may_join = greeted.may_join
         reader = threading.Thread(target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True)

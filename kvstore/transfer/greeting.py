@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvstore.errors import PeerMismatchError
+from kvstore.errors import PeerMismatchError, ProtocolError, TransferError
 from kvstore.limits import FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX
 from kvstore.transfer.frames import PROTOCOL_VERSION
 from kvstore.transfer.messages import Feature, Hello
@@ -12,6 +12,7 @@ from kvstore.transfer.messages import Feature, Hello
 if TYPE_CHECKING:
     from kvstore.abc import Connection
     from kvstore.spec import ModelSpec
+    from kvstore.transfer.offer import Offer
     from kvstore.transfer.settings import TransferSettings
 
 
@@ -24,7 +25,9 @@ def make_hello(
         fingerprint=spec.fingerprint,
         model=spec.model,
         progress_deadline_ms=max(1, round(settings.progress_deadline_s * 1000)),
-        features=(Feature.GET if connection.supports_get else 0) | (Feature.JOIN | Feature.REJOIN if can_join else 0),
+        features=(Feature.GET if connection.supports_get else 0)
+        | (Feature.JOIN | Feature.REJOIN if can_join else 0)
+        | Feature.SPARSE,
         frame_payload_bytes_max=FRAME_PAYLOAD_BYTES_MAX,
         frame_pieces_max=FRAME_PIECES_MAX,
         version_min=PROTOCOL_VERSION,
@@ -49,6 +52,29 @@ def check_hello(ours: Hello, theirs: Hello, peer_address: str) -> None:
             f"{ours.model!r} with {ours.fingerprint.hex()[:16]}; their caches are not interchangeable: both nodes need "
             "the same model spec (weights, block size, dtypes)"
         )
+
+
+def check_takes(offer: Offer, theirs: Hello, peer_address: str) -> None:
+    """Before an offer is sent: whether the peer can take what it brings.
+
+    Raises:
+        TransferError: layers hold only some tokens, which the peer does not know of.
+    """
+    if offer.path.sparse and not theirs.features & Feature.SPARSE:
+        raise TransferError(
+            f"{peer_address} does not take sparse records, whose layers hold only some tokens; use a release of "
+            "kvstore there that does, or send a resume point that holds every token"
+        )
+
+
+def check_may_offer(offer: Offer, theirs: Hello | None) -> None:
+    """After an offer has come: whether the peer said that it would make such offers.
+
+    Raises:
+        ProtocolError: it did not.
+    """
+    if offer.path.sparse and (theirs is None or not theirs.features & Feature.SPARSE):
+        raise ProtocolError("OFFER has a coverage table, which the sender's HELLO did not announce")
 
 
 def may_join(ours: Hello, theirs: Hello) -> bool:

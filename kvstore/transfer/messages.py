@@ -45,6 +45,8 @@ class Feature(enum.IntFlag):
     """QUERY, CANDIDATES and FETCH. Reserved."""
     JOIN = 4
     """Further connections that carry pieces of a transfer."""
+    SPARSE = 8
+    """Offers of which layers hold only some tokens."""
     REJOIN = 32
     """Further connections that stay open after their attachment, and join another one."""
 

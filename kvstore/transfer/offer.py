@@ -14,13 +14,14 @@ from kvstore.limits import (
     BLOCK_TOKENS_MAX,
     CHECKPOINTS_PER_WRITE_MAX,
     FRAME_PAYLOAD_BYTES_MAX,
+    LAYERS_MAX,
     OFFER_RECORDS_MAX,
     PROMPT_TOKENS_MAX,
     SALT_BYTES_MAX,
 )
 from kvstore.pool.arrays import RecordArrays
-from kvstore.pool.path import NodePath
-from kvstore.pool.rows import RecordNames, valid_tokens
+from kvstore.pool.path import NodePath, SparseNode, wrong_sparse
+from kvstore.pool.rows import RecordNames, layouts_of, valid_tokens
 from kvstore.record import record_layout
 from kvstore.spec import UnitRange
 from kvstore.transfer.pieces import pieces_bytes
@@ -29,7 +30,6 @@ from kvstore.wire import Reader, check_zero
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvstore.record import RecordLayout
     from kvstore.spec import ModelSpec
     from kvstore.transfer.messages import Rows
 
@@ -39,6 +39,8 @@ KEY_BYTES = 32
 
 CODEC_RAW = 0
 COVERAGE_ALL = 0
+COVERAGE_TOKENS = 1
+"""The record's node is in the coverage table, which says which tokens each layer holds."""
 
 OFFER_RECORD = np.dtype(
     [
@@ -57,6 +59,8 @@ OFFER_RECORD = np.dtype(
 )
 NAME_FIELDS = ("node", "group", "span", "unit_start", "unit_stop")
 _OFFER = struct.Struct("<HHHHIIIIQIIB7x")
+_COVERAGE = struct.Struct("<II")
+_SPARSE_NODE = struct.Struct("<I32s")
 
 assert OFFER_RECORD.itemsize == 32
 
@@ -68,6 +72,8 @@ class OfferFlag(enum.IntFlag):
     """A hand-over: a tail that exists only for it disappears once it is claimed."""
     COMPLETE = 2
     """Every piece and its checksum exist already; otherwise they come while they are computed."""
+    SPARSE = 4
+    """Layers hold only some tokens of some blocks: a coverage table ends the offer. Only with `Feature.SPARSE`."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,9 @@ class Offer:
         parts.extend(self.grids)
         parts.append(self.records.tobytes())
         parts.append(self.salt)
+        if path.sparse:
+            parts.append(_COVERAGE.pack(len(path.sparse), len(path.sparse[0].mask)))
+            parts.extend(_SPARSE_NODE.pack(each.node, each.whole_key) + each.mask for each in path.sparse)
         packed = b"".join(parts)
         if len(packed) > FRAME_PAYLOAD_BYTES_MAX or len(self.records) > OFFER_RECORDS_MAX:
             raise TransferError(
@@ -137,7 +146,7 @@ class Offer:
         reader = Reader(data, "OFFER")
         counts = reader.fixed(_OFFER)
         flags, salt_bytes, block, tail, keys, resumes, grids, records, total, deadline_ms, zero, priority = counts
-        check_zero("OFFER", zero, any(data[_OFFER.size - 7 : _OFFER.size]), flags & ~3)
+        check_zero("OFFER", zero, any(data[_OFFER.size - 7 : _OFFER.size]), flags & ~7)
         _check_count("tokens per block", block, 1, BLOCK_TOKENS_MAX)
         _check_count("salt bytes", salt_bytes, 0, SALT_BYTES_MAX)
         _check_count("tail tokens", tail, 0, block - 1)
@@ -153,12 +162,24 @@ class Offer:
         grid_bytes = reader.bytes(KEY_BYTES * grids)
         rows = reader.rows(OFFER_RECORD, records)
         salt = reader.bytes(salt_bytes)
+        sparse = _read_coverage(reader, keys + (tail > 0)) if flags & OfferFlag.SPARSE else ()
         reader.finish()
-        path = NodePath(root, block, _digests(key_bytes), tail_key, tail_ids)
+        path = NodePath(root, block, _digests(key_bytes), tail_key, tail_ids, sparse)
         if list(resume_tokens) != sorted(set(resume_tokens)) or any(path.node_at(n) is None for n in resume_tokens):
             raise ProtocolError("OFFER names resume points that are not ascending ends of its prefix nodes")
         grid_digests = _digests(grid_bytes)
         return cls(path, salt, resume_tokens, grid_digests, rows, total, deadline_ms, priority, OfferFlag(flags))
+
+
+def _read_coverage(reader: Reader, nodes: int) -> tuple[SparseNode, ...]:
+    count, mask_bytes = reader.fixed(_COVERAGE)
+    _check_count("sparse nodes", count, 1, nodes)
+    _check_count("bytes of a coverage", mask_bytes, 1, LAYERS_MAX * (BLOCK_TOKENS_MAX // 8))
+    sparse = []
+    for _ in range(count):
+        node, whole_key = reader.fixed(_SPARSE_NODE)
+        sparse.append(SparseNode(node, whole_key, reader.bytes(mask_bytes)))
+    return tuple(sparse)
 
 
 def offer_rows(arrays: RecordArrays) -> tuple[Rows, tuple[bytes, ...]]:
@@ -169,7 +190,10 @@ def offer_rows(arrays: RecordArrays) -> tuple[Rows, tuple[bytes, ...]]:
     for column, field in enumerate(NAME_FIELDS):
         rows[field] = arrays.names.table[:, column]
     rows["grid"] = arrays.digest_numbers
-    rows["codec"], rows["coverage"] = CODEC_RAW, COVERAGE_ALL
+    rows["codec"] = CODEC_RAW
+    rows["coverage"] = arrays.by_layout(
+        COVERAGE_TOKENS if layout.is_sparse else COVERAGE_ALL for layout in arrays.layouts
+    )
     rows["pieces"] = arrays.by_layout(len(layout.pieces) for layout in arrays.layouts)
     rows["valid_tokens"] = arrays.valid_tokens
     rows["size_bytes"] = arrays.by_layout(pieces_bytes(layout) for layout in arrays.layouts)
@@ -193,17 +217,26 @@ def check_offer(offer: Offer, spec: ModelSpec) -> RecordArrays:
     _refuse(span >= spans[group], "names a span that does not exist")
     grids = rows["grid"].astype(np.int64)
     _refuse(grids >= len(offer.grids), f"names a chunk grid of which there are {len(offer.grids)}")
-    is_other = (rows["codec"] != CODEC_RAW) | (rows["coverage"] != COVERAGE_ALL)
-    _refuse(is_other, "has another codec or coverage than 0; version 1 moves raw, whole records")
+    wrong = wrong_sparse(spec, path, path.sparse)
+    if wrong is not None:
+        raise ProtocolError(f"OFFER {wrong}")
+    _refuse(rows["codec"] != CODEC_RAW, "has another codec than 0; version 1 moves raw records")
+    is_sparse = np.isin(node, list(path.masks)) & np.isin(group, spec.attention_groups)
+    _refuse(
+        rows["coverage"] != np.where(is_sparse, COVERAGE_TOKENS, COVERAGE_ALL),
+        "has another coverage than the offer's coverage table says; that of states is 0",
+    )
     units = np.array([spec.groups[number].unit_count for number in range(len(spec.groups))], np.int64)
     _refuse((columns[3] >= columns[4]) | (columns[4] > units[group]), "names shard units that its group does not have")
     names = RecordNames(np.stack(columns, axis=1).astype(np.uint64))
     classes, numbers = names.classes
-    layouts = [_layout(spec, each) for each in classes]
+    for each in classes:
+        _check_class(spec, each)
     _, first = np.unique(node * len(classes) + numbers, return_index=True)
     is_repeated = np.ones(len(rows), np.bool_)
     is_repeated[first] = False
     _refuse(is_repeated, "is named twice")
+    layouts, numbers = layouts_of(spec, path, names)
     pieces = np.array([len(layout.pieces) for layout in layouts], np.int64)[numbers]
     sizes = np.array([pieces_bytes(layout) for layout in layouts], np.int64)[numbers]
     is_other = (rows["pieces"] != pieces) | (rows["size_bytes"] != sizes.astype(np.uint64))
@@ -228,11 +261,11 @@ def _refuse(is_wrong: npt.NDArray[np.bool_], how: str) -> None:
         raise ProtocolError(f"record {wrong[0]} of the offer {how}")
 
 
-def _layout(spec: ModelSpec, each: tuple[int, int, int, int]) -> RecordLayout:
+def _check_class(spec: ModelSpec, each: tuple[int, int, int, int]) -> None:
     """Raises `ProtocolError` for units that hold nothing."""
     group, span, start, stop = each
     try:
-        return record_layout(spec, group, span, UnitRange(start, stop))
+        record_layout(spec, group, span, UnitRange(start, stop))
     except SpecError as error:
         raise ProtocolError(f"the offer names units {start} to {stop} of group {group}: {error}") from error
 

@@ -88,6 +88,7 @@ class OutgoingTransfer:
         self._on_end = on_end
         rows, grids = offer_rows(source.table)
         flags = OfferFlag.HANDOVER if source.is_transient else OfferFlag(0)
+        flags |= OfferFlag.SPARSE if source.path.sparse else OfferFlag(0)
         self.offer = Offer(
             path=source.path,
             salt=source.salt,

@@ -23,7 +23,7 @@ from kvstore.errors import (
 from kvstore.limits import CONNECTIONS_PER_TRANSFER_MAX
 from kvstore.transfer.arrival import get_pieces, receive_pieces
 from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind, parse_header
-from kvstore.transfer.greeting import check_hello, make_hello, may_join, may_rejoin, uses_get
+from kvstore.transfer.greeting import check_hello, check_may_offer, make_hello, may_join, may_rejoin, uses_get
 from kvstore.transfer.inbox import OfferRefusedError
 from kvstore.transfer.incoming import Attached
 from kvstore.transfer.joined import Joined
@@ -379,7 +379,9 @@ class Session:
         if self._answer_outcome(header.transfer, is_offer=True):
             return
         try:
-            incoming = self._inbox.attach(self, header.transfer, Offer.parse(payload))
+            offer = Offer.parse(payload)
+            check_may_offer(offer, self._peer)
+            incoming = self._inbox.attach(self, header.transfer, offer)
         except PoolError as error:
             if not error.retryable:
                 self._refuse(header.transfer, AbortCode.TOO_LARGE, str(error))

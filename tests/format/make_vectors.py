@@ -110,7 +110,12 @@ CASES: dict[str, tuple[str, CacheGroup, UnitRange, int]] = {
     ),
     "mamba2_shard_first": ("the first of two shards holds the replicated groups", MAMBA2, UnitRange(0, 2), 8),
     "mamba2_shard_second": ("the second does not", MAMBA2, UnitRange(2, 4), 8),
+    "attention_sparse": ("a tail of which the layers hold two tokens and one of three", ATTENTION, UnitRange(0, 2), 7),
 }
+HELD: dict[str, dict[int, list[bool]]] = {
+    "attention_sparse": {1: [True, False, True], 3: [False, True, False]},
+}
+"""Which tokens each layer holds, of records that do not hold all."""
 
 
 def values(dtype: str, shape: tuple[int, ...], source: random.Random) -> Any:
@@ -135,13 +140,21 @@ def make_twin(name: str) -> dict[str, Any]:
         rows = sum(len(group.segment_units(segment, units)) * segment.unit_rows for segment in tensor.segments)
         shape = tensor.shape(rows, valid_tokens)
         label = tensor.dtype.label
+        numbers = values(label, shape, source)
+        if name in HELD:
+            zeros = [[[0.0] * len(token) for token in row] for row in numbers]
+            held = HELD[name][layer]
+            numbers = [
+                [token if is_held else zero for token, zero, is_held in zip(row, empty, held, strict=True)]
+                for row, empty in zip(numbers, zeros, strict=True)
+            ]
         tensors.append(
             {
                 "layer": layer,
                 "name": tensor.name,
                 "dtype": label,
                 "shape": list(shape),
-                "values": values(label, shape, source),
+                "values": numbers,
             }
         )
     twin = {
@@ -149,6 +162,7 @@ def make_twin(name: str) -> dict[str, Any]:
         "format_version": 1,
         "spec": json.loads(spec.to_json()),
         "record": {"group": group.name, "span": 0, "units": [units.start, units.stop]},
+        **({"held": [HELD[name][layer] for layer in group.layers]} if name in HELD else {}),
         "header": {
             "key": sha256(f"key of {name}".encode()).hexdigest(),
             "parent": sha256(f"parent of {name}".encode()).hexdigest(),

@@ -39,6 +39,7 @@ class PlainRecord:
         tensors: values by (layer, name), `[rows, valid tokens, *inner]` or `[rows, *inner]`.
         logical: Arrow's own view by (layer, name): `[capacity tokens, rows, *inner]` for tensors with tokens.
         pieces: (layer, tensor, segment, unit, offset, size in bytes, checksum) in piece order.
+        held: which of the valid tokens each layer holds; None if all.
     """
 
     metadata: dict[str, str]
@@ -46,6 +47,7 @@ class PlainRecord:
     tensors: dict[tuple[int, str], npt.NDArray[Any]]
     logical: dict[tuple[int, str], npt.NDArray[Any]]
     pieces: list[tuple[int, str, str, int, int, int, int]]
+    held: list[list[bool]] | None
 
 
 def read(stream: bytes) -> PlainRecord:
@@ -63,7 +65,7 @@ def read(stream: bytes) -> PlainRecord:
     tensors: dict[tuple[int, str], npt.NDArray[Any]] = {}
     logical: dict[tuple[int, str], npt.NDArray[Any]] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if field.name == "crc32c":
+        if field.name in ("crc32c", "coverage"):
             continue
         dtype = field.metadata[b"kvstore.dtype"].decode()
         for layer, physical, ordered in zip(
@@ -77,14 +79,22 @@ def read(stream: bytes) -> PlainRecord:
     pieces = _pieces(batch, layers, header_bytes)
     for *_, offset, size_bytes, checksum in pieces:
         assert crc32c(record[offset : offset + size_bytes]) == checksum
-    _check_metadata(stream, schema_bytes, header_bytes, header["kvstore.metadata_crc32c"], [p[-1] for p in pieces])
-    return PlainRecord(metadata, header, tensors, logical, pieces)
+    held = None
+    column = b"".join(struct.pack("<I", piece[-1]) for piece in pieces)
+    if metadata["kvstore.coverage"] == "tokens":
+        masks = [bytes(row.as_py()) for row in batch.column("coverage")]
+        held = [[bool(mask[token // 8] >> token % 8 & 1) for token in range(valid)] for mask in masks]
+        column += bytes(-len(column) % 8) + b"".join(masks)
+    else:
+        assert metadata["kvstore.coverage"] == "all"
+    _check_metadata(stream, schema_bytes, header_bytes, header["kvstore.metadata_crc32c"], column)
+    return PlainRecord(metadata, header, tensors, logical, pieces, held)
 
 
 def _pieces(
     batch: pa.RecordBatch, layers: list[int], header_bytes: int
 ) -> list[tuple[int, str, str, int, int, int, int]]:
-    fields = [field for field in batch.schema if field.name != "crc32c"]
+    fields = [field for field in batch.schema if field.name not in ("crc32c", "coverage")]
     starts = {}
     end = header_bytes
     for field in fields:
@@ -106,9 +116,8 @@ def _pieces(
     return pieces
 
 
-def _check_metadata(stream: bytes, schema_bytes: int, header_bytes: int, stored: str, checksums: list[int]) -> None:
+def _check_metadata(stream: bytes, schema_bytes: int, header_bytes: int, stored: str, column: bytes) -> None:
     header = stream[schema_bytes : schema_bytes + header_bytes]
     assert header.count(stored.encode()) == 1
     blank = header.replace(stored.encode(), b"crc32c:00000000")
-    column = b"".join(struct.pack("<I", checksum) for checksum in checksums)
     assert stored == f"crc32c:{crc32c(stream[:schema_bytes] + blank + column):08x}"

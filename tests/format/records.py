@@ -58,11 +58,12 @@ def toy_spec(weights: str = "w", *, heads: int = 2, dtype: DType = DType.FLOAT32
 
 
 def fill(layout: RecordLayout, header: RecordHeader, seed: int = 0) -> Record:
-    """A sealed record of random bytes."""
+    """A sealed record of random bytes; a sparse one holds the first token of each layer."""
     memory = bytearray(random.Random(seed).randbytes(layout.slot_bytes))
     record = Record(layout, memoryview(memory))
     for piece in range(len(layout.pieces)):
         record.piece(piece)[:] = random.Random((seed, piece).__repr__()).randbytes(len(record.piece(piece)))
+    record.coverage[:] = b"\1" * layout.coverage_bytes
     record.checksums[:] = record.compute_checksums()
     record.seal(header)
     return record
@@ -76,6 +77,11 @@ def attention_record(spec: ModelSpec | None = None, units: UnitRange | None = No
 def state_record(units: UnitRange | None = None) -> Record:
     spec = toy_spec()
     return fill(record_layout(spec, 1, 0, units or spec.groups[1].all_units), STATE_HEADER)
+
+
+def sparse_record() -> Record:
+    spec = toy_spec()
+    return fill(record_layout(spec, 0, 0, spec.groups[0].all_units, is_sparse=True), HEADER)
 
 
 RECORDS = [attention_record, state_record]

@@ -17,7 +17,17 @@ from kvstore.record.header import FIELD_WIDTHS
 from kvstore.record.schema import ARROW_STORAGE
 from tests.format import make_vectors, plain_reader
 from tests.format.float_bits import storage_of, values_of
-from tests.format.twin import NAMES, VECTORS, header_of, load_golden, load_twin, record_of, spec_of, stream_of
+from tests.format.twin import (
+    NAMES,
+    VECTORS,
+    coverage_of,
+    header_of,
+    load_golden,
+    load_twin,
+    record_of,
+    spec_of,
+    stream_of,
+)
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/format.md"
@@ -64,6 +74,7 @@ def test_the_reader_finds_what_the_twin_says(name: str) -> None:
         for p in framing["pieces"]
     ]
     assert [tuple(vars(piece).values()) for piece in found.pieces] == pieces
+    assert found.coverage == (coverage_of(twin) if "held" in twin else None)
     for tensor in twin["tensors"]:
         stored = found.tensor(tensor["layer"], tensor["name"])
         valid = stored[:, : found.header.valid_tokens] if found.fields.capacity_tokens else stored
@@ -90,6 +101,7 @@ def test_a_reader_without_kvstore_agrees(name: str) -> None:
     twin = load_twin(name)
     record = plain_reader.read(load_golden(name))
     assert record.metadata == twin["framing"]["schema_metadata"]
+    assert record.held == twin.get("held")
     assert record.header["kvstore.metadata_crc32c"] == twin["framing"]["metadata_crc32c"]
     assert [(piece[4], piece[5], f"{piece[6]:08x}") for piece in record.pieces] == [
         (piece["offset"], piece["size_bytes"], piece["crc32c"]) for piece in twin["framing"]["pieces"]

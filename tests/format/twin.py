@@ -30,10 +30,11 @@ def spec_of(twin: dict[str, Any]) -> ModelSpec:
 
 
 def record_of(twin: dict[str, Any]) -> Record:
-    """Fill and seal a record with the twin's tensors. Only `spec`, `record`, `header` and `tensors` are looked at."""
+    """Fill and seal a record with the twin's tensors. What it says of the framing is not looked at."""
     spec = spec_of(twin)
     group = next(index for index, group in enumerate(spec.groups) if group.name == twin["record"]["group"])
-    layout = record_layout(spec, group, twin["record"]["span"], UnitRange(*twin["record"]["units"]))
+    units = UnitRange(*twin["record"]["units"])
+    layout = record_layout(spec, group, twin["record"]["span"], units, "held" in twin)
     record = Record(layout, memoryview(bytearray(layout.record_bytes)))
     for tensor in twin["tensors"]:
         index = next(i for i, known in enumerate(layout.group.tensors) if known.name == tensor["name"])
@@ -48,9 +49,16 @@ def record_of(twin: dict[str, Any]) -> Record:
             size_bytes = layout.pieces[piece].size_bytes
             record.piece(piece)[:] = data[:size_bytes]
             data = data[size_bytes:]
+    if "held" in twin:
+        record.coverage[:] = coverage_of(twin)
     record.checksums[:] = record.compute_checksums()
     record.seal(header_of(twin))
     return record
+
+
+def coverage_of(twin: dict[str, Any]) -> bytes:
+    """The coverage column: a byte per layer, since a block has four tokens."""
+    return bytes(sum(is_held << token for token, is_held in enumerate(held)) for held in twin["held"])
 
 
 def header_of(twin: dict[str, Any]) -> RecordHeader:

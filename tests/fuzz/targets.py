@@ -31,9 +31,9 @@ from kvstore.transfer.messages import (
     parse_piece_table,
 )
 from kvstore.transfer.offer import Offer, check_offer
-from tests.format.records import RECORDS
+from tests.format.records import RECORDS, sparse_record
 from tests.fuzz.attached_targets import MESSAGES, REFUSALS
-from tests.unit.test_messages import small_offer, small_spec
+from tests.unit.test_messages import small_offer, small_spec, sparse_offer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +108,7 @@ def _offers() -> Target:
     def parse(data: bytes) -> None:
         check_offer(Offer.parse(memoryview(data)), spec)
 
-    return Target((small_offer(spec).pack(),), parse, (ProtocolError,))
+    return Target((small_offer(spec).pack(), sparse_offer(spec).pack()), parse, (ProtocolError,))
 
 
 def _piece_tables() -> Target:
@@ -117,7 +117,7 @@ def _piece_tables() -> Target:
 
 
 def _records() -> Target:
-    seeds = tuple(write_record_stream(make()) for make in RECORDS)
+    seeds = tuple(write_record_stream(make()) for make in (*RECORDS, sparse_record))
     return Target(seeds, read_record_stream, (RecordError,))
 
 

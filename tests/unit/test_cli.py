@@ -243,6 +243,15 @@ def test_inspect_describes_a_record_as_text() -> None:
     assert "3 of room for 4, ending at 7" in result.stdout
 
 
+def test_inspect_says_which_tokens_a_sparse_record_holds() -> None:
+    golden = GOLDEN.with_stem("attention_sparse")
+    (document,) = json.loads(invoke("inspect", golden, "--json").output)
+    assert (document["coverage"], document["held_tokens"]) == ("tokens", [2, 1])
+    assert "raw, tokens (by layer 2, 1 of 3)" in invoke("inspect", golden).output
+    (whole,) = json.loads(invoke("inspect", GOLDEN, "--json").output)
+    assert (whole["coverage"], whole["held_tokens"]) == ("all", None)
+
+
 def test_inspect_shortens_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvstore.cli.inspect.PIECES_SHOWN", 3)
     assert "21 more; --pieces shows all" in invoke("inspect", GOLDEN).stdout

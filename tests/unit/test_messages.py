@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from kvstore._native import crc32c
 from kvstore.errors import PeerMismatchError, ProtocolError, TransferError, WriteError
+from kvstore.keys import sparse_key
 from kvstore.limits import FRAME_HEADER_BYTES, FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, RECORD_BYTES_MAX, TOKEN_ID_MAX
 from kvstore.pool import HandOver, NodePath, RecordArrays, RecordName
+from kvstore.pool.path import SparseNode
 from kvstore.record import RecordHeader, record_layout
 from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec, UnitRange
 from kvstore.transfer.frames import FLAG_REMOTE, FrameHeader, Kind, TransferId, parse_header
@@ -380,6 +382,64 @@ def small_offer(spec: ModelSpec) -> Offer:
         records.append((RecordName(node, group, 0, units), record_layout(spec, group, 0, units), header))
     rows, grids = offer_rows(RecordArrays.of(records))
     return Offer(path, b"s", (8,), grids, rows, int(rows["size_bytes"].sum()), 1000, 128, OfferFlag.COMPLETE)
+
+
+def sparse_offer(spec: ModelSpec) -> Offer:
+    """As `small_offer`, with one token of the second block."""
+    whole_key, mask = b"b" * 32, b"\x04"
+    path = NodePath(bytes(32), 4, (b"a" * 32, sparse_key(whole_key, mask)), sparse=(SparseNode(1, whole_key, mask),))
+    offer = small_offer(spec)
+    offer.records["coverage"] = (0, 1, 0)
+    return replace(offer, path=path, flags=offer.flags | OfferFlag.SPARSE)
+
+
+def test_a_sparse_offer_is_understood() -> None:
+    spec = small_spec()
+    packed = sparse_offer(spec).pack()
+    offer = Offer.parse(memoryview(packed))
+    assert offer.pack() == packed
+    assert offer.path == sparse_offer(spec).path
+    offered = check_offer(offer, spec)
+    assert [layout.is_sparse for layout in map(offered.layout, range(3))] == [False, True, False]
+    assert packed[-45:] == struct.pack("<II", 1, 1) + struct.pack("<I", 1) + b"b" * 32 + b"\x04"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"mask": b"\x08"}, "its key is not of"),
+        ({"whole_key": b"c" * 32}, "its key is not of"),
+        ({"mask": b"\x0f"}, "covers all"),
+        ({"mask": b"\x14"}, "none of 4 tokens"),
+        ({"mask": b"\x04\x04"}, "none of 4 tokens"),
+        ({"node": 2}, "ascending nodes"),
+    ],
+)
+def test_a_coverage_that_does_not_fit_is_refused(changes: dict[str, Any], why: str) -> None:
+    spec = small_spec()
+    offer = sparse_offer(spec)
+    node = replace(offer.path.sparse[0], **changes)
+    with pytest.raises(ProtocolError, match=why):
+        check_offer(replace(offer, path=replace(offer.path, sparse=(node,))), spec)
+
+
+@pytest.mark.parametrize("coverage", [(0, 0, 0), (1, 1, 0), (0, 1, 1), (0, 2, 0)])
+def test_records_and_the_coverage_table_say_the_same(coverage: tuple[int, int, int]) -> None:
+    spec = small_spec()
+    offer = sparse_offer(spec)
+    offer.records["coverage"] = coverage
+    with pytest.raises(ProtocolError, match="coverage"):
+        check_offer(offer, spec)
+
+
+def test_a_coverage_table_is_bounded_before_memory_is_taken() -> None:
+    packed = sparse_offer(small_spec()).pack()
+    for offset in (-45, -41):
+        for value in (0, 2**32 - 1):
+            damaged = bytearray(packed)
+            struct.pack_into("<I", damaged, len(damaged) + offset, value)
+            with pytest.raises(ProtocolError):
+                Offer.parse(memoryview(damaged))
 
 
 def test_an_offer_that_fits_the_spec_is_understood() -> None:
