@@ -95,6 +95,8 @@ class Proxy:
                 if passed is None:
                     break
                 sink.sendall(passed)
-        for sock in (source, sink):
+        # The sink may still send: a socket that is shut both ways answers that with a reset, and what was passed on
+        # and not yet read would be lost with it.
+        for sock, ways in ((source, socket.SHUT_RDWR), (sink, socket.SHUT_WR)):
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(ways)
