@@ -23,8 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.paired import machine_and_commit
 from kvstore.abc import Slot, Tier
+from kvstore.bench.rows import machine_and_commit
 from kvstore.errors import StaleSlotError
 from kvstore.pool import Pool, Prompt, RecordNames
 from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec

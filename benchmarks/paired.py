@@ -1,48 +1,20 @@
 """Comparing two ways of doing the same work on a noisy machine: both sides alternate in one run.
 
-A ratio above 1 means that ours is faster. Each comparison prints a table and writes one JSON file:
-`{"machine", "commit", "rows": [{"case", "unit", "ours", "baseline_name", "baseline", "ratio_median",
-"ratio_min", "rounds"}]}`.
+What a comparison prints and writes is `kvstore.bench.rows`'.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import subprocess
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from kvstore.bench.rows import Absent, Row, report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison: medians of both sides in `unit` (more is better), and the ratios of the pairs."""
-
-    case: str
-    unit: str
-    ours: float
-    baseline_name: str
-    baseline: float
-    ratio_median: float
-    ratio_min: float
-    rounds: int
-
-
-@dataclass(frozen=True)
-class Absent:
-    """A baseline that could not take part, and why."""
-
-    baseline_name: str
-    reason: str
+__all__ = ["Absent", "Row", "compare", "report"]
 
 
 def compare(
@@ -81,50 +53,3 @@ def _seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
-
-
-def report(title: str, rows: Sequence[Row], output: Path, absent: Sequence[Absent] = ()) -> None:
-    """Print the table and write the JSON; baselines that are absent have a row that says so."""
-    table = Table(title=title)
-    for column in ("case", "unit", "ours", "baseline", "median ratio", "min ratio", "rounds"):
-        table.add_column(column, justify="left" if column in ("case", "unit") else "right")
-    for row in rows:
-        table.add_row(
-            row.case,
-            row.unit,
-            f"{row.ours:.2f}",
-            f"{row.baseline:.2f} ({row.baseline_name})",
-            f"{row.ratio_median:.2f}",
-            f"{row.ratio_min:.2f}",
-            str(row.rounds),
-        )
-    for baseline in absent:
-        table.add_row("not compared", "", "", baseline.baseline_name, "", "", "")
-    Console().print(table)
-    for baseline in absent:
-        Console().print(f"{baseline.baseline_name}: {baseline.reason}", markup=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    every_row: tuple[Row | Absent, ...] = (*rows, *absent)
-    document = {**machine_and_commit(), "rows": [asdict(row) for row in every_row]}
-    output.write_text(json.dumps(document, indent=2) + "\n")
-    Console().print(f"written to {output}")
-
-
-def machine_and_commit() -> dict[str, str]:
-    """Where and of what a measurement was taken."""
-    return {"machine": _machine(), "commit": _commit()}
-
-
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    return f"{model}, {platform.system()} {platform.release()}, Python {platform.python_version()}"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    return result.stdout.strip() or "unknown"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ROOT = Path(__file__).parents[1]
-SOURCE = Path(__file__).parent / "raw_sockets.cc"
+SOURCE = ROOT / "kvstore" / "bench" / "sides" / "raw_sockets.cc"
 RAW_CONNECTIONS = (1, 2, 4)
 BLOCK_TOKENS = 64
 WITHIN_S = 60.0

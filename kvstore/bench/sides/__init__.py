@@ -1,0 +1,1 @@
+"""The programs that are compared: ours, and others that move the same bytes."""
