@@ -182,3 +182,7 @@ class PeerClosingError(TransferAbortedError):
     """The receiver drains, closes or needed the space: send elsewhere at once, or there later."""
 
     retryable = True
+
+
+class BenchmarkError(KVStoreError):
+    """A benchmark cannot run as it was asked for: a case, an address, a peer, or too little memory."""

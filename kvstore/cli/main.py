@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvstore.cli.bench import bench_app
+
 app = typer.Typer(
     name="kvstore",
     no_args_is_help=True,
@@ -15,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench_app)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

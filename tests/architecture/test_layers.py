@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.attached",),
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore",),
-    ("kvstore.adapters", "kvstore.cluster"),
+    ("kvstore.adapters", "kvstore.bench", "kvstore.cluster"),
     ("kvstore.cli", "kvstore.testing"),
     ("kvstore.__main__",),
 )
