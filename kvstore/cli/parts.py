@@ -16,6 +16,7 @@ from kvstore.units import format_bytes
 
 PACKAGES = {
     "torch": "pip install 'kvstore[torch]' to store and restore torch tensors on devices",
+    "opentelemetry-api": "pip install 'kvstore[tracing]' and configure a provider for a span per transfer",
     "prometheus-client": "pip install 'kvstore[metrics]' for /metrics of kvstore serve, which answers 501 without",
     "transformers": "pip install 'kvstore[transformers]' for the adapter and specs from configurations",
 }

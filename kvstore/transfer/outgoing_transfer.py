@@ -26,6 +26,7 @@ from kvstore.transfer.outgoing import Outgoing
 from kvstore.transfer.path_watch import PathWatch
 from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.report import TransferReport
+from kvstore.transfer.tracing import NoSpan, begin_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.settings import TransferSettings
     from kvstore.transfer.source import Costs, Ids, Source
     from kvstore.transfer.telemetry import Link
+    from kvstore.transfer.tracing import TransferSpan
 
 LOG = logging.getLogger("kvstore.transfer")
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -121,13 +123,16 @@ class OutgoingTransfer:
         self._last_byte_s: float | None = None
         self._is_one_sided = False
         self.is_native = False
+        self._span: TransferSpan = NoSpan()
         self._thread = threading.Thread(target=self._run, name=f"kvstore-send-{transfer.counter}", daemon=True)
 
     def start(self) -> None:
         """Raises `TransferError` if the system has no thread for it; nothing runs then."""
+        self._span = begin_span(self.transfer, self.address, self.source.total_bytes, self.source.path.tokens)
         try:
             self._thread.start()
         except RuntimeError as error:
+            self._span.failed(error)
             raise TransferError(
                 f"no thread can be started for transfer {self.transfer}: {error}; send fewer at once, or raise the "
                 "limit on threads"
@@ -224,10 +229,12 @@ class OutgoingTransfer:
                 error.transfer = self.transfer
             self.path.end(None)
             self._end()
+            self._span.failed(error)
             self.handle.fail(error)
         else:
             self.path.end(report)
             self._end()
+            self._span.committed(report)
             self.handle.resolve(report)
 
     def _end(self) -> None:
