@@ -126,17 +126,9 @@ std::optional<std::uint64_t> unacknowledged_bytes(int descriptor) {
 }
 
 void set_patience(int descriptor, double progress_deadline_s) {
-    constexpr int tcp_rto_max_ms = 44;  // Linux 6.15; older headers have no name for it
-    constexpr double rto_ms_min = 1000.0;
-    constexpr double rto_ms_max = 120'000.0;
-    // Both waits double with each retransmission: by default a link that was away for three seconds may be tried again
-    // only after six.
-    const double deadline_ms = progress_deadline_s * 1000;
-    const auto timeout_ms = static_cast<int>(std::min(std::ceil(deadline_ms * 1.5), 1e9));
-    const auto longest_ms = static_cast<int>(std::clamp(deadline_ms / 5, rto_ms_min, rto_ms_max));
-    // Refused by other kinds of sockets and by older kernels; the deadlines above this hold all the same.
+    const auto timeout_ms = static_cast<int>(std::min(std::ceil(progress_deadline_s * 1500), 1e9));
+    // Refused by other kinds of sockets; the deadlines above this hold all the same.
     static_cast<void>(::setsockopt(descriptor, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout_ms, sizeof(timeout_ms)));
-    static_cast<void>(::setsockopt(descriptor, IPPROTO_TCP, tcp_rto_max_ms, &longest_ms, sizeof(longest_ms)));
 }
 
 }  // namespace kvstore::net

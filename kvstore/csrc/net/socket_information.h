@@ -37,8 +37,7 @@ SocketInformation read_socket_information(int descriptor);
 std::optional<std::uint64_t> unacknowledged_bytes(int descriptor);
 
 // How long a TCP connection may go without an acknowledgement, so that it ends not long after the user's own deadline
-// would have ended it, and how long a retransmission may be put off, so that a link that comes back is used soon.
-// Does nothing on other sockets and where the kernel lacks it.
+// would have ended it. Does nothing on other sockets.
 void set_patience(int descriptor, double progress_deadline_s);
 
 }  // namespace kvstore::net
