@@ -27,10 +27,13 @@ class TransportOptions:
     Attributes:
         pacing_bytes_per_s: the most bytes per second that this side sends; None is unpaced.
         congestion_control: name of the algorithm (`cubic`, `bbr`); None leaves it to what is measured of the path.
+        local_addresses: addresses of this machine that the connections to a peer leave from, in turn, such as one per
+            network interface; () leaves it to the system. They mean nothing to a listener.
     """
 
     pacing_bytes_per_s: float | None = None
     congestion_control: str | None = None
+    local_addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,14 @@ class Transport(ABC):
     @abstractmethod
     def availability(self) -> Availability:
         """Whether this machine can use it; cheap, without side effects."""
+
+    def routes(self, address: str, options: TransportOptions) -> tuple[tuple[str, TransportOptions], ...]:
+        """The ways to a peer, each an address and options for `connect`; connections of a transfer take them in turn.
+
+        Raises:
+            AddressError, UnavailableError: as `connect`.
+        """
+        return ((address, options),)
 
     @abstractmethod
     def listen(self, address: str, options: TransportOptions) -> Listener:

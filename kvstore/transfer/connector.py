@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
+from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, PeerGoneError, ProtocolError
 from kvstore.transfer.frames import NO_TRANSFER, Kind
 from kvstore.transfer.greeting import check_hello, make_hello, may_join, may_rejoin, uses_get
@@ -17,11 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvstore.abc import Transport, TransportOptions
-    from kvstore.clock import Deadline
     from kvstore.spec import ModelSpec
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.idle_links import IdleLinks
     from kvstore.transfer.settings import TransferSettings
+
+LOG = logging.getLogger("kvstore.transfer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,11 @@ class Connector(ABC):
     @abstractmethod
     def address(self) -> str:
         """The receiver, for people."""
+
+    @property
+    def route_count(self) -> int:
+        """How many ways there are to the receiver, each of which takes a connection."""
+        return 1
 
     @abstractmethod
     def connect(self, deadline: Deadline, *, may_reuse: bool = True) -> GreetedLink:
@@ -148,16 +157,22 @@ class Dialer(Connector):
         self._boot_epoch = boot_epoch
         self._settings = settings
         self._idle = idle
+        self._routes = transport.routes(address, options)
+        self._turn = count()
         self._key = (transport, address, options, spec.fingerprint)
 
     @property
     def address(self) -> str:
         return self._address
 
+    @property
+    def route_count(self) -> int:
+        return len(self._routes)
+
     def connect(self, deadline: Deadline, *, may_reuse: bool = True) -> GreetedLink:
         if may_reuse and (kept := self._take(is_further=False)) is not None:
             return kept
-        link = self._open(self._settings.progress_deadline_s, deadline)
+        link = self._open_any(self._settings.progress_deadline_s, deadline)
         try:
             can_join = link.native is not None and self._settings.connections != 1
             ours = self._hello(link, can_join=can_join)
@@ -212,7 +227,10 @@ class Dialer(Connector):
 
     def _take(self, *, is_further: bool) -> GreetedLink | None:
         kept = self._idle.take((self._key, is_further)) if self._idle is not None else None
-        return None if kept is None else replace(kept, reused_s=time.monotonic())
+        if kept is None:
+            return None
+        next(self._turn)  # It takes one of the ways.
+        return replace(kept, reused_s=time.monotonic())
 
     def _keep(self, greeted: GreetedLink, *, is_further: bool) -> None:
         if self._idle is not None:
@@ -220,8 +238,19 @@ class Dialer(Connector):
         else:
             greeted.link.close()
 
+    def _open_any(self, progress_deadline_s: float, deadline: Deadline) -> FrameLink:
+        """A connection by the first way that works; each gets its share of the time that is left."""
+        for left in range(len(self._routes), 1, -1):
+            try:
+                share = Deadline.after(deadline.remaining_s() / left)
+                return self._open(progress_deadline_s, share)
+            except PeerGoneError as error:
+                LOG.info("one way to %s does not work: %s", self._address, error)
+        return self._open(progress_deadline_s, deadline)
+
     def _open(self, progress_deadline_s: float, deadline: Deadline) -> FrameLink:
-        connection = self._transport.connect(self._address, self._options, deadline)
+        address, options = self._routes[next(self._turn) % len(self._routes)]
+        connection = self._transport.connect(address, options, deadline)
         try:
             return FrameLink(connection, progress_deadline_s)
         except BaseException:

@@ -80,7 +80,7 @@ class OutgoingTransfer:
         self.options = options
         self.settings = settings
         self.observer = observer
-        self.path = PathWatch(link, options, settings)
+        self.path = PathWatch(link, options, settings, connector.route_count)
         self.handle: Handle[TransferReport] = Handle(f"transfer {transfer} to {address}", self.cancel)
         if total_deadline_s is None:
             total_deadline_s = settings.total_deadline_s(source.total_bytes, is_complete=source.is_complete)

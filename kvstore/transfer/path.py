@@ -39,6 +39,7 @@ class PathMeasurement:
         retransmitted_share: bytes that were sent again, of all that were sent.
         congestion_controls: algorithms that this process may choose, the system's own first; () if there is no choice.
         left_bytes: of the transfer that is to be sent.
+        routes: ways to the peer, such as pairs of network interfaces; each takes a connection at least.
         transfers: to this peer at the moment, this one counted.
         connections: how many the rates below belong to; None if none was measured.
         bytes_per_s: what they carried together while there was more to send; None if that was not the case.
@@ -50,6 +51,7 @@ class PathMeasurement:
     retransmitted_share: float | None = None
     congestion_controls: tuple[str, ...] = ()
     left_bytes: int | None = None
+    routes: int = 1
     transfers: int = 1
     connections: int | None = None
     bytes_per_s: float | None = None
@@ -89,7 +91,7 @@ def choose_path(
     if connections is not None:
         return PathChoice(name, connections, f"{why}; {connections} connections as asked")
     if not measured.is_far:
-        return PathChoice(name, NEAR_CONNECTIONS, why)
+        return PathChoice(name, max(NEAR_CONNECTIONS, measured.routes), why)
     is_loss_bound = name != FAR_CONGESTION_CONTROL
     first = LOSS_BOUND_CONNECTIONS if is_loss_bound else FAR_CONNECTIONS
     count, because = _grown(measured, first, _held_back(measured, is_loss_bound=is_loss_bound))
@@ -146,7 +148,7 @@ def _grown(measured: PathMeasurement, first: int, held_back: str | None) -> tupl
 
 def _bounded(count: int, measured: PathMeasurement) -> int:
     """Transfers to one peer share the connections that pay for its path; a small transfer needs few."""
-    shared = -(-count // max(1, measured.transfers))
+    shared = max(measured.routes, -(-count // max(1, measured.transfers)))
     if measured.left_bytes is not None:
         shared = min(shared, measured.left_bytes // FAR_BYTES_PER_CONNECTION_MIN)
     return max(1, shared)

@@ -27,9 +27,9 @@ GROWTH_ROUND_TRIPS = 10
 """A number of connections is judged after this long, and so many round trips: by the second half of that time."""
 GROWTH_REMEMBERED_S = 300.0
 """Afterwards more connections are tried again."""
-FAR_FRAME_S = 0.05
-"""A frame on a far path takes about this long, so that a slow connection does not hold much of a transfer's end."""
-FAR_FRAME_BYTES_MIN = 64 * KIB
+FRAME_S = 0.05
+"""A frame takes about this long, or less, so that a slow connection does not hold much of a transfer's end."""
+FRAME_BYTES_MIN = 64 * KIB
 FAR_FRAME_BYTES_FIRST = 256 * KIB
 LIMITED_SHARE_MIN = 0.25
 """Share of the busy time from which on what a connection waited for is reported."""
@@ -52,12 +52,14 @@ class PathWatch:
     Args:
         link: what is known of the way to the peer, and is told what is seen of it.
         options, settings: what the user has asked for.
+        route_count: ways to the peer, each of which takes a connection.
     """
 
-    def __init__(self, link: Link, options: TransportOptions, settings: TransferSettings) -> None:
+    def __init__(self, link: Link, options: TransportOptions, settings: TransferSettings, route_count: int = 1) -> None:
         self._link = link
         self._options = options
         self._settings = settings
+        self._route_count = route_count
         self._lock = threading.Lock()
         self._watched: dict[Connection, _Watched] = {}
         self._controls: tuple[str, ...] = ()
@@ -189,9 +191,9 @@ class PathWatch:
                 smallest.append(found.round_trip_min_s)
             if found.congestion_control is not None:
                 names[found.congestion_control] = None
-            if self._is_far(found) and found.delivery_bytes_per_s is not None:
-                wanted = int(found.delivery_bytes_per_s * FAR_FRAME_S)
-                watched.frame_bytes = max(wanted, FAR_FRAME_BYTES_MIN)
+            if found.delivery_bytes_per_s is not None and (self._is_far(found) or found.is_app_limited is False):
+                wanted = int(found.delivery_bytes_per_s * FRAME_S)
+                watched.frame_bytes = max(wanted, FRAME_BYTES_MIN)
         self._acknowledged_bytes += acknowledged
         self._delivery_bytes_per_s = sum(rates) if rates else self._delivery_bytes_per_s
         self._names.update(names)
@@ -251,6 +253,7 @@ class PathWatch:
             retransmitted_share=self._link.retransmitted_share,
             congestion_controls=self._controls,
             left_bytes=left_bytes,
+            routes=self._route_count,
             transfers=max(1, self._link.transfers_running),
             connections=None if growth is None else growth.connections,
             buffer_max_bytes=self._buffer_max_bytes,

@@ -232,6 +232,8 @@ def _check_options(transport: TransportOptions | None, priority: int, total_dead
     """Raises `TransferError` for a value that an offer cannot carry, or of another type."""
     if not isinstance(transport, TransportOptions | None):
         raise TransferError(f"transport={transport!r} is no kvstore.TransportOptions; pass one, or None")
+    if transport is not None and not isinstance(transport.local_addresses, tuple):
+        raise TransferError(f"local_addresses={transport.local_addresses!r} is no tuple of addresses; pass one")
     if not isinstance(priority, int) or not 0 <= priority <= TRANSFER_PRIORITY_MAX:
         raise TransferError(
             f"priority={priority!r} is no whole number from 0 (first) to {TRANSFER_PRIORITY_MAX} (last); give one"

@@ -129,8 +129,8 @@ def test_a_far_path_without_bbr_uses_more_connections(
     monkeypatch.setattr(kvstore.transfer.path, "FAR_CONGESTION_CONTROL", "none-of-these")
     monkeypatch.setattr(kvstore.transfer.path, "FAR_BYTES_PER_CONNECTION_MIN", 1)
     monkeypatch.setattr(kvstore.transfer.path_watch, "FAR_FRAME_BYTES_FIRST", 4096)
-    monkeypatch.setattr(kvstore.transfer.path_watch, "FAR_FRAME_BYTES_MIN", 4096)
-    monkeypatch.setattr(kvstore.transfer.path_watch, "FAR_FRAME_S", 0.0)
+    monkeypatch.setattr(kvstore.transfer.path_watch, "FRAME_BYTES_MIN", 4096)
+    monkeypatch.setattr(kvstore.transfer.path_watch, "FRAME_S", 0.0)
     slow = Slow()
     with Endpoint(target.pool, address("tcp"), settings=TransferSettings(credit_bytes=64 << 10), observer=slow) as to:
         report = source.send(match_all(source, IDS), to.address).result(WITHIN_S)

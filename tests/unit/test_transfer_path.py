@@ -64,6 +64,10 @@ def changed(measured: PathMeasurement, **fields: object) -> PathMeasurement:
         (changed(LOSSY, left_bytes=1), "cubic", 1, ""),
         (changed(LOSSY, transfers=4), "cubic", 4, ""),
         (changed(LOSSY, transfers=100), "cubic", 1, ""),
+        # Each way to the peer takes a connection.
+        (changed(NEAR, routes=3), "cubic", 3, "near"),
+        (changed(FAR, routes=2), "bbr", 2, "far"),
+        (changed(LOSSY, transfers=100, routes=2), "cubic", 2, ""),
     ],
 )
 def test_the_choice(measured: PathMeasurement, congestion_control: str | None, connections: int, why: str) -> None:

@@ -44,7 +44,8 @@ def _check(address: str, options: TransportOptions) -> None:
             f"{address!r} is not a memory address: write memory://NAME, up to {NAME_CHARACTERS_MAX} letters, digits, "
             "dots, dashes and underscores"
         )
-    if options.pacing_bytes_per_s is not None or options.congestion_control is not None:
+    if options != TransportOptions():
         raise UnavailableError(
-            f"{address} is memory, which has neither pacing nor congestion control; leave these options out or use tcp"
+            f"{address} is memory, which has no pacing, congestion control or interfaces; leave these options out or "
+            "use tcp"
         )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvstore.clock import Deadline
 
 PORT_MAX = 65535
+ALTERNATIVES_MAX = 16
+"""Addresses of one peer that an address may list."""
 HOST_CHARACTERS_MAX = 253
 """Length limit of a DNS name (RFC 1035, section 2.3.4)."""
 
@@ -44,6 +46,21 @@ class Endpoint:
 
     family: socket.AddressFamily
     socket_address: tuple[Any, ...]
+
+
+def alternatives(address: str) -> tuple[str, ...]:
+    """The single addresses that `tcp://host:port,host:port` lists; usually one.
+
+    Raises:
+        AddressError: too many.
+    """
+    scheme, separator, listed = address.partition("://")
+    if not separator:
+        return (address,)
+    found = tuple(f"{scheme}://{part}" for part in listed.split(","))
+    if len(found) > ALTERNATIVES_MAX:
+        raise AddressError(f"an address lists {len(found)} hosts and ports; the limit is {ALTERNATIVES_MAX}")
+    return found
 
 
 def parse_address(address: str) -> TcpAddress:
@@ -118,6 +135,22 @@ def _resolve_name(address: TcpAddress, deadline: Deadline) -> list[Endpoint]:
 def _endpoints(address: TcpAddress, flags: int) -> list[Endpoint]:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=flags)
     return [Endpoint(socket.AddressFamily(family), tuple(target)) for family, _, _, _, target in found]
+
+
+def local_endpoint(local_address: str) -> Endpoint:
+    """Where to bind a connection that shall leave from one of this machine's addresses.
+
+    Raises:
+        AddressError: not a numeric address.
+    """
+    try:
+        found = socket.getaddrinfo(local_address, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (socket.gaierror, UnicodeError) as error:
+        raise AddressError(
+            f"local address {local_address!r} is not numeric; give one of this machine, as `ip address` lists them"
+        ) from error
+    family, _, _, _, target = found[0]
+    return Endpoint(socket.AddressFamily(family), tuple(target))
 
 
 def format_address(socket_address: tuple[Any, ...]) -> str:

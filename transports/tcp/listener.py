@@ -6,7 +6,7 @@ import errno
 import select
 import socket
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from kvstore.abc import Connection, Listener, TransportOptions
@@ -16,6 +16,8 @@ from transports.tcp.connection import TcpConnection
 from transports.tcp.socket_options import may_choose_congestion_control, prepare_socket
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvstore.clock import Deadline
 
 BACKLOG = 128
@@ -28,12 +30,13 @@ _GONE_BEFORE_ACCEPT = {errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN, errno.E
 
 
 class TcpListener(Listener):
-    """A listening socket that does not block: several threads may wait in `poll` with deadlines of their own."""
+    """Listening sockets that do not block: several threads may wait in `poll` with deadlines of their own."""
 
-    def __init__(self, sock: socket.socket, options: TransportOptions) -> None:
-        self._socket = sock
+    def __init__(self, sockets: Sequence[socket.socket], options: TransportOptions) -> None:
+        self._sockets = {sock.fileno(): sock for sock in sockets}
         self._options = options
-        self._address = format_address(sock.getsockname())
+        addresses = [format_address(sock.getsockname()) for sock in sockets]
+        self._address = ",".join([addresses[0], *(address.removeprefix("tcp://") for address in addresses[1:])])
         self._idle = threading.Condition()
         self._calls_running = 0
         self._is_closed = False
@@ -55,7 +58,7 @@ class TcpListener(Listener):
             with self._idle:
                 self._calls_running -= 1
                 if self._is_closed and self._calls_running == 0:
-                    self._socket.close()
+                    self._close_sockets()
                     self._idle.notify_all()
 
     def close(self) -> None:
@@ -64,13 +67,18 @@ class TcpListener(Listener):
                 return
             self._is_closed = True
             # On Linux this wakes every `poll` on a listening socket.
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+            for sock in self._sockets.values():
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
             if self._calls_running == 0:
-                self._socket.close()
+                self._close_sockets()
             else:
                 # The address is free only when the last waiting thread has let go of the socket.
                 self._idle.wait_for(lambda: self._calls_running == 0, CLOSE_S_MAX)
+
+    def _close_sockets(self) -> None:
+        for sock in self._sockets.values():
+            sock.close()
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -78,21 +86,22 @@ class TcpListener(Listener):
 
     def _accept(self, deadline: Deadline) -> Connection:
         poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
+        for number in self._sockets:
+            poller.register(number, select.POLLIN)
         while True:
             remaining_s = deadline.remaining_s()
-            is_ready = poller.poll(min(remaining_s, POLL_S_MAX) * 1000)
+            ready = poller.poll(min(remaining_s, POLL_S_MAX) * 1000)
             self._check_open()
-            if is_ready:
-                accepted = self._accept_ready()
+            for number, _ in ready:
+                accepted = self._accept_ready(self._sockets[number])
                 if accepted is not None:
                     return accepted
-            elif remaining_s == 0.0:
+            if not ready and remaining_s == 0.0:
                 raise DeadlineError(f"nobody connected to {self._address} in time; the listener goes on")
 
-    def _accept_ready(self) -> Connection | None:
+    def _accept_ready(self, listening: socket.socket) -> Connection | None:
         try:
-            sock, peer = self._socket.accept()
+            sock, peer = listening.accept()
         except BlockingIOError:
             return None
         except OSError as error:
@@ -112,13 +121,21 @@ class TcpListener(Listener):
         return TcpConnection(sock, format_address(peer), may_choose=may_choose_congestion_control(self._options))
 
 
-def open_listener(address: str, endpoint: Endpoint, options: TransportOptions) -> TcpListener:
-    """Listen on one endpoint; `address` is for messages.
+def open_listener(endpoints: Sequence[tuple[str, Endpoint]], options: TransportOptions) -> TcpListener:
+    """Listen on endpoints, all or none; the address of each is for messages.
 
     Raises:
-        AddressError: the address is in use, not one of this machine's, or not permitted.
+        AddressError: an address is in use, not one of this machine's, or not permitted.
         UnavailableError: this machine cannot do what the options ask for.
     """
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(_open_socket(address, endpoint, options)) for address, endpoint in endpoints]
+        listener = TcpListener(sockets, options)
+        opened.pop_all()
+        return listener
+
+
+def _open_socket(address: str, endpoint: Endpoint, options: TransportOptions) -> socket.socket:
     try:
         sock = socket.socket(endpoint.family, socket.SOCK_STREAM)
     except OSError as error:
@@ -135,7 +152,7 @@ def open_listener(address: str, endpoint: Endpoint, options: TransportOptions) -
         except OSError as error:
             raise AddressError(f"cannot listen on {address}: {_reason(error)}") from error
         sock.setblocking(False)
-        return TcpListener(sock, options)
+        return sock
     except BaseException:
         sock.close()
         raise

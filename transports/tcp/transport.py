@@ -1,15 +1,16 @@
-"""The TCP transport: `tcp://host:port`."""
+"""The TCP transport: `tcp://host:port`, or several of them for a peer with several interfaces."""
 
 from __future__ import annotations
 
 import errno
 import socket
+from dataclasses import replace
 
 from kvstore.abc import Availability, Connection, Listener, Transport, TransportOptions
 from kvstore.clock import Deadline
 from kvstore.errors import AddressError, PeerGoneError, TransportError, UnavailableError
 from kvstore.limits import CONNECT_DEADLINE_S
-from transports.tcp.address import Endpoint, format_address, parse_address, resolve
+from transports.tcp.address import Endpoint, alternatives, format_address, local_endpoint, parse_address, resolve
 from transports.tcp.connection import TcpConnection
 from transports.tcp.listener import open_listener
 from transports.tcp.socket_options import (
@@ -18,6 +19,9 @@ from transports.tcp.socket_options import (
     may_choose_congestion_control,
     prepare_socket,
 )
+
+IP_BIND_ADDRESS_NO_PORT = 24
+"""`linux/in.h`; Python's `socket` has no name for it."""
 
 
 class TcpTransport(Transport):
@@ -36,27 +40,45 @@ class TcpTransport(Transport):
         ipv6 = "and IPv6" if socket.has_ipv6 else "only, no IPv6"
         return Availability(True, f"IPv4 {ipv6}; unencrypted; congestion control: {controls}")
 
+    def routes(self, address: str, options: TransportOptions) -> tuple[tuple[str, TransportOptions], ...]:
+        targets = alternatives(address)
+        sources = options.local_addresses
+        for target in targets:
+            parse_address(target)
+        count = max(len(targets), len(sources))
+        return tuple(
+            (
+                targets[number % len(targets)],
+                replace(options, local_addresses=(sources[number % len(sources)],) if sources else ()),
+            )
+            for number in range(count)
+        )
+
     def listen(self, address: str, options: TransportOptions) -> Listener:
-        parsed = parse_address(address)
-        try:
-            endpoints = resolve(parsed, Deadline.after(CONNECT_DEADLINE_S))
-        except PeerGoneError as error:
-            raise AddressError(f"cannot listen on {address}: {error}") from error
-        return open_listener(address, endpoints[0], options)
+        endpoints = []
+        for single in alternatives(address):
+            try:
+                endpoints.append((single, resolve(parse_address(single), Deadline.after(CONNECT_DEADLINE_S))[0]))
+            except PeerGoneError as error:
+                raise AddressError(f"cannot listen on {single}: {error}") from error
+        return open_listener(endpoints, options)
 
     def connect(self, address: str, options: TransportOptions, deadline: Deadline) -> Connection:
-        parsed = parse_address(address)
-        if parsed.port == 0:
-            raise AddressError(f"{address!r} names port 0, which is no port to connect to; use the listener's address")
         reasons: list[str] = []
-        for endpoint in resolve(parsed, deadline):
-            try:
-                return _connect(endpoint, options, deadline)
-            except OSError as error:
-                if isinstance(error, TransportError) and not isinstance(error, PeerGoneError):
-                    raise
-                where = format_address(endpoint.socket_address)
-                reasons.append(_reason(error) if where == address else f"{where}: {_reason(error)}")
+        for single in alternatives(address):
+            parsed = parse_address(single)
+            if parsed.port == 0:
+                raise AddressError(
+                    f"{single!r} names port 0, which is no port to connect to; use the listener's address"
+                )
+            for endpoint in resolve(parsed, deadline):
+                try:
+                    return _connect(endpoint, options, deadline)
+                except OSError as error:
+                    if isinstance(error, TransportError) and not isinstance(error, PeerGoneError):
+                        raise
+                    where = format_address(endpoint.socket_address)
+                    reasons.append(_reason(error) if where == address else f"{where}: {_reason(error)}")
         raise PeerGoneError(
             f"cannot connect to {address}: {', '.join(reasons)}; start the receiver, or correct the address"
         )
@@ -71,6 +93,8 @@ def _connect(endpoint: Endpoint, options: TransportOptions, deadline: Deadline) 
         raise TransportError(f"no socket to connect with: {error.strerror} (descriptors: see `ulimit -n`)") from error
     try:
         prepare_socket(sock, options)
+        if options.local_addresses:
+            _bind(sock, options.local_addresses[0], endpoint)
         # Zero would mean "do not wait at all", and a connection on one machine needs no time but more than none.
         sock.settimeout(max(deadline.remaining_s(), 0.001))
         sock.connect(endpoint.socket_address)
@@ -82,6 +106,23 @@ def _connect(endpoint: Endpoint, options: TransportOptions, deadline: Deadline) 
     except BaseException:
         sock.close()
         raise
+
+
+def _bind(sock: socket.socket, local_address: str, endpoint: Endpoint) -> None:
+    local = local_endpoint(local_address)
+    if local.family != endpoint.family:
+        raise AddressError(
+            f"local address {local_address} cannot reach {format_address(endpoint.socket_address)}, which is of "
+            "another family; give addresses of one family"
+        )
+    # A port is chosen at `connect`, where one that is used towards another peer will do.
+    sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    try:
+        sock.bind(local.socket_address)
+    except OSError as error:
+        raise AddressError(
+            f"no connection can leave from {local_address}: {error.strerror}; `ip address` lists what this machine has"
+        ) from error
 
 
 def _reason(error: OSError) -> str:
