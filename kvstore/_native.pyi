@@ -469,6 +469,19 @@ class StopFlag:
     @property
     def is_set(self) -> bool: ...
 
+class Traffic:
+    """Whose turn it is, among the transfers of one sender. Any thread."""
+
+    def __init__(self) -> None: ...
+
+class TrafficFlow:
+    """One transfer among others: its priority (0 first) and its peer. Any thread.
+
+    A background flow leaves few bytes in the kernel, so that others can overtake it. A paced one holds up nobody.
+    """
+
+    def __init__(self, traffic: Traffic, priority: int, is_background: bool, is_paced: bool, peer: str) -> None: ...
+
 class PieceLayout:
     """Where the pieces of one class of records lie: offsets (uint64) and sizes (uint32), `[pieces]`. Immutable."""
 
@@ -511,6 +524,8 @@ class Departures:
     def lost(self, connection: int, frames_arrived: int) -> int: ...
     @property
     def has_left(self) -> bool: ...
+    @property
+    def left_bytes(self) -> int: ...
     def next_seals(self, count_max: int) -> bytes: ...
     @property
     def pieces_sent(self) -> int: ...
@@ -548,10 +563,12 @@ def send_pieces(
     until_s: float,
     is_observed: bool,
     stop: StopFlag,
-) -> tuple[int, float, bytes]:
+    flow: TrafficFlow,
+) -> tuple[int, float, bytes, bool]:
     """Send DATA frames straight from their records until nothing can be sent; no GIL meanwhile.
 
-    Returns (frames, when the first had left, rows of the last one if observed). The caller keeps the records in place.
+    Returns (frames, when the first had left, rows of the last one if observed, whether it was other transfers' turn
+    until the end). The caller keeps the records in place.
 
     Raises:
         PeerGoneError, TransportError: the stream is over.

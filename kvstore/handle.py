@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kvstore.errors import DeadlineError
@@ -15,25 +16,59 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far some work has come.
+
+    Attributes:
+        done_bytes, total_bytes: of the bytes that it moves; both 0 where it moves none, or none are known of yet.
+        state: what it does now, in words; `done` or `failed` at its end.
+    """
+
+    done_bytes: int
+    total_bytes: int
+    state: str
+
+
 class Handle(Generic[T]):
     """The result of work that is still going on.
 
     Any thread may call any method. The first of `resolve` and `fail` wins; later ones are ignored, so
     that a cancel and a success can race without harm.
+
+    Args:
+        waiting_for: the work, for messages.
+        cancel: asks it to stop, for a reason.
+        progress: says how far it has come; asked as long as it has not ended, and once more then.
     """
 
-    def __init__(self, waiting_for: str, cancel: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        waiting_for: str,
+        cancel: Callable[[str], None] | None = None,
+        progress: Callable[[], Progress] | None = None,
+    ) -> None:
         self._waiting_for = waiting_for
         self._cancel = cancel
+        self._progress = progress
         self._lock = threading.Lock()
         self._event = threading.Event()
         self._value: Any = None
         self._error: BaseException | None = None
         self._descriptor: int | None = None
+        self._final: Progress | None = None
 
     def done(self) -> bool:
         """Whether a result or an error is there."""
         return self._event.is_set()
+
+    def progress(self) -> Progress:
+        """How far the work has come; the bytes stay what they were when it ended."""
+        with self._lock:
+            final, ask = self._final, self._progress
+        if final is not None:
+            return final
+        return Progress(0, 0, "waiting") if ask is None else ask()
 
     def result(self, deadline_s: float) -> T:
         """Block until the work has ended; its value, or its error raised.
@@ -88,10 +123,14 @@ class Handle(Generic[T]):
         self._finish(None, error)
 
     def _finish(self, value: Any, error: BaseException | None) -> bool:
+        last = self.progress()
         with self._lock:
             if self._event.is_set():
                 return False
             self._value, self._error = value, error
+            self._final = replace(last, state="done" if error is None else "failed")
+            # What it asks may hold what the work has given back.
+            self._progress = None
             self._event.set()
             if self._descriptor is not None:
                 os.eventfd_write(self._descriptor, 1)

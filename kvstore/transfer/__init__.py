@@ -6,6 +6,7 @@ from kvstore.transfer.inbox import InboxStatistics
 from kvstore.transfer.report import PathReport, TransferObserver, TransferReport
 from kvstore.transfer.sender import Sender, SenderStatistics, send_lease, send_writer
 from kvstore.transfer.settings import TransferSettings
+from kvstore.transfer.snapshots import OutgoingSnapshot, TransferState
 from kvstore.transfer.source import LeaseSource, Source, SourceListener, SourceRecord, WriterSource
 from kvstore.transfer.status import IncomingStatus
 from kvstore.transfer.telemetry import LinkSnapshot
@@ -16,6 +17,7 @@ __all__ = [
     "IncomingStatus",
     "LeaseSource",
     "LinkSnapshot",
+    "OutgoingSnapshot",
     "PathReport",
     "Sender",
     "SenderStatistics",
@@ -26,6 +28,7 @@ __all__ = [
     "TransferObserver",
     "TransferReport",
     "TransferSettings",
+    "TransferState",
     "WriterSource",
     "send_lease",
     "send_writer",

@@ -42,6 +42,7 @@ from kvstore.transfer.messages import (
 from kvstore.transfer.native import SEND_S
 from kvstore.transfer.pieces import split_rows
 from kvstore.transfer.settings import KEEPALIVE_FRACTION
+from kvstore.transfer.snapshots import TransferState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +127,7 @@ class Attachment:
         owner = self._owner
         link = self._connect(Deadline.after(owner.settings.connect_deadline_s).earlier(owner.deadline))
         link.send(Kind.OFFER, owner.transfer, payload=owner.offer_payload)
+        owner.state = TransferState.WAITING_FOR_SPACE
         with owner.changed:
             self._wait(lambda: self._answer is not None or self._committed is not None)
             if self._committed is not None:
@@ -141,6 +143,7 @@ class Attachment:
             self._granted_bytes = max(self._granted_bytes, want.granted_bytes)
             pieces = owner.outgoing.want(want.ranges, granted_bytes=self._granted_bytes, is_again=False)
         owner.wanted(pieces, is_again=False, is_one_sided=self._is_one_sided)
+        owner.state = TransferState.MOVING
         self._branch_out(owner.path.begin(owner.outgoing.bytes_of(want.ranges), want.granted_bytes))
         return self._stream()
 
@@ -262,7 +265,7 @@ class Attachment:
         if link.native is None:
             return self._send_frame(start_s)
         owner.is_native = True
-        frames, first_s, rows = send_pieces(
+        frames, first_s, rows, is_held = send_pieces(
             link.native,
             owner.outgoing.departures,
             *owner.transfer,
@@ -272,9 +275,12 @@ class Attachment:
             start_s + SEND_S,
             owner.observer is not None,
             owner.stop,
+            owner.flow,
         )
+        if is_held:
+            self._keep_alive()
         if not frames:
-            return False
+            return is_held
         end_s = link.last_sent_s
         owner.sent(first_s, end_s)
         if rows:
@@ -312,7 +318,14 @@ class Attachment:
         if self._is_commit_sent or owner.producer_finished_s is None or owner.outgoing.has_left:
             return None
         self._is_commit_sent = True
+        owner.state = TransferState.COMMITTING
         return Commit(owner.source.path.tokens, owner.handover)
+
+    def _keep_alive(self) -> None:
+        """While it is other transfers' turn the receiver hears PING, as it does while nothing is there to send."""
+        link = self._need_link()
+        if time.monotonic() >= link.last_sent_s + self._progress_deadline_s * KEEPALIVE_FRACTION:
+            link.send(Kind.PING, self._owner.transfer, self._generation)
 
     # Waiting, with the owner's condition held
 
@@ -455,7 +468,7 @@ class Attachment:
             elif header.kind is Kind.COMMITTED:
                 self._committed = Committed.parse(payload)
             elif header.kind is Kind.ABORT:
-                self._abort = Abort.parse(payload)
+                self._abort = self._abort or Abort.parse(payload)
                 owner.stop.set()
             elif header.kind is Kind.ABORTED:
                 self._is_abort_acknowledged = True

@@ -124,7 +124,7 @@ class Branch:
             with owner.changed:
                 seen = owner.change_count
             start_s = time.monotonic()
-            frames, first_s, rows = send_pieces(
+            frames, first_s, rows, is_held = send_pieces(
                 link.native,
                 owner.outgoing.departures,
                 *owner.transfer,
@@ -134,6 +134,7 @@ class Branch:
                 start_s + SEND_S,
                 owner.observer is not None,
                 self._stop,
+                owner.flow,
             )
             if frames:
                 owner.sent(first_s, link.last_sent_s)
@@ -145,6 +146,8 @@ class Branch:
             keepalive_s = link.last_sent_s + self._progress_deadline_s * KEEPALIVE_FRACTION - time.monotonic()
             if keepalive_s <= 0:
                 link.send(Kind.PING, owner.transfer, self._generation)
+                continue
+            if is_held:
                 continue
             with owner.changed:
                 if owner.change_count == seen and not self._stop.is_set:

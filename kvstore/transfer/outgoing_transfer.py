@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from kvstore._native import StopFlag
+from kvstore._native import StopFlag, TrafficFlow
 from kvstore.clock import Deadline
 from kvstore.errors import (
     DeadlineError,
@@ -18,7 +18,8 @@ from kvstore.errors import (
     TransferError,
     TransportError,
 )
-from kvstore.handle import Handle
+from kvstore.handle import Handle, Progress
+from kvstore.limits import TRANSFER_PRIORITY_DEFAULT
 from kvstore.transfer.attachment import Attachment
 from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
@@ -27,10 +28,12 @@ from kvstore.transfer.path_watch import PathWatch
 from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.report import TransferReport
 from kvstore.transfer.tracing import NoSpan, begin_span
+from kvstore.transfer.snapshots import OutgoingSnapshot, TransferState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvstore._native import Traffic
     from kvstore.abc import TransportOptions
     from kvstore.pool import HandOver
     from kvstore.spec import ModelSpec
@@ -67,6 +70,7 @@ class OutgoingTransfer:
         *,
         total_deadline_s: float | None,
         priority: int,
+        traffic: Traffic,
         observer: TransferObserver | None,
         link: Link,
         on_end: Callable[[OutgoingTransfer], None],
@@ -81,7 +85,7 @@ class OutgoingTransfer:
         self.settings = settings
         self.observer = observer
         self.path = PathWatch(link, options, settings, connector.route_count)
-        self.handle: Handle[TransferReport] = Handle(f"transfer {transfer} to {address}", self.cancel)
+        self.handle: Handle[TransferReport] = Handle(f"transfer {transfer} to {address}", self.cancel, self._progress)
         if total_deadline_s is None:
             total_deadline_s = settings.total_deadline_s(source.total_bytes, is_complete=source.is_complete)
         self.started_s = time.monotonic()
@@ -111,6 +115,9 @@ class OutgoingTransfer:
         self.outgoing = Outgoing(source)
         if is_resumed:
             self.outgoing.resume()
+        is_paced = options.pacing_bytes_per_s is not None
+        self.flow = TrafficFlow(traffic, priority, priority > TRANSFER_PRIORITY_DEFAULT, is_paced, address)
+        self.state = TransferState.CONNECTING
         self.handover: HandOver | None = None
         self.producer_finished_s: float | None = None
         self.failure: str | None = None
@@ -149,6 +156,26 @@ class OutgoingTransfer:
             self.cancelled = self.cancelled or reason
             self.stop.set()
             self.notify()
+
+    def snapshot(self) -> OutgoingSnapshot:
+        """What it is doing, and how far it has come. Any thread."""
+        with self.changed:
+            total_bytes = self.offer.total_bytes
+            is_answered = self._pieces_wanted is not None
+            return OutgoingSnapshot(
+                transfer=self.transfer,
+                peer_address=self.address,
+                priority=self.offer.priority,
+                state=self.state,
+                sent_bytes=total_bytes - self.outgoing.departures.left_bytes if is_answered else 0,
+                total_bytes=total_bytes,
+                began_s=self.started_s,
+                prompt_tokens=self.source.path.tokens,
+            )
+
+    def _progress(self) -> Progress:
+        snapshot = self.snapshot()
+        return Progress(snapshot.sent_bytes, snapshot.total_bytes, snapshot.state)
 
     def notify(self) -> None:
         """Something has changed. Call with `changed` held."""
@@ -252,6 +279,7 @@ class OutgoingTransfer:
         alive_s: float | None = None
         may_reuse = True
         while True:
+            self.state = TransferState.CONNECTING
             attachment = Attachment(self, may_reuse=may_reuse)
             may_reuse = False
             try:

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvstore._native import Traffic
 from kvstore.abc import TransportOptions
 from kvstore.errors import StoreClosedError, TransferError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_DEFAULT, TRANSFER_PRIORITY_MAX
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from kvstore.store.lease import Lease
     from kvstore.store.writer import Writer
     from kvstore.transfer.report import TransferObserver, TransferReport
+    from kvstore.transfer.snapshots import OutgoingSnapshot
     from kvstore.transfer.source import Source
     from kvstore.transfer.telemetry import LinkSnapshot
 
@@ -70,6 +72,7 @@ class Sender:
         self.boot_epoch = boot_epoch or new_boot_epoch()
         self._lock = threading.Lock()
         self._begun_count = 0
+        self._traffic = Traffic()
         self._transfers: set[OutgoingTransfer] = set()
         self._statistics = SenderStatistics()
         self._idle = IdleLinks()
@@ -115,7 +118,8 @@ class Sender:
             address: where the receiver listens, `tcp://host:port`.
             transport: pacing and congestion control of the connection.
             total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
-            priority: 0 (first) to 255, for receivers that queue.
+            priority: 0 (first) to 255: whose turn it is among this sender's transfers, and at a receiver whose
+                turn it is to get space. Above the default it is background, and sends little at a time.
             observer: told of each layer's bytes as they leave.
             resume: takes up a transfer of this sender that failed with `PeerGoneError`, whose `transfer` this is: all
                 else must be as it was then. What has arrived does not cross again while the receiver keeps it (its
@@ -152,6 +156,7 @@ class Sender:
                 self.settings,
                 total_deadline_s=total_deadline_s,
                 priority=priority,
+                traffic=self._traffic,
                 observer=observer,
                 link=self._links.link(address),
                 on_end=self._ended,
@@ -197,6 +202,12 @@ class Sender:
     def links(self) -> tuple[LinkSnapshot, ...]:
         """How the links to this sender's peers are doing, the one used last at the end: values for a scheduler."""
         return self._links.snapshot()
+
+    def transfers(self) -> tuple[OutgoingSnapshot, ...]:
+        """What is being sent now, oldest first."""
+        with self._lock:
+            running = sorted(self._transfers, key=lambda transfer: transfer.transfer)
+        return tuple(transfer.snapshot() for transfer in running)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -13,6 +13,7 @@
 #include "../net/departures.h"
 #include "../net/receive_pieces.h"
 #include "../net/send_pieces.h"
+#include "../net/traffic.h"
 #include "bindings.h"
 #include "value_buffer.h"
 
@@ -219,7 +220,7 @@ nb::bytes next_seals(net::Departures& departures, std::size_t count_max) {
 
 nb::tuple send(net::Stream& stream, net::Departures& departures, std::uint64_t epoch, std::uint64_t counter,
                std::uint64_t generation, std::uint64_t frame_bytes_max, std::uint32_t connection, double until_s,
-               bool is_observed, const StopFlag& stop) {
+               bool is_observed, const StopFlag& stop, net::Traffic::Flow& flow) {
     net::SendOrder order;
     order.transfer = {epoch, counter};
     order.generation = generation;
@@ -230,10 +231,10 @@ nb::tuple send(net::Stream& stream, net::Departures& departures, std::uint64_t e
     net::Sent result;
     {
         const nb::gil_scoped_release released;
-        result = net::send_pieces(stream, departures, order, stop.is_set);
+        result = net::send_pieces(stream, departures, flow, order, stop.is_set);
     }
     return nb::make_tuple(result.frames, net::seconds_of(result.first_frame),
-                          bytes_of(std::span<const net::PieceRow>(result.last.rows)));
+                          bytes_of(std::span<const net::PieceRow>(result.last.rows)), result.is_held);
 }
 
 void bind_departures(nb::module_& module) {
@@ -287,6 +288,7 @@ void bind_departures(nb::module_& module) {
         .def("lost", &net::Departures::lost, nb::arg("connection"), nb::arg("frames_arrived"),
              "What a further connection took and did not deliver is wanted again; the number of pieces.")
         .def_prop_ro("has_left", &net::Departures::has_left)
+        .def_prop_ro("left_bytes", &net::Departures::left_bytes, "Bytes of wanted pieces that no frame has taken.")
         .def("next_seals", &next_seals, nb::arg("count_max"), "Rows of SEAL that are due.")
         .def_prop_ro("pieces_sent", &net::Departures::pieces_sent)
         .def("bytes_sent_by_record", [](const net::Departures& departures) {
@@ -295,13 +297,13 @@ void bind_departures(nb::module_& module) {
         });
     module.def("send_pieces", &send, nb::arg("stream"), nb::arg("departures"), nb::arg("epoch"), nb::arg("counter"),
                nb::arg("generation"), nb::arg("frame_bytes_max"), nb::arg("connection"), nb::arg("until_s"),
-               nb::arg("is_observed"), nb::arg("stop"),
+               nb::arg("is_observed"), nb::arg("stop"), nb::arg("flow"),
                nb::sig("def send_pieces(stream: Stream, departures: Departures, epoch: int, counter: int, generation: int, "
-                       "frame_bytes_max: int, connection: int, until_s: float, is_observed: bool, stop: StopFlag)"
-                       " -> tuple[int, float, bytes]"),
+                       "frame_bytes_max: int, connection: int, until_s: float, is_observed: bool, stop: StopFlag, "
+                       "flow: TrafficFlow) -> tuple[int, float, bytes, bool]"),
                "Send DATA frames straight from their records until nothing can be sent; no GIL meanwhile.\n\n"
-               "(frames, when the first had left, rows of the last one if observed). The caller keeps the records in\n"
-               "place.\n\n"
+               "(frames, when the first had left, rows of the last one if observed, whether it was other transfers' turn\n"
+               "until the end). The caller keeps the records in place.\n\n"
                "Raises:\n"
                "    PeerGoneError, TransportError: the stream is over.");
 }
@@ -317,6 +319,14 @@ void bind_net_pieces(nb::module_& module) {
     nb::class_<net::PieceLayout>(module, "PieceLayout", "Where the pieces of one class of records lie. Immutable.")
         .def(nb::new_(&make_layout), nb::arg("offsets"), nb::arg("sizes"), nb::arg("checksum_offset"))
         .def_prop_ro("piece_count", &net::PieceLayout::piece_count);
+    nb::class_<net::Traffic>(module, "Traffic", "Whose turn it is, among the transfers of one sender. Any thread.")
+        .def(nb::new_([] { return std::make_shared<net::Traffic>(); }));
+    nb::class_<net::Traffic::Flow>(module, "TrafficFlow",
+                                   "One transfer among others: its priority (0 first) and its peer. Any thread.\n\n"
+                                   "A background flow leaves few bytes in the kernel, so that others can overtake it. A paced one holds up\n"
+                                   "nobody.")
+        .def(nb::init<std::shared_ptr<net::Traffic>, std::uint8_t, bool, bool, const std::string&>(), nb::arg("traffic"),
+             nb::arg("priority"), nb::arg("is_background"), nb::arg("is_paced"), nb::arg("peer"));
     bind_arrivals(module);
     bind_departures(module);
 }

@@ -50,7 +50,7 @@ void Departures::records_complete(std::uint32_t first, std::span<const std::uint
 std::uint64_t Departures::want(std::span<const PieceRange> ranges, bool is_again) {
     const std::scoped_lock lock(lock_);
     if (!is_again) {
-        left_ = used_bytes_ = granted_bytes_ = 0;
+        left_ = left_bytes_ = used_bytes_ = granted_bytes_ = 0;
         due_.clear();
         taken_.clear();
         for (Record& record : records_) {
@@ -84,8 +84,11 @@ std::uint64_t Departures::want_range(const PieceRange& range) {
     Record& record = records_[range.record];
     std::uint32_t added = 0;
     for (std::uint64_t piece = range.first; piece < stop; ++piece) {
-        added += record.wanted[piece] == 0 ? 1 : 0;
-        record.wanted[piece] = 1;
+        if (record.wanted[piece] == 0) {
+            added += 1;
+            left_bytes_ += record.place.layout->sizes[piece];
+            record.wanted[piece] = 1;
+        }
     }
     record.wanted_left += added;
     record.was_wanted = true;
@@ -140,6 +143,7 @@ Departing Departures::take(const TakeLimits& limits) {
         return frame;
     }
     left_ -= frame.rows.size();
+    left_bytes_ -= frame.body_bytes;
     used_bytes_ += frame.body_bytes;
     frames_under_way_ += 1;
     if (limits.connection != 0) {
@@ -174,6 +178,7 @@ void Departures::want_pieces(std::span<const PieceRow> rows) {
             record.wanted[row.piece] = 1;
             record.wanted_left += 1;
             left_ += 1;
+            left_bytes_ += row.size_bytes;
         }
         enqueue(row.record);
     }
@@ -210,6 +215,26 @@ void Departures::enqueue(std::uint32_t number) {
         records_[number].is_ready = true;
         ready_.push_back(number);
     }
+}
+
+bool Departures::has_sendable() const {
+    const std::scoped_lock lock(lock_);
+    const std::uint64_t credit = granted_bytes_ > used_bytes_ ? granted_bytes_ - used_bytes_ : 0;
+    for (const std::uint32_t number : ready_) {
+        const Record& record = records_[number];
+        const std::vector<std::uint32_t>& sizes = record.place.layout->sizes;
+        for (std::size_t piece = 0; piece < sizes.size() && record.wanted_left != 0; ++piece) {
+            if (record.whole[piece] != 0 && record.wanted[piece] != 0) {
+                return sizes[piece] <= credit;
+            }
+        }
+    }
+    return false;
+}
+
+std::uint64_t Departures::left_bytes() const {
+    const std::scoped_lock lock(lock_);
+    return left_bytes_;
 }
 
 bool Departures::has_left() const {

@@ -64,6 +64,10 @@ class Departures {
     // Throws NetError(protocol): more than was taken.
     std::uint64_t lost(std::uint32_t connection, std::uint64_t frames_arrived);
 
+    // Whether `take` would find something, without a limit on a frame's bytes.
+    bool has_sendable() const;
+    // Bytes of the wanted pieces that were not taken.
+    std::uint64_t left_bytes() const;
     // Whether wanted pieces or seals have not been sent, ready or not.
     bool has_left() const;
     std::vector<DueSeal> next_seals(std::size_t count_max);
@@ -99,6 +103,7 @@ class Departures {
     std::deque<std::uint32_t> ready_;
     std::vector<Taken> taken_;  // by connection, from 1
     std::uint64_t left_ = 0;
+    std::uint64_t left_bytes_ = 0;
     std::uint64_t unsealed_ = 0;
     std::uint64_t granted_bytes_ = 0;
     std::uint64_t used_bytes_ = 0;

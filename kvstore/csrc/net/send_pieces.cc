@@ -37,20 +37,33 @@ void send_frame(Stream& stream, const Departures& departures, const SendOrder& o
 
 }  // namespace
 
-Sent send_pieces(Stream& stream, Departures& departures, const SendOrder& order, const std::atomic<bool>& stop) {
+Sent send_pieces(Stream& stream, Departures& departures, Traffic::Flow& flow, const SendOrder& order,
+                 const std::atomic<bool>& stop) {
     Sent result;
-    const TakeLimits limits{order.frame_bytes_max, false, order.connection};
+    Traffic::Seat seat(flow, &stream);
     while (!stop.load(std::memory_order_acquire) && Clock::now() < order.until) {
-        Departing frame = departures.take(limits);
+        if (seat.is_contended() && !departures.has_sendable()) {
+            seat.leave();
+            break;
+        }
+        const std::uint64_t room = seat.wait_turn(order.frame_bytes_max, order.until, stop);
+        if (room == 0) {
+            result.is_held = true;
+            break;
+        }
+        Departing frame = departures.take({room, false, order.connection});
         if (frame.rows.empty()) {
+            seat.leave();
             break;
         }
         try {
             send_frame(stream, departures, order, frame);
         } catch (...) {
             departures.unsent(frame, order.connection);
+            seat.leave();
             throw;
         }
+        seat.sent(frame.body_bytes);
         departures.sent(frame);
         if (result.frames == 0) {
             result.first_frame = Clock::now();

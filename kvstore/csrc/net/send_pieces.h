@@ -7,6 +7,7 @@
 #include "departures.h"
 #include "frame.h"
 #include "stream.h"
+#include "traffic.h"
 
 namespace kvstore::net {
 
@@ -23,10 +24,12 @@ struct Sent {
     std::uint64_t frames = 0;
     Moment first_frame;  // when the first frame of this call had left; with `frames` > 0 only
     Departing last;      // when observed: the frame
+    bool is_held = false;  // it was not this flow's turn until the end
 };
 
 // Sends frames until nothing can be sent, `stop` is set, or it is time. REQUIRES: the records stay in place.
 // Throws NetError: the stream is over.
-Sent send_pieces(Stream& stream, Departures& departures, const SendOrder& order, const std::atomic<bool>& stop);
+Sent send_pieces(Stream& stream, Departures& departures, Traffic::Flow& flow, const SendOrder& order,
+                 const std::atomic<bool>& stop);
 
 }  // namespace kvstore::net

@@ -1,6 +1,10 @@
 #include "stream.h"
 
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -257,6 +261,33 @@ void Stream::send_slice(int fd, std::span<iovec>& parts) {
     } else {
         parts = parts.subspan(count);
     }
+}
+
+void Stream::bound_unsent(std::uint32_t size_bytes) {
+    const std::uint32_t before = unsent_bytes_.exchange(size_bytes, std::memory_order_relaxed);
+    if (before == size_bytes) {
+        return;
+    }
+    const std::scoped_lock lock(descriptor_lock_);
+    if (descriptor_ == nullptr) {
+        return;
+    }
+    const int fd = descriptor_->number();
+    std::uint32_t at_first = unsent_bytes_at_first_.load(std::memory_order_relaxed);
+    if (before == 0) {
+        socklen_t length = sizeof(at_first);
+        if (::getsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &at_first, &length) != 0) {
+            return;  // Not TCP: what is urgent waits behind a little more.
+        }
+        unsent_bytes_at_first_.store(at_first, std::memory_order_relaxed);
+    }
+    const std::uint32_t wanted = size_bytes == 0 || (at_first != 0 && at_first < size_bytes) ? at_first : size_bytes;
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &wanted, sizeof(wanted));
+}
+
+std::uint64_t Stream::queued_bytes() const {
+    const std::scoped_lock lock(descriptor_lock_);
+    return descriptor_ == nullptr ? 0 : unacknowledged_bytes(descriptor_->number()).value_or(0);
 }
 
 bool Stream::wait_readable(Moment deadline) {

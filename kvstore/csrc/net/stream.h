@@ -45,6 +45,13 @@ class Stream {
     // Throws NetError(peer_gone, local); the stream is closed then, since a frame may be cut in two.
     void send(std::span<iovec> parts);
 
+    // How many bytes may wait in the kernel without having been sent; 0 is what the connection began with. Bytes in
+    // flight do not count. Without effect on sockets that are not TCP, and on those that keep less by themselves.
+    void bound_unsent(std::uint32_t size_bytes);
+
+    // Bytes that were handed over and not acknowledged by the peer's kernel; 0 once it is closed.
+    std::uint64_t queued_bytes() const;
+
     // True once there is something to receive, or the stream has ended; false at the deadline.
     bool wait_readable(Moment deadline);
 
@@ -79,6 +86,8 @@ class Stream {
     std::atomic<Clock::rep> last_sent_;
     std::atomic<Clock::rep> last_received_;
     std::atomic<std::uint64_t> frames_arrived_{0};
+    std::atomic<std::uint32_t> unsent_bytes_{0};
+    std::atomic<std::uint32_t> unsent_bytes_at_first_{0};
     // Not a timed mutex: thread sanitizers do not follow one.
     std::mutex turn_lock_;
     std::condition_variable turn_ended_;

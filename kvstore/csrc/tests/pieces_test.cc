@@ -30,6 +30,7 @@ namespace {
 constexpr net::TransferId transfer{11, 1};
 constexpr std::uint64_t generation = 4;
 constexpr double patience_s = 20;
+net::Traffic::Flow flow(std::make_shared<net::Traffic>(), 128, false, false, "the receiver");
 
 net::Moment after(double seconds) {
     return net::Clock::now() + std::chrono::duration_cast<net::Clock::duration>(std::chrono::duration<double>(seconds));
@@ -149,7 +150,7 @@ net::SendOrder send_order(std::uint64_t frame_bytes_max, std::uint32_t connectio
 // Sends what is left, taking grants from CREDIT, then PING, which ends the receiving loop.
 void send_all(net::Stream& stream, net::Departures& departures, std::uint64_t frame_bytes_max) {
     const std::atomic<bool> stop{false};
-    net::send_pieces(stream, departures, send_order(frame_bytes_max), stop);
+    net::send_pieces(stream, departures, flow, send_order(frame_bytes_max), stop);
     departures.next_seals(1 << 20);
     while (departures.has_left()) {
         const net::FrameHeader header = net::parse_header(stream.receive_header(after(patience_s)));
@@ -157,7 +158,7 @@ void send_all(net::Stream& stream, net::Departures& departures, std::uint64_t fr
         std::array<std::uint64_t, 2> payload{};
         stream.receive(payload.data(), sizeof(payload));
         departures.grant(payload[0]);
-        net::send_pieces(stream, departures, send_order(frame_bytes_max), stop);
+        net::send_pieces(stream, departures, flow, send_order(frame_bytes_max), stop);
         departures.next_seals(1 << 20);
     }
     net::FrameHeader ping;
@@ -347,7 +348,7 @@ void test_connections_share_a_transfer(unsigned seed) {
     }
     // The last connection takes all the credit there is, and delivers three frames of it.
     try {
-        net::send_pieces(*pairs[2].sender, departures, send_order(20'000, 2), stop);
+        net::send_pieces(*pairs[2].sender, departures, flow, send_order(20'000, 2), stop);
     } catch (const net::NetError& error) {
         check(error.fault() == net::Fault::peer_gone, error.what());
     }
@@ -355,7 +356,7 @@ void test_connections_share_a_transfer(unsigned seed) {
     check(pairs[2].receiver->frames_arrived() == 3 && departures.lost(2, 3) > 0, "what was lost is wanted again");
     std::thread sending([&] {
         while (departures.has_left()) {
-            net::send_pieces(*pairs[1].sender, departures, send_order(20'000, 1), stop);
+            net::send_pieces(*pairs[1].sender, departures, flow, send_order(20'000, 1), stop);
             departures.next_seals(1000);
             std::this_thread::yield();
         }
@@ -376,7 +377,7 @@ void test_connections_share_a_transfer(unsigned seed) {
     const net::Moment until = after(patience_s);
     while (target.arrivals.counts().pieces != source.count() * source.piece_count()) {
         check(net::Clock::now() < until, "everything arrives in time");
-        net::send_pieces(*pairs[0].sender, departures, send_order(20'000), stop);
+        net::send_pieces(*pairs[0].sender, departures, flow, send_order(20'000), stop);
         std::this_thread::yield();
     }
     sending.join();
