@@ -112,6 +112,8 @@ FRAME_PIECES_MAX = 4096
 OFFER_RECORDS_MAX = 1 << 18
 TRANSFERS_PER_NODE_MAX = 256
 TRANSFERS_PER_PEER_MAX = 64
+OFFERS_WAITING_MAX = 256
+"""Offers that wait for space or for a place among a node's transfers; the least urgent one goes without first."""
 CONNECTIONS_PER_NODE_MAX = 1024
 CONNECTIONS_PER_TRANSFER_MAX = 64
 """The first one and those that join it; each has a thread at both ends."""

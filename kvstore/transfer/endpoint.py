@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Connection, Transport
     from kvstore.pool import BasePool
+    from kvstore.transfer.frames import TransferId
     from kvstore.transfer.inbox import InboxStatistics
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.status import IncomingStatus
@@ -106,9 +107,20 @@ class Endpoint:
         """Transfers that hold a reservation now, with or without a connection."""
         return self._inbox.active_count
 
-    def transfers(self) -> list[IncomingStatus]:
-        """The transfers that hold a reservation now."""
+    def transfers(self) -> tuple[IncomingStatus, ...]:
+        """What is being received, or waits for space, or for its sender to come back; oldest first."""
         return self._inbox.transfers()
+
+    def cancel(self, transfer: TransferId, reason: str = "cancelled at the receiver") -> bool:
+        """Give up a transfer that arrives here; what it held is free again.
+
+        Its sender's handle fails with `TransferAbortedError`, which names the reason. The same transfer is refused
+        from then on; what it was to bring may come by another one.
+
+        Returns:
+            False if there is no such transfer: it is unknown here, or has just been committed or given up.
+        """
+        return self._inbox.cancel(transfer, reason)
 
     def statistics(self) -> InboxStatistics:
         """What has been received and refused so far."""

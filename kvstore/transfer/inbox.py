@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
 from kvstore.errors import PoolError, StoreClosedError, TransferError
+from kvstore.limits import OFFERS_WAITING_MAX
 from kvstore.pool import RecordDigests
 from kvstore.transfer.incoming import IncomingTransfer
 from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.offer import OfferFlag, check_offer
 from kvstore.transfer.outcomes import Outcomes
 from kvstore.transfer.status import IncomingStatus
+from kvstore.transfer.waiting import WaitingLine
 
 if TYPE_CHECKING:
     from kvstore.pool import BasePool, BaseTransaction, RecordArrays
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     from kvstore.transfer.report import TransferObserver
     from kvstore.transfer.session import Session
     from kvstore.transfer.settings import TransferSettings
+    from kvstore.transfer.waiting import Waiting
+
+
+LOOK_S = 0.1
+LOOK_LAST_S = 0.005
+"""An offer that waits looks again this often; at its deadline another one may be about to end its try."""
 
 
 LOG = logging.getLogger("kvstore.transfer")
@@ -39,6 +47,11 @@ class OfferRefusedError(TransferError):
     def __init__(self, code: AbortCode, reason: str) -> None:
         super().__init__(reason)
         self.code = code
+
+
+def _line_is_full() -> OfferRefusedError:
+    reason = f"{OFFERS_WAITING_MAX} offers wait here that are as urgent or more, the most; retry later"
+    return OfferRefusedError(AbortCode.LIMIT, reason)
 
 
 @dataclass
@@ -95,7 +108,7 @@ class Inbox:
         self._pool = pool
         self._changed = threading.Condition()
         self._entries: dict[TransferId, _Entry] = {}
-        self._reserving: set[TransferId] = set()
+        self._line = WaitingLine(OFFERS_WAITING_MAX)
         self._generations = count(1)
         self._statistics = InboxStatistics()
         self._is_draining = False
@@ -109,11 +122,12 @@ class Inbox:
         with self._changed:
             return InboxStatistics(**vars(self._statistics))
 
-    def transfers(self) -> list[IncomingStatus]:
-        """The transfers that hold a reservation now, oldest first."""
+    def transfers(self) -> tuple[IncomingStatus, ...]:
+        """What arrives, oldest first, then what waits for space, in the order of its turns."""
         with self._changed:
-            entries = list(self._entries.values())
-        return [IncomingStatus.of(entry.incoming, is_attached=not entry.is_detached) for entry in entries]
+            entries = [(entry.incoming, not entry.is_detached) for entry in self._entries.values()]
+            waiting = self._line.statuses()
+        return (*(IncomingStatus.of(incoming, is_attached=attached) for incoming, attached in entries), *waiting)
 
     @property
     def active_count(self) -> int:
@@ -134,7 +148,12 @@ class Inbox:
 
     def _space_changed(self) -> None:
         with self._changed:
-            self._changed.notify_all()
+            self._space_freed()
+
+    def _space_freed(self) -> None:
+        """Call with the lock held."""
+        self._line.note_change()
+        self._changed.notify_all()
 
     # Offers
 
@@ -152,27 +171,28 @@ class Inbox:
             entry = self._entries.get(transfer)
             if entry is None:
                 self._check_taking()
-                self._check_limits(transfer)
-                self._reserving.add(transfer)
+            waiting = None if entry is not None else self._queue(session, transfer, offer)
         if entry is not None:
             return self._resume(entry, session, offer)
+        assert waiting is not None
         try:
             offered = check_offer(offer, self.spec)
-            transaction = self._reserve(offer, offered, session.progress_deadline_s)
+            transaction = self._reserve(waiting, offered)
             incoming = IncomingTransfer(transfer, offer, offered, transaction)
             with self._changed:
-                if self._is_closed:
-                    transaction.abort("the node is closing")
-                    self._check_open()
+                if self._is_closed or waiting.cancelled is not None:
+                    transaction.abort(waiting.cancelled or "the node is closing")
+                    self._check_waiting(waiting)
                 incoming.generation = next(self._generations)
                 incoming.detached_s = None
                 incoming.peer_address = session.peer_address
                 self._entries[transfer] = _Entry(incoming, session)
-                self._changed.notify_all()  # The janitor takes note of its deadline.
+                self._line.leave(waiting)
                 return incoming
         finally:
             with self._changed:
-                self._reserving.discard(transfer)
+                self._line.leave(waiting)
+                # The janitor takes note of its deadline, and the next one in the line of its turn.
                 self._changed.notify_all()
 
     def _check_open(self) -> None:
@@ -183,16 +203,31 @@ class Inbox:
         if self._is_draining:
             raise OfferRefusedError(AbortCode.CLOSING, "the node is draining and takes nothing new")
 
-    def _check_limits(self, transfer: TransferId) -> None:
-        if transfer in self._reserving:
+    def _queue(self, session: Session, transfer: TransferId, offer: Offer) -> Waiting:
+        """A place in the line of offers. Call with the lock held."""
+        if self._line.find(transfer) is not None:
             raise OfferRefusedError(AbortCode.STALE_GENERATION, "an earlier connection's offer is still waiting")
-        active = [*self._entries, *self._reserving]
-        limit = self.settings.transfers_per_node_max
-        if len(active) >= limit:
-            raise OfferRefusedError(AbortCode.LIMIT, f"{limit} transfers arrive at this node, the most; retry later")
         limit = self.settings.transfers_per_peer_max
-        if sum(other.epoch == transfer.epoch for other in active) >= limit:
+        if (
+            sum(other.epoch == transfer.epoch for other in self._entries) + self._line.count_of_peer(transfer.epoch)
+            >= limit
+        ):
             raise OfferRefusedError(AbortCode.LIMIT, f"{limit} transfers of this peer arrive, the most; retry later")
+        # The sender hears nothing meanwhile, and must not take that for a dead peer.
+        deadline = Deadline.after(min(self.settings.queue_deadline_s, session.progress_deadline_s / 2))
+        waiting = self._line.join(transfer, offer, session.peer_address, deadline)
+        if waiting is None:
+            raise _line_is_full()
+        self._changed.notify_all()  # Somebody may have lost the last place.
+        return waiting
+
+    def _check_waiting(self, waiting: Waiting) -> None:
+        """Raise what ends an offer's wait from outside. Call with the lock held."""
+        self._check_open()
+        if waiting.cancelled is not None:
+            raise OfferRefusedError(AbortCode.CANCELLED, waiting.cancelled)
+        if waiting.is_ousted:
+            raise _line_is_full()
 
     def _resume(self, entry: _Entry, session: Session, offer: Offer) -> IncomingTransfer:
         incoming = entry.incoming
@@ -213,13 +248,13 @@ class Inbox:
             self._statistics.resumed += 1
             return incoming
 
-    def _reserve(self, offer: Offer, offered: RecordArrays, silence_s: float) -> BaseTransaction:
-        """Space for everything that is missing, waiting a little for it."""
+    def _reserve(self, waiting: Waiting, offered: RecordArrays) -> BaseTransaction:
+        """Space for everything that is missing, waiting a little for it, in the order of the line."""
+        offer = waiting.offer
         path = offer.path
         resume_nodes = [node for tokens in offer.resume_tokens if (node := path.node_at(tokens)) is not None]
-        # The sender hears nothing meanwhile, and must not take that for a dead peer.
-        deadline = Deadline.after(min(self.settings.queue_deadline_s, silence_s / 2))
         while True:
+            self._wait_turn(waiting)
             try:
                 return self._pool.begin(
                     path,
@@ -230,15 +265,35 @@ class Inbox:
                     is_transient=OfferFlag.HANDOVER in offer.flags,
                 )
             except PoolError as error:
-                if error.retryable and self._give_up_detached():
-                    continue
-                with self._changed:
-                    if not error.retryable or deadline.has_passed:
+                if not error.retryable or (waiting.deadline.has_passed and not self._has_detached()):
+                    with self._changed:
                         self._statistics.full += 1
-                        raise
-                    self._check_open()
-                    # A change between the attempt and this wait is found by the next look, at most this much later.
-                    self._changed.wait(min(0.1, deadline.remaining_s()))
+                    raise
+            finally:
+                with self._changed:
+                    self._line.end_try(waiting)
+                    self._changed.notify_all()
+            self._give_up_detached()
+
+    def _wait_turn(self, waiting: Waiting) -> None:
+        """Until this offer may try to reserve; its own deadline is its last turn."""
+        limit = self.settings.transfers_per_node_max
+        with self._changed:
+            while True:
+                self._check_waiting(waiting)
+                if len(self._entries) < limit:
+                    if self._line.begin_try(waiting):
+                        return
+                elif waiting.deadline.has_passed:
+                    reason = f"{limit} transfers arrive at this node, the most; retry later"
+                    raise OfferRefusedError(AbortCode.LIMIT, reason)
+                # Space that appears without a word from the pool is found by another look, at most this much later.
+                self._changed.wait(min(LOOK_S, max(waiting.deadline.remaining_s(), LOOK_LAST_S)))
+                self._line.note_time(LOOK_S)
+
+    def _has_detached(self) -> bool:
+        with self._changed:
+            return any(entry.incoming.detached_s is not None for entry in self._entries.values())
 
     def _give_up_detached(self) -> bool:
         """Make room by giving up the transfer that has been without a connection the longest."""
@@ -279,7 +334,7 @@ class Inbox:
             self._statistics.committed += 1
             self._statistics.received_bytes += incoming.received_bytes
             self._statistics.received_s += answer.elapsed_us / 1e6
-            self._changed.notify_all()
+            self._space_freed()
         _log_end(incoming, "committed")
         return answer
 
@@ -298,9 +353,37 @@ class Inbox:
             return False
         entry.incoming.transaction.abort(abort.reason)
         with self._changed:
-            self._changed.notify_all()
+            self._space_freed()
         _log_end(entry.incoming, "aborted", code=abort.code.name.lower(), reason=abort.reason)
         return True
+
+    def cancel(self, transfer: TransferId, reason: str) -> bool:
+        """Give up a transfer that arrives, or whose offer waits. False if there is none, or it has just ended."""
+        abort = Abort(AbortCode.CANCELLED, reason)
+        deadline = Deadline.after(self.settings.progress_deadline_s)
+        while True:
+            with self._changed:
+                waiting = self._line.find(transfer)
+                if waiting is not None:
+                    waiting.cancelled = waiting.cancelled or reason
+                    self.outcomes.record(transfer, abort, Deadline.after(waiting.offer.total_deadline_ms / 1000))
+                    self._changed.notify_all()
+                    return True
+                entry = self._entries.get(transfer)
+                session = entry.session if entry is not None else None
+            if entry is None:
+                return False
+            if session is not None and session.cancel(transfer, abort):
+                return True
+            if self.give_up(transfer, abort, only_detached=True):
+                return True
+            # It is between a connection and the next, or about to be committed.
+            with self._changed:
+                if self._entries.get(transfer) is not entry:
+                    return False
+                self._changed.wait(LOOK_LAST_S)
+            if deadline.has_passed:
+                return False
 
     def detach(self, incoming: IncomingTransfer, generation: int) -> None:
         """A session has lost its connection; the transfer waits to be resumed."""
@@ -348,7 +431,7 @@ class Inbox:
         """
         with self._changed:
             self._is_draining = True
-            return self._changed.wait_for(lambda: not self._entries and not self._reserving, deadline.remaining_s())
+            return self._changed.wait_for(lambda: not self._entries and not len(self._line), deadline.remaining_s())
 
     def close(self) -> None:
         """Give everything up and end the janitor. The sessions have ended by now, or soon will."""

@@ -103,6 +103,14 @@ class IncomingTransfer:
         return max((int(layout.piece_sizes.max()) for layout in self._reserved.layouts), default=0)
 
     @property
+    def expected_bytes(self) -> int:
+        """Piece bytes that were lacking when the transfer began."""
+        return sum(
+            int(layout.piece_sizes.sum()) * int(np.count_nonzero(self._reserved.layout_numbers == number))
+            for number, layout in enumerate(self._reserved.layouts)
+        )
+
+    @property
     def received_bytes(self) -> int:
         """Piece bytes that arrived undamaged."""
         return self.arrivals.counts()[0]

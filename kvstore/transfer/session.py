@@ -162,6 +162,21 @@ class Session:
         self._drain()
         self._send_quietly(Kind.ABORT, attached.incoming.transfer, Abort(AbortCode.CLOSING, reason).pack())
 
+    def cancel(self, transfer: TransferId, abort: Abort) -> bool:
+        """Give up the transfer that is attached here. False if it is another one, or none any more. Any thread."""
+        if not self._lock.acquire(timeout=self._link.progress_deadline_s):
+            self.close()  # In the middle of a frame that hardly comes.
+            return False
+        try:
+            attached = self._attached
+            if attached is None or attached.incoming.transfer != transfer:
+                return False
+            self._part()
+        finally:
+            self._lock.release()
+        self._say_given_up(attached, abort)
+        return True
+
     # Greeting
 
     def _greet(self, header: FrameHeader) -> None:
@@ -521,17 +536,26 @@ class Session:
     def _give_up(self, code: AbortCode, reason: str) -> None:
         """End the transfer from this side, and say so."""
         with self._lock:
-            attached, self._attached = self._attached, None
-        if attached is None:
-            return
-        self._end_joining(is_waiting=False)
-        abort = Abort(code, reason)
-        self._inbox.give_up(attached.incoming.transfer, abort)
+            attached = self._attached
+            if attached is None:
+                return
+            self._part()
+        self._say_given_up(attached, Abort(code, reason))
+
+    def _part(self) -> None:
+        """Nothing more is done here for the transfer, whichever thread comes next. Call with the lock held."""
         self._drain()
+        self._attached = None
+
+    def _say_given_up(self, attached: Attached, abort: Abort) -> None:
+        self._end_joining(is_waiting=False)
+        self._inbox.give_up(attached.incoming.transfer, abort)
         self._send_quietly(Kind.ABORT, attached.incoming.transfer, abort.pack())
 
     def _refuse(self, transfer: TransferId, code: AbortCode, reason: str) -> None:
         """Say why this connection ends; a transfer that it was attached to stays, to be resumed."""
+        if self._drain_until is not None:
+            return  # Another thread has just said why.
         self._drain()
         self._send_quietly(Kind.ABORT, transfer, Abort(code, reason).pack())
 

@@ -151,7 +151,7 @@ def test_a_broken_transfer_is_resumed_during_a_drain(source: kvstore.Store, targ
 def test_an_idle_node_has_drained_at_once(target: kvstore.Store) -> None:
     with Endpoint(target.pool, address("tcp")) as endpoint:
         assert endpoint.drain(0.0)
-        assert endpoint.transfers() == []
+        assert endpoint.transfers() == ()
 
 
 def test_statistics_and_log_lines_of_transfers(
