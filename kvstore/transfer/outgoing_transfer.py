@@ -27,8 +27,8 @@ from kvstore.transfer.outgoing import Outgoing
 from kvstore.transfer.path_watch import PathWatch
 from kvstore.transfer.pieces import observe_layers
 from kvstore.transfer.report import TransferReport
-from kvstore.transfer.tracing import NoSpan, begin_span
 from kvstore.transfer.snapshots import OutgoingSnapshot, TransferState
+from kvstore.transfer.tracing import NoSpan, begin_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
