@@ -14,7 +14,8 @@ _PackedPath = tuple[bytes, int, bytes, bytes | None, bytes]
 class Arena:
     """Slots in shared memory, for `kvstore.tiers.ArenaTier`, which documents what they mean. Any thread may call.
 
-    A slot is a tuple (index, generation, size in bytes). The GIL is released while bytes move or memory is cleared.
+    A slot is a tuple (index, generation, size in bytes); several are rows of these, `[n, 3]`. The GIL is released
+    while bytes move or memory is cleared.
 
     Raises:
         ArenaError: there is too little memory, or another process owns the name.
@@ -28,28 +29,28 @@ class Arena:
         directory: str,
         name: str,
     ) -> None: ...
-    def allocate(self, sizes_bytes: list[int]) -> list[tuple[int, int, int]] | None:
-        """A slot for each size, or None and nothing taken."""
+    def allocate(self, sizes_bytes: list[int]) -> bytes | None:
+        """The rows of a slot for each size, or None and nothing taken."""
 
-    def would_fit(self, sizes_bytes: list[int], freeing: list[Any]) -> bool:
+    def would_fit(self, sizes_bytes: list[int], freeing: NDArray[np.uint64]) -> bool:
         """Whether `allocate` would succeed if these live slots were freed first."""
 
     def fits_when_empty(self, sizes_bytes: list[int]) -> bool:
         """Whether `allocate` would succeed if nothing were allocated."""
 
-    def free(self, slots: list[Any]) -> None:
+    def free(self, slots: NDArray[np.uint64]) -> None:
         """Frees in order, up to the first that is stale: StaleSlotError."""
 
-    def pin(self, slots: list[Any]) -> None:
+    def pin(self, slots: NDArray[np.uint64]) -> None:
         """Pins all or, with StaleSlotError, none."""
 
-    def unpin(self, slots: list[Any]) -> None:
+    def unpin(self, slots: NDArray[np.uint64]) -> None:
         """Ends one pin of each, up to the first that has none: StaleSlotError."""
 
     def location(self, slot: tuple[int, int, int], must_be_pinned: bool) -> int:
         """Offset of a live slot in the mapping."""
 
-    def locations(self, slots: list[Any]) -> NDArray[np.uint64]:
+    def locations(self, slots: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Offsets of pinned slots, shape [n]."""
 
     def write(self, slot: tuple[int, int, int], data: Buffer, offset: int) -> None:

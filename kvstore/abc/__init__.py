@@ -5,7 +5,7 @@ Nothing else lives here. Each seam has a conformance kit in `kvstore.testing`.
 
 from kvstore.abc.codec import Codec
 from kvstore.abc.policy import CheckpointPolicy, Evictable, EvictionPolicy
-from kvstore.abc.tier import Slot, Tier
+from kvstore.abc.tier import Slot, SlotRows, SlotViews, Tier
 from kvstore.abc.transport import Availability, Connection, ConnectionInformation, Listener, Transport, TransportOptions
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "EvictionPolicy",
     "Listener",
     "Slot",
+    "SlotRows",
+    "SlotViews",
     "Tier",
     "Transport",
     "TransportOptions",

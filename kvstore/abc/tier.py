@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, overload
 
+import numpy as np
+
+from kvstore._native import addresses_of
 from kvstore.errors import StaleSlotError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator
+
+    import numpy.typing as npt
 
 
 class Slot(NamedTuple):
@@ -26,6 +33,94 @@ class Slot(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a slot
     generation: int
     size_bytes: int
+
+
+class SlotRows(Sequence[Slot]):
+    """Slots as an array; a `Slot` is made only when it is looked at, since a prompt has thousands.
+
+    Attributes:
+        table: index, generation and size of each, `[n, 3]`.
+    """
+
+    def __init__(self, table: npt.NDArray[np.uint64]) -> None:
+        self.table = np.ascontiguousarray(table, np.uint64)
+
+    @classmethod
+    def of(cls, slots: Iterable[Slot]) -> SlotRows:
+        """Any slots, in their order. Raises `TypeError` for what is none."""
+        if isinstance(slots, SlotRows):
+            return slots
+        slots = list(slots)
+        if any(not isinstance(slot, tuple) or len(slot) != 3 for slot in slots):
+            raise TypeError("a slot is a tuple of index, generation and size in bytes")
+        return cls(np.fromiter(chain.from_iterable(slots), np.uint64).reshape(-1, 3))
+
+    @classmethod
+    def join(cls, parts: Iterable[Iterable[Slot]]) -> SlotRows:
+        """The slots of all parts, in their order."""
+        return cls(np.concatenate([np.empty((0, 3), np.uint64), *(cls.of(part).table for part in parts)]))
+
+    def taken(self, numbers: Iterable[int]) -> SlotRows:
+        """Those of these numbers."""
+        return SlotRows(self.table[np.fromiter(numbers, np.int64)])
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all of them."""
+        return int(self.table[:, 2].sum())
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Slot: ...
+    @overload
+    def __getitem__(self, index: slice) -> SlotRows: ...
+    def __getitem__(self, index: int | slice) -> Slot | SlotRows:
+        if isinstance(index, slice):
+            return SlotRows(self.table[index])
+        return Slot(*self.table[index].tolist())
+
+    def __iter__(self) -> Iterator[Slot]:
+        return map(Slot._make, self.table.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # like a list
+
+
+class SlotViews(Sequence[memoryview]):
+    """Memory of slots that lie in one mapping; a view is made only when it is looked at, since a prompt has thousands.
+
+    Args:
+        memory: the mapping.
+        begins: where in it each slot begins, `[n]`.
+        sizes_bytes: of each slot, `[n]`.
+    """
+
+    def __init__(self, memory: memoryview, begins: npt.NDArray[np.uint64], sizes_bytes: npt.NDArray[np.uint64]) -> None:
+        self._memory = memory
+        self._begins = begins
+        self._sizes_bytes = sizes_bytes
+
+    def __len__(self) -> int:
+        return len(self._sizes_bytes)
+
+    @overload
+    def __getitem__(self, index: int) -> memoryview: ...
+    @overload
+    def __getitem__(self, index: slice) -> SlotViews: ...
+    def __getitem__(self, index: int | slice) -> memoryview | SlotViews:
+        if isinstance(index, slice):
+            return SlotViews(self._memory, self._begins[index], self._sizes_bytes[index])
+        begin = int(self._begins[index])
+        return self._memory[begin : begin + int(self._sizes_bytes[index])]
+
+    @property
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        """Of each slot's first byte, `[n]`."""
+        return self._begins + addresses_of([self._memory])
 
 
 class Tier(ABC):
@@ -118,11 +213,11 @@ class Tier(ABC):
 
     # In bulk: what a prompt needs, in one call. Overridden where one call is cheaper than many.
 
-    def views(self, slots: Iterable[Slot]) -> list[memoryview]:
+    def views(self, slots: Iterable[Slot]) -> Sequence[memoryview]:
         """`view` of each of these pinned slots; raises as it does."""
         return [self.view(slot) for slot in slots]
 
-    def allocate_all(self, sizes_bytes: Sequence[int]) -> list[Slot] | None:
+    def allocate_all(self, sizes_bytes: Sequence[int]) -> Sequence[Slot] | None:
         """Space for several records, in order, or None and nothing taken.
 
         Raises:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvstore._native import addresses_of
+from kvstore.abc import SlotRows, SlotViews
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,13 +69,13 @@ class PlacedRows:
     """
 
     rows: Rows
-    slots: Sequence[Slot]
+    slots: SlotRows
     memories: Sequence[memoryview]
 
     @cached_property
     def addresses(self) -> npt.NDArray[np.uint64]:
         """Of each record's first byte, `[n]`."""
-        return addresses_of(self.memories)
+        return self.memories.addresses if isinstance(self.memories, SlotViews) else addresses_of(self.memories)
 
     def held(self) -> tuple[HeldRecord, ...]:
         """The records one by one, as committed ones."""

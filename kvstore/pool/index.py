@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from kvstore._native import Needs
 from kvstore._native import PrefixIndex as NativeIndex
+from kvstore.abc import SlotRows
 from kvstore.limits import GHOSTS_MAX, SPARSE_NODES_BYTES_MAX
-from kvstore.pool.rows import slots_of
 from kvstore.pool.sparse import SparseNodes
 from kvstore.pool.victims import ITEM_BYTES, PolicyFeed
 from kvstore.spec import ReuseRule
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvstore._native import HeldRows, WriteSet
-    from kvstore.abc import EvictionPolicy, Slot
+    from kvstore.abc import EvictionPolicy
     from kvstore.pool.path import HandOver, RecordPlace
     from kvstore.spec import ModelSpec, Shard
 
@@ -97,7 +97,7 @@ class PrefixIndex:
         self.native.hold(held)
         self._settle()
 
-    def release(self, held: HeldRows) -> list[Slot]:
+    def release(self, held: HeldRows) -> SlotRows:
         """End a hold; the slots that came free with a tail that was there for a hand-over only."""
         return self._removed(self.native.release(held))
 
@@ -107,16 +107,16 @@ class PrefixIndex:
         self._settle()
         return given_back
 
-    def let_go(self, writes: WriteSet) -> list[Slot]:
+    def let_go(self, writes: WriteSet) -> SlotRows:
         return self._removed(self.native.let_go(writes))
 
-    def evict(self, node: int, *, states_only: bool) -> list[Slot]:
+    def evict(self, node: int, *, states_only: bool) -> SlotRows:
         return self._removed(self.native.evict(node, states_only))
 
-    def condemn(self, node: int, *, is_state: bool) -> list[Slot]:
+    def condemn(self, node: int, *, is_state: bool) -> SlotRows:
         return self._removed(self.native.condemn(node, is_state))
 
-    def evict_chosen(self) -> list[Slot]:
+    def evict_chosen(self) -> SlotRows:
         return self._removed(self.native.evict_chosen())
 
     def choose(self, target_bytes: int) -> int:
@@ -130,12 +130,12 @@ class PrefixIndex:
         if self._feed is not None:
             self._feed.refill()
 
-    def _removed(self, table: npt.NDArray[np.uint64]) -> list[Slot]:
+    def _removed(self, table: npt.NDArray[np.uint64]) -> SlotRows:
         for node in self.native.take_lost_handovers():
             for handover, _ in self._handovers.pop(node):
                 self.payload_bytes -= len(handover.payload)
         self._settle()
-        return slots_of(table)
+        return SlotRows(table)
 
     def _settle(self) -> None:
         if self._feed is not None:

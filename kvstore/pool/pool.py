@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvstore.abc import SlotRows
 from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
 from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
@@ -21,7 +22,7 @@ from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
 from kvstore.pool.joint import JointCommits
 from kvstore.pool.plan import clear_padding, name_table, place_table
 from kvstore.pool.room import Room
-from kvstore.pool.rows import RecordNames, Rows, slot_table
+from kvstore.pool.rows import RecordNames, Rows
 from kvstore.pool.seam import BaseHold, BasePool
 from kvstore.pool.search import Query, answer, joined, search
 from kvstore.pool.statistics import PoolStatistics
@@ -192,7 +193,7 @@ class Pool(BasePool):
             undoing.pop_all()
         return hold
 
-    def _views(self, slots: Sequence[Slot]) -> list[memoryview]:
+    def _views(self, slots: Sequence[Slot]) -> Sequence[memoryview]:
         return self._tier.views(slots)
 
     def check_current(self, hold: BaseHold) -> None:
@@ -319,7 +320,7 @@ class Pool(BasePool):
                 if record.name.node < first and self.spec.groups[record.name.group].rule is ReuseRule.ATTENTION
             )
             held_slots = held_rows.slots()
-            pinned = [*held_slots, *(record.slot for records in (inherited, basis) for record in records)]
+            pinned = SlotRows.join([held_slots, (record.slot for records in (inherited, basis) for record in records)])
             with ExitStack() as undoing:
                 self._room.pin_all(pinned)
                 undoing.callback(self._room.unpin_all, pinned)
@@ -330,7 +331,7 @@ class Pool(BasePool):
                 slots = self._room.reserve(sizes)
                 undoing.callback(self._room.give_back_all, slots)
                 undoing.callback(self._room.unpin_all, slots)
-                writes.set_slots(slot_table(slots))
+                writes.set_slots(slots.table)
                 placed = PlacedRows(rows, slots, self._views(slots))
                 layouts, classes = rows.classes
                 for row in rows.padded():
@@ -414,8 +415,8 @@ class Pool(BasePool):
             upto = transaction.path.tokens if commit.is_final else int(committed.max(initial=0))
             self._index.sparse.add(transaction.path, upto)
         kept = set(commit.ready.tolist()).difference(given_back)
-        self._room.keep_all([slots[number] for number in kept])
-        self._room.give_back_all([slots[number] for number in given_back])
+        self._room.keep_all(slots.taken(kept))
+        self._room.give_back_all(slots.taken(given_back))
 
     def _check_handovers(self, commits: Sequence[PreparedCommit]) -> None:
         added: dict[int, int] = {}
@@ -455,7 +456,7 @@ class Pool(BasePool):
             same = [each.transaction for each in commits if each.transaction.writes.last_node == last]
             self._index.add_handover(last, commit.handover, merge_grids(same))
 
-    def _abandon(self, transaction: Transaction, uncommitted: Sequence[Slot], *, is_still: bool) -> None:
+    def _abandon(self, transaction: Transaction, uncommitted: SlotRows, *, is_still: bool) -> None:
         """For `Transaction.abort`.
 
         Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvstore.abc import SlotRows
 from kvstore.errors import LeaseGoneError, PoolFullError, QuarantineFullError, StaleSlotError, WriteTooLargeError
 from kvstore.limits import QUARANTINE_FRACTION_MAX
 from kvstore.pool.index import NODE_BYTES
-from kvstore.pool.rows import slots_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -57,31 +57,32 @@ class Room:
                 "write a shorter prompt or fewer checkpoints, or open the store with more memory"
             )
 
-    def reserve(self, sizes: Sequence[int]) -> list[Slot]:
+    def reserve(self, sizes: Sequence[int]) -> SlotRows:
         """Pinned slots of these sizes; whatever has to be evicted for them is.
 
         Raises:
             PoolFullError: not enough may be evicted. Nothing was changed.
         """
         self._make_room(sizes)
-        slots = self._tier.allocate_all(sizes)
-        if slots is None:
+        allocated = self._tier.allocate_all(sizes)
+        if allocated is None:
             raise PoolFullError(f"the {self._tier.name} tier has no {len(sizes)} slots left; try again later")
+        slots = SlotRows.of(allocated)
         try:
             self._tier.pin_all(slots)
         except BaseException:
             self._tier.free_all(slots)
             raise
         self._reserved_records += len(slots)
-        self.reserved_bytes += sum(slot.size_bytes for slot in slots)
+        self.reserved_bytes += slots.size_bytes
         return slots
 
-    def keep_all(self, slots: Sequence[Slot]) -> None:
+    def keep_all(self, slots: SlotRows) -> None:
         """Reserved slots hold committed records now."""
         self._reserved_records -= len(slots)
-        self.reserved_bytes -= sum(slot.size_bytes for slot in slots)
+        self.reserved_bytes -= slots.size_bytes
 
-    def give_back_all(self, slots: Sequence[Slot]) -> None:
+    def give_back_all(self, slots: SlotRows) -> None:
         """Reserved slots are not needed; while one is pinned it stays in quarantine."""
         self.keep_all(slots)
         self._tier.free_all(slots)
@@ -141,7 +142,7 @@ class Room:
 
     def _would_fit(self, sizes: Sequence[int], chosen: int) -> bool:
         """Whether the first so many of the chosen victims leave enough room."""
-        return self._tier.would_fit(sizes, slots_of(self._index.native.chosen_slots(chosen)))
+        return self._tier.would_fit(sizes, SlotRows(self._index.native.chosen_slots(chosen)))
 
     def _drop_ghosts(self, sizes: Sequence[int], needed_bytes: int, lacking_bytes: int, chosen_bytes: int) -> None:
         """All victims do not suffice: whether hints can make up for the rest.
@@ -163,10 +164,10 @@ class Room:
                 "store with more memory"
             )
 
-    def freed(self, slots: Sequence[Slot]) -> int:
+    def freed(self, slots: SlotRows) -> int:
         """Records have left the index: free their slots; the bytes."""
         self._tier.free_all(slots)
-        size_bytes = sum(slot.size_bytes for slot in slots)
+        size_bytes = slots.size_bytes
         self._statistics.evicted_records += len(slots)
         self._statistics.evicted_bytes += size_bytes
         return size_bytes

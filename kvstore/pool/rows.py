@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from kvstore.abc import Slot
+from kvstore.abc import SlotRows
 from kvstore.keys import KEY_BYTES
 from kvstore.pool.path import RecordName
 from kvstore.record import RecordHeader, record_layout
@@ -16,7 +16,7 @@ from kvstore.spec import ReuseRule, UnitRange
 from kvstore.spec.coverage import span_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     import numpy.typing as npt
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 NODE, GROUP, SPAN, START, STOP, SLOT, GENERATION, SLOT_BYTES, COST_US, DIGEST = range(10)
 """Columns of the tables that the native index returns."""
-
-_slot_of: Callable[[list[int]], Slot] = partial(tuple.__new__, Slot)
-"""`Slot._make` in less time: a prompt has thousands."""
 
 
 class RecordNames(Sequence[RecordName]):
@@ -141,8 +138,8 @@ class Rows:
         sizes: list[int] = np.array([layout.slot_bytes for layout in layouts], np.int64)[numbers].tolist()
         return sizes
 
-    def slots(self) -> list[Slot]:
-        return slots_of(self.table[:, SLOT : SLOT_BYTES + 1])
+    def slots(self) -> SlotRows:
+        return SlotRows(self.table[:, SLOT : SLOT_BYTES + 1])
 
     def names(self) -> list[RecordName]:
         units = {layout.units for layout in self.classes[0]}
@@ -244,13 +241,3 @@ def layouts_of(spec: ModelSpec, path: NodePath, names: RecordNames) -> tuple[lis
             record_layout(spec, each.group_index, each.span.index, each.units, sparse) for each, sparse in chosen
         ]
     return layouts, numbers
-
-
-def slots_of(table: npt.NDArray[np.uint64]) -> list[Slot]:
-    """Descriptors of a table of shape [n, 3]."""
-    return list(map(_slot_of, table.tolist()))
-
-
-def slot_table(slots: Sequence[Slot]) -> npt.NDArray[np.uint64]:
-    """The table of descriptors, shape [n, 3]."""
-    return np.array(slots, np.uint64).reshape(-1, 3)

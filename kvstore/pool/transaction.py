@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore._native import addresses_of
+from kvstore.abc import SlotRows
 from kvstore.errors import LeaseGoneError, RecordError, StoreClosedError, WriteError
 from kvstore.pool.arrays import RecordArrays
 from kvstore.pool.seam import BaseTransaction, incomplete
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvstore._native import WriteSet
-    from kvstore.abc import Slot
     from kvstore.errors import JointCommitError
     from kvstore.pool.held import HeldRecord, PlacedRows, TransactionRecord
     from kvstore.pool.joint import JointCommits, Party
@@ -286,7 +286,7 @@ class Transaction(BaseTransaction):
                 return
             self._end_reason = f"it was aborted: {reason}"
             self._unpinned = not self._movers
-            uncommitted = [self.placed.slots[index] for index in np.flatnonzero(~self._is_committed).tolist()]
+            uncommitted = self.placed.slots.taken(np.flatnonzero(~self._is_committed))
             self._pool._abandon(self, uncommitted, is_still=self._unpinned)
         self._pool._notify()
         if self._party is not None:
@@ -294,10 +294,10 @@ class Transaction(BaseTransaction):
             joints.fail(party, reason)
 
     @property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> SlotRows:
         """Every slot that is pinned until this transaction has ended and nothing moves any more."""
         held = (record.slot for records in (self.inherited, self.basis) for record in records)
-        return [*self.placed.slots, *self.placed_held.slots, *held]
+        return SlotRows.join([self.placed.slots, self.placed_held.slots, held])
 
     def _unpin_when_still(self) -> None:
         with self._lock:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvstore._native import Arena
-from kvstore.abc import Slot, Tier
+from kvstore.abc import SlotRows, SlotViews, Tier
 from kvstore.errors import ArenaError, RecordTooLargeError, StoreClosedError
 from kvstore.limits import (
     ARENA_NAME_CHARACTERS_MAX,
@@ -21,15 +22,13 @@ from kvstore.tiers.available_memory import available_memory, free_huge_page_byte
 from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
-SHARED_MEMORY_DIRECTORY = "/dev/shm"
+    from kvstore.abc import Slot
 
-_slot_of: Callable[[tuple[int, int, int]], Slot] = partial(tuple.__new__, Slot)
-"""`Slot._make` in less time: a prompt has thousands."""
+SHARED_MEMORY_DIRECTORY = "/dev/shm"
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class ArenaTier(Tier):
 
     def locations(self, slots: Iterable[Slot]) -> NDArray[np.uint64]:
         """`location` of each, shape [n]; raises as it does."""
-        return self._arena.locations(list(slots))
+        return self._arena.locations(SlotRows.of(slots).table)
 
     def statistics(self) -> ArenaStatistics:
         """How the arena is divided and used at this moment."""
@@ -186,39 +185,39 @@ class ArenaTier(Tier):
         slots = self.allocate_all((size_bytes,))
         return None if slots is None else slots[0]
 
-    def allocate_all(self, sizes_bytes: Sequence[int]) -> list[Slot] | None:
+    def allocate_all(self, sizes_bytes: Sequence[int]) -> SlotRows | None:
         self._check_sizes(sizes_bytes)
         slots = self._arena.allocate(list(sizes_bytes))
-        return None if slots is None else list(map(_slot_of, slots))
+        return None if slots is None else SlotRows(np.frombuffer(slots, np.uint64).reshape(-1, 3))
 
     def would_fit(self, sizes_bytes: Sequence[int], freeing: Sequence[Slot] = ()) -> bool:
         self._check_sizes(sizes_bytes)
-        return self._arena.would_fit(list(sizes_bytes), list(freeing))
+        return self._arena.would_fit(list(sizes_bytes), SlotRows.of(freeing).table)
 
     def fits_when_empty(self, sizes_bytes: Sequence[int]) -> bool:
         self._check_sizes(sizes_bytes)
         return self._arena.fits_when_empty(list(sizes_bytes))
 
     def free(self, slot: Slot) -> None:
-        self._arena.free([slot])
+        self._arena.free(SlotRows.of([slot]).table)
 
     def free_all(self, slots: Iterable[Slot]) -> None:
-        self._arena.free(list(slots))
+        self._arena.free(SlotRows.of(slots).table)
 
     def pin(self, slot: Slot) -> None:
-        self._arena.pin([slot])
+        self._arena.pin(SlotRows.of([slot]).table)
 
     def pin_all(self, slots: Iterable[Slot]) -> None:
-        self._arena.pin(list(slots))
+        self._arena.pin(SlotRows.of(slots).table)
 
     def unpin(self, slot: Slot) -> None:
-        self._arena.unpin([slot])
+        self._arena.unpin(SlotRows.of([slot]).table)
 
     def unpin_all(self, slots: Iterable[Slot]) -> None:
-        self._arena.unpin(list(slots))
+        self._arena.unpin(SlotRows.of(slots).table)
 
     def _check_sizes(self, sizes_bytes: Sequence[int]) -> None:
-        for size_bytes in sizes_bytes:
+        for size_bytes in set(sizes_bytes):  # A prompt has thousands of records, and few sizes.
             if size_bytes <= 0 or size_bytes % RECORD_ALIGN_BYTES:
                 raise ValueError(f"slot sizes are positive multiples of {RECORD_ALIGN_BYTES}, got {size_bytes}")
         largest = max(sizes_bytes, default=0)
@@ -240,11 +239,9 @@ class ArenaTier(Tier):
         begin = self._arena.location(slot, must_be_pinned=False)
         return self.memory[begin : begin + slot.size_bytes]
 
-    def views(self, slots: Iterable[Slot]) -> list[memoryview]:
-        slots = list(slots)
-        memory = self.memory
-        begins = self._arena.locations(slots).tolist()
-        return [memory[begin : begin + slot[2]] for begin, slot in zip(begins, slots, strict=True)]
+    def views(self, slots: Iterable[Slot]) -> SlotViews:
+        table = SlotRows.of(slots).table
+        return SlotViews(self.memory, self._arena.locations(table), table[:, 2])
 
     def close(self) -> None:
         # Views that a caller still holds keep the mapping; nothing is unmapped under them.

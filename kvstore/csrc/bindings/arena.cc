@@ -10,6 +10,7 @@
 #include "array.h"
 #include "bindings.h"
 #include "buffer.h"
+#include "value_buffer.h"
 
 namespace nb = nanobind;
 
@@ -35,16 +36,13 @@ SlotHandle slot_of(nb::handle object) {
     return {unsigned_item(object.ptr(), 0), unsigned_item(object.ptr(), 1), unsigned_item(object.ptr(), 2)};
 }
 
-std::vector<SlotHandle> slots_of(const nb::list& list) {
-    std::vector<SlotHandle> slots;
-    slots.reserve(list.size());
-    for (const nb::handle item : list) {
-        slots.push_back(slot_of(item));
-    }
-    return slots;
+// Many are rows of three 64-bit numbers. Copied: the array is the caller's to change.
+static_assert(sizeof(SlotHandle) == 3 * sizeof(std::uint64_t));
+std::vector<SlotHandle> slots_of(nb::handle rows) {
+    const ValueBuffer buffer(rows);
+    const auto slots = buffer.values<SlotHandle>("slots");
+    return {slots.begin(), slots.end()};
 }
-
-nb::object tuple_of(const SlotHandle& slot) { return nb::make_tuple(slot.index, slot.generation, slot.size_bytes); }
 
 std::unique_ptr<Arena> open_arena(std::uint64_t capacity_bytes, std::uint64_t largest_slot_bytes,
                                   const std::vector<std::uint64_t>& slot_sizes_bytes, const std::string& directory,
@@ -67,11 +65,7 @@ nb::object allocate(Arena& arena, const std::vector<std::uint64_t>& sizes_bytes)
     if (slots.size() != sizes_bytes.size()) {
         return nb::none();
     }
-    nb::list result;
-    for (const SlotHandle& slot : slots) {
-        result.append(tuple_of(slot));
-    }
-    return result;
+    return bytes_of(std::span<const SlotHandle>(slots));
 }
 
 using Memory = nb::ndarray<nb::memview, std::uint8_t, nb::ndim<1>, nb::c_contig>;
@@ -97,7 +91,7 @@ Memory whole_memory(Arena& arena) {
     return Memory(data, {size_bytes}, owner);
 }
 
-Locations locations(Arena& arena, const nb::list& slots) {
+Locations locations(Arena& arena, nb::handle slots) {
     auto found = std::make_unique<std::vector<std::uint64_t>>(arena.locations(slots_of(slots)));
     std::uint64_t* data = found->data();
     const std::size_t count = found->size();
@@ -170,13 +164,13 @@ void bind_arena(nb::module_& module) {
     nb::register_exception_translator(translate);
     nb::class_<Arena>(module, "Arena",
                       "Slots in shared memory; see kvstore.tiers.ArenaTier. Any thread may call.\n\n"
-                      "A slot is a tuple (index, generation, size in bytes).")
+                      "A slot is a tuple (index, generation, size in bytes); several are rows of these, uint64.")
         .def(nb::new_(&open_arena), nb::arg("capacity_bytes"), nb::arg("largest_slot_bytes"),
              nb::arg("slot_sizes_bytes"), nb::arg("directory"), nb::arg("name"))
         .def("allocate", &allocate, nb::arg("sizes_bytes"))
         .def(
             "would_fit",
-            [](Arena& arena, const std::vector<std::uint64_t>& sizes_bytes, const nb::list& freeing) {
+            [](Arena& arena, const std::vector<std::uint64_t>& sizes_bytes, nb::handle freeing) {
                 return arena.would_fit(sizes_bytes, slots_of(freeing));
             },
             nb::arg("sizes_bytes"), nb::arg("freeing"))
@@ -186,9 +180,9 @@ void bind_arena(nb::module_& module) {
                 return arena.fits_when_empty(sizes_bytes);
             },
             nb::arg("sizes_bytes"))
-        .def("free", [](Arena& arena, const nb::list& slots) { arena.free(slots_of(slots)); }, nb::arg("slots"))
-        .def("pin", [](Arena& arena, const nb::list& slots) { arena.pin(slots_of(slots)); }, nb::arg("slots"))
-        .def("unpin", [](Arena& arena, const nb::list& slots) { arena.unpin(slots_of(slots)); }, nb::arg("slots"))
+        .def("free", [](Arena& arena, nb::handle slots) { arena.free(slots_of(slots)); }, nb::arg("slots"))
+        .def("pin", [](Arena& arena, nb::handle slots) { arena.pin(slots_of(slots)); }, nb::arg("slots"))
+        .def("unpin", [](Arena& arena, nb::handle slots) { arena.unpin(slots_of(slots)); }, nb::arg("slots"))
         .def(
             "location",
             [](Arena& arena, nb::handle slot, bool must_be_pinned) {
