@@ -2,13 +2,17 @@
 
 Two processes on loopback each. Ours is a whole transfer, from `send` to the acknowledged commit: offer, reservation,
 checksums verified, records framed, the commit. The baseline (`raw_sockets.cc`, compiled here) moves as many bytes
-from memory to memory over 1, 2 and 4 connections and does nothing else. All alternate in one run.
+from memory to memory over 1, 2 and 4 connections and does nothing else; `iperf3` stands beside it where installed. A
+further side of ours does not verify checksums, which only this benchmark can ask for. All alternate in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -16,13 +20,16 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import kvstore
+import kvstore.transfer.native
 from benchmarks.paired import Row, report
+from kvstore._native import receive_pieces
 from kvstore.abc import TransportOptions
 from kvstore.limits import KIB, MIB
 from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec
@@ -34,6 +41,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "kvstore" / "bench" / "sides" / "raw_sockets.cc"
 RAW_CONNECTIONS = (1, 2, 4)
+OURS, UNVERIFIED = "kvstore", "kvstore, not verified"
+IPERF3_GIGABYTES_MIN = 0.01
+"""Smaller cases measure latency, for which `iperf3` has no figure."""
 BLOCK_TOKENS = 64
 WITHIN_S = 60.0
 
@@ -63,6 +73,9 @@ class Case:
 
 
 CASES = {
+    "1x64K": Case("1 x 64 KiB", 1, 1, 2),
+    "1x1M": Case("1 x 1 MiB", 1, 8, 4),
+    "16x1M": Case("16 x 1 MiB", 16, 8, 4),
     "256x1M": Case("256 x 1 MiB", 256, 8, 4),
     "4096x64K": Case("4096 x 64 KiB", 4096, 1, 2),
 }
@@ -84,7 +97,11 @@ def _capacity(case: Case) -> str:
     return f"{(case.records * (case.record_bytes + 16 * KIB)) * 5 // 4 // MIB + 64}MiB"
 
 
-def _receive(case: Case, congestion: str) -> None:
+def _receive(case: Case, congestion: str, *, is_verified: bool) -> None:
+    if not is_verified:
+        # For this comparison only: nothing of the library passes it, so that damage never passes as data.
+        unverified = partial(receive_pieces, is_verified=False)
+        kvstore.transfer.native.receive_pieces = unverified  # type: ignore[attr-defined]  # not its to export
     options = TransportOptions(congestion_control=None if congestion == "default" else congestion)
     with (
         kvstore.open(case.spec(), dram=_capacity(case)) as store,
@@ -105,7 +122,7 @@ def _receive(case: Case, congestion: str) -> None:
             cpu_s = _cpu_s()
 
 
-def _send(case: Case, target: str, congestion: str, connections: int) -> None:
+def _send(case: Case, target: str, congestion: str, connections: int | None) -> None:
     options = TransportOptions(congestion_control=None if congestion == "default" else congestion)
     settings = TransferSettings(connections=connections)
     generator = np.random.default_rng(1)
@@ -181,12 +198,15 @@ def _raw_pair(stack: ExitStack, program: Path, case: Case, connections: int, con
     return Pair(sender, receiver, is_raw=True)
 
 
-def _our_pair(stack: ExitStack, name: str, congestion: str, connections: int) -> Pair:
+def _our_pair(
+    stack: ExitStack, name: str, congestion: str, connections: int | None, *, is_verified: bool = True
+) -> Pair:
     module = (sys.executable, "-m", "benchmarks.transfer_vs_raw")
-    receiver = _child(stack, *module, "--role", "receive", "--case", name, "--congestion", congestion)
+    unverified = () if is_verified else ("--unverified",)
+    receiver = _child(stack, *module, "--role", "receive", "--case", name, "--congestion", congestion, *unverified)
     sender = _child(
         stack, *module, "--role", "send", "--case", name, "--congestion", congestion,
-        "--target", receiver.first_line, "--connections", str(connections),
+        "--target", receiver.first_line, *([] if connections is None else ["--connections", str(connections)]),
     )  # fmt: skip
     return Pair(sender, receiver, is_raw=False)
 
@@ -197,13 +217,44 @@ def _child(stack: ExitStack, *command: str, has_greeting: bool = True) -> Proces
     return process
 
 
-def measure(name: str, program: Path, congestion: str, rounds: int, connections: int) -> list[Row]:
-    """All sides in turn; rows against each baseline, and CPU seconds against the fastest."""
+class Iperf3:
+    """As many bytes by `iperf3` over one connection; its own figures, which leave out how it connects."""
+
+    def __init__(self, case: Case, congestion: str) -> None:
+        self._client = ["iperf3", "-c", "127.0.0.1", "-n", str(case.records * case.record_bytes), "-J"]
+        if congestion != "default":
+            self._client += ["-C", congestion]
+
+    def round(self) -> tuple[float, float]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        server = ["iperf3", "-s", "-1", "-B", "127.0.0.1", "-p", port, "--forceflush"]
+        with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            while "listening" not in process.stdout.readline():
+                if process.poll() is not None:
+                    raise RuntimeError("iperf3 does not listen")
+            command = [*self._client, "-p", port]
+            answer = subprocess.run(command, check=True, timeout=WITHIN_S, capture_output=True, text=True)
+            process.communicate(timeout=WITHIN_S)
+        end = json.loads(answer.stdout)["end"]
+        seconds = float(end["sum_received"]["seconds"])
+        usage = end["cpu_utilization_percent"]
+        return seconds, (usage["host_total"] + usage["remote_total"]) / 100 * seconds
+
+
+def measure(name: str, program: Path, congestion: str, rounds: int, connections: int | None) -> list[Row]:
+    """All sides in turn; rows against each baseline, and the unverified and CPU seconds against the fastest."""
     case = CASES[name]
     with ExitStack() as stack:
-        sides = {"kvstore": _our_pair(stack, name, congestion, connections)}
+        sides: dict[str, Pair | Iperf3] = {
+            OURS: _our_pair(stack, name, congestion, connections),
+            UNVERIFIED: _our_pair(stack, name, congestion, connections, is_verified=False),
+        }
         for count in RAW_CONNECTIONS:
             sides[f"raw x {count}"] = _raw_pair(stack, program, case, count, congestion)
+        if shutil.which("iperf3") and case.gigabytes >= IPERF3_GIGABYTES_MIN:
+            sides["iperf3"] = Iperf3(case, congestion)
         results: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for number in range(rounds + 1):
             for side, pair in sides.items():
@@ -213,30 +264,32 @@ def measure(name: str, program: Path, congestion: str, rounds: int, connections:
     seconds = {side: [second for second, _ in pairs] for side, pairs in results.items()}
     cpu_s = {side: statistics.median(cpu for _, cpu in pairs) / case.gigabytes for side, pairs in results.items()}
     label = f"{case.name}, {congestion}"
-    rows = [_rate_row(label, case, seconds, side) for side in sides if side != "kvstore"]
-    fastest = max(rows, key=lambda row: row.baseline)
+    rows = [_rate_row(label, case, seconds, side) for side in sides if side not in (OURS, UNVERIFIED)]
+    fastest = max((row for row in rows if row.baseline_name.startswith("raw")), key=lambda row: row.baseline)
+    unverified = _rate_row(f"{label}, not verified", case, seconds, fastest.baseline_name, ours=UNVERIFIED)
     for row in rows:
         best = case.gigabytes / min(seconds[row.baseline_name])
         print(f"{label}: {row.baseline_name} best {best:.2f} GB/s, {cpu_s[row.baseline_name]:.3f} CPU s/GB")
-    ours_best = case.gigabytes / min(seconds["kvstore"])
-    print(
-        f"{label}: kvstore best {ours_best:.2f} GB/s, {cpu_s['kvstore']:.3f} CPU s/GB; fastest {fastest.baseline_name}"
-    )
-    baseline_cpu_s, our_cpu_s = cpu_s[fastest.baseline_name], cpu_s["kvstore"]
+    for side in (OURS, UNVERIFIED):
+        best = case.gigabytes / min(seconds[side])
+        print(f"{label}: {side} best {best:.2f} GB/s, {cpu_s[side]:.3f} CPU s/GB; fastest {fastest.baseline_name}")
+    baseline_cpu_s, our_cpu_s = cpu_s[fastest.baseline_name], cpu_s[OURS]
     ratio = baseline_cpu_s / our_cpu_s
     name_of_cpu = f"fastest: {fastest.baseline_name}"
-    return [*rows, Row(label, "CPU s/GB", our_cpu_s, name_of_cpu, baseline_cpu_s, ratio, ratio, rounds)]
+    return [*rows, unverified, Row(label, "CPU s/GB", our_cpu_s, name_of_cpu, baseline_cpu_s, ratio, ratio, rounds)]
 
 
-def _rate_row(label: str, case: Case, seconds: dict[str, list[float]], side: str) -> Row:
-    ours, baseline = seconds["kvstore"], seconds[side]
-    ratios = [theirs / mine for mine, theirs in zip(ours, baseline, strict=True)]
+def _rate_row(label: str, case: Case, seconds: dict[str, list[float]], side: str, *, ours: str = OURS) -> Row:
+    """A ratio of times; small cases are shown as so many transfers per second."""
+    amount, unit = (case.gigabytes, "GB/s") if case.gigabytes >= IPERF3_GIGABYTES_MIN else (1.0, "1/s")
+    mine, baseline = seconds[ours], seconds[side]
+    ratios = [theirs / own for own, theirs in zip(mine, baseline, strict=True)]
     return Row(
         label,
-        "GB/s",
-        case.gigabytes / statistics.median(ours),
+        unit,
+        amount / statistics.median(mine),
         side,
-        case.gigabytes / statistics.median(baseline),
+        amount / statistics.median(baseline),
         statistics.median(ratios),
         min(ratios),
         len(ratios),
@@ -247,14 +300,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--congestion", default="default,cubic", help="congestion controls, separated by commas")
-    parser.add_argument("--connections", type=int, default=TransferSettings().connections)
+    parser.add_argument("--connections", type=int, help="of ours; by default what the transfer chooses")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks" / "transfer_vs_raw.json")
     parser.add_argument("--role", choices=["receive", "send"], help=argparse.SUPPRESS)
     parser.add_argument("--target", help=argparse.SUPPRESS)
+    parser.add_argument("--unverified", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.role == "receive":
-        _receive(CASES[chosen.case], chosen.congestion)
+        _receive(CASES[chosen.case], chosen.congestion, is_verified=not chosen.unverified)
         return
     if chosen.role == "send":
         _send(CASES[chosen.case], chosen.target, chosen.congestion, chosen.connections)

@@ -543,11 +543,14 @@ def receive_pieces(
     linger_s: float,
     is_observed: bool,
     stop: StopFlag,
+    *,
+    is_verified: bool = True,
 ) -> tuple[int, bytes, str, int, tuple[bytes, list[int]], bytes]:
     """Receive DATA frames straight into their records until there is something to tell; no GIL meanwhile.
 
     Returns (event, header, reason, unread_bytes, (damaged rows, completed records), rows); the events are those of
-    `kvstore.transfer.native`. The caller keeps the records in place.
+    `kvstore.transfer.native`. The caller keeps the records in place. Without `is_verified` damage passes as data:
+    for a benchmark that measures what checksums cost.
 
     Raises:
         PeerGoneError, ProtocolError, PeerMismatchError, TransportError: the stream is over.

@@ -116,3 +116,8 @@ def test_the_map_names_every_package() -> None:
     assert {package for package in RANK if f"`{package}`" not in page} <= hidden
     named = set(re.findall(r"`(kvstore\.\w+)`", page))
     assert named <= set(RANK) | {"kvstore.open", "kvstore.attach"}
+
+
+def test_nothing_of_the_library_leaves_checksums_out() -> None:
+    """`receive_pieces` can, for the benchmark that measures what they cost."""
+    assert not [path for path in LIBRARY + TRANSPORTS if "is_verified" in path.read_text()]

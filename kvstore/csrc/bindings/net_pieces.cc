@@ -82,8 +82,9 @@ nb::tuple settle(net::Arrivals& arrivals, nb::handle rows, nb::handle computed) 
 
 nb::tuple receive(net::Stream& stream, net::Stream& control, net::Arrivals& arrivals, std::uint64_t epoch,
                   std::uint64_t counter, std::uint64_t generation, double deadline_s, double linger_s, bool is_observed,
-                  const StopFlag& stop) {
+                  const StopFlag& stop, bool is_verified) {
     net::ReceiveOrder order;
+    order.is_verified = is_verified;
     order.transfer = {epoch, counter};
     order.generation = generation;
     order.transfer_deadline = net::moment_of(deadline_s);
@@ -159,10 +160,10 @@ void bind_arrivals(nb::module_& module) {
         });
     module.def("receive_pieces", &receive, nb::arg("stream"), nb::arg("control"), nb::arg("arrivals"), nb::arg("epoch"),
                nb::arg("counter"), nb::arg("generation"), nb::arg("deadline_s"), nb::arg("linger_s"),
-               nb::arg("is_observed"), nb::arg("stop"),
+               nb::arg("is_observed"), nb::arg("stop"), nb::kw_only(), nb::arg("is_verified") = true,
                nb::sig("def receive_pieces(stream: Stream, control: Stream, arrivals: Arrivals, epoch: int, counter: int, "
-                       "generation: int, deadline_s: float, linger_s: float, is_observed: bool, stop: StopFlag)"
-                       " -> tuple[int, bytes, str, int, tuple[bytes, list[int]], bytes]"),
+                       "generation: int, deadline_s: float, linger_s: float, is_observed: bool, stop: StopFlag, *, "
+                       "is_verified: bool = True) -> tuple[int, bytes, str, int, tuple[bytes, list[int]], bytes]"),
                "Receive DATA frames straight into their records until there is something to tell; no GIL meanwhile.\n\n"
                "(event, header, reason, unread_bytes, (damaged rows, completed records), rows). The events\n"
                "are those of kvstore.transfer.native. The caller keeps the records in place.\n\n"

@@ -53,7 +53,8 @@ class Creditor {
 // The pieces of one frame, filled in the order of its table and checksummed as they fill.
 class Body {
   public:
-    Body(const Arrivals& arrivals, std::span<const PieceRow> rows) : arrivals_(arrivals), rows_(rows) {
+    Body(const Arrivals& arrivals, std::span<const PieceRow> rows, bool is_verified)
+        : arrivals_(arrivals), rows_(rows), is_verified_(is_verified) {
         computed_.reserve(rows.size());
     }
 
@@ -84,7 +85,7 @@ class Body {
         while (size_bytes != 0) {
             const PieceRow& row = rows_[computed_.size()];
             const std::size_t taken = std::min<std::size_t>(size_bytes, row.size_bytes - filled_);
-            checksum_ = function_(arrivals_.address(row) + filled_, taken, checksum_);
+            checksum_ = is_verified_ ? function_(arrivals_.address(row) + filled_, taken, checksum_) : row.crc32c;
             filled_ += taken;
             size_bytes -= taken;
             if (filled_ == row.size_bytes) {
@@ -100,6 +101,7 @@ class Body {
 
     const Arrivals& arrivals_;
     const std::span<const PieceRow> rows_;
+    const bool is_verified_;
     const Crc32cFunction function_ = active_crc32c_path().function;
     std::vector<std::uint32_t> computed_;
     std::size_t filled_ = 0;  // of the piece after the computed ones
@@ -116,9 +118,10 @@ std::vector<PieceRow> receive_table(Stream& stream, const FrameHeader& header) {
     return rows;
 }
 
-Settled receive_body(Stream& stream, Arrivals& arrivals, std::span<const PieceRow> rows, Creditor& creditor) {
+Settled receive_body(Stream& stream, Arrivals& arrivals, std::span<const PieceRow> rows, bool is_verified,
+                     Creditor& creditor) {
     std::uint64_t consumed = 0;
-    Body body(arrivals, rows);
+    Body body(arrivals, rows, is_verified);
     try {
         SliceClock slices(stream);
         while (!body.is_whole()) {
@@ -176,7 +179,7 @@ Received receive_pieces(Stream& stream, Stream& control, Arrivals& arrivals, con
             result.unread_bytes = header.body_bytes();
             return result;
         }
-        result.settled = receive_body(stream, arrivals, rows, creditor);
+        result.settled = receive_body(stream, arrivals, rows, order.is_verified, creditor);
         stream.count_frame();
         if (order.is_observed || !result.settled.damaged.empty() || !result.settled.completed.empty()) {
             result.event = Arrival::progress;

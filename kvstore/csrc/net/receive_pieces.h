@@ -28,6 +28,7 @@ struct ReceiveOrder {
     Moment transfer_deadline;  // no frame may begin after it
     double linger_s = 0;       // how long to wait for a next frame before `idle`
     bool is_observed = false;  // come back after each frame
+    bool is_verified = true;   // false only where it is measured what checksums cost: damage passes as data then
 };
 
 struct Received {
