@@ -36,7 +36,7 @@ def host_view(
         `error`: another type, another shape, or rows and tokens that overlap.
     """
     view = check_array(array, group, tensor_index, shard, tokens, what, error)
-    if view.is_contiguous or not tokens:
+    if view.is_contiguous or 0 in view.shape:
         return view
     row_bytes = group.tensors[tensor_index].row_bytes
     outer = 2 if group.tensors[tensor_index].has_tokens else 1
