@@ -131,6 +131,8 @@ TRANSFER_DEADLINE_MAX_S = 3600.0
 TRANSFER_PRIORITY_MAX = 255
 """Priorities are one byte; 0 goes first."""
 TRANSFER_PRIORITY_DEFAULT = 128
+QUERY_DEADLINE_S = 10.0
+"""How long a question to another node may take by default: connecting and its answer."""
 OUTCOME_GRACE_S = 60.0
 """How long both sides remember how a transfer ended, so that COMMIT is idempotent."""
 OUTCOMES_MAX = 4096

@@ -119,6 +119,14 @@ class Prompt:
             by_block.setdefault(extra.position // self.path.block_tokens, []).append(extra)
         return by_block
 
+    def prefix(self, tokens: int) -> NodePath:
+        """The nodes of the prompt's first `tokens` tokens, at least one."""
+        blocks, rest = divmod(tokens, self.path.block_tokens)
+        if not rest:
+            return self.path.prefix(blocks)
+        key, sparse = self.tail_node(blocks, tokens)
+        return self.path.with_tail(blocks, key, tuple(self.token_ids[tokens - rest : tokens].tolist()), sparse)
+
     def whole_key(self, parent: bytes, block: int, end_tokens: int) -> bytes:
         """Key of a block, or of the tail that ends inside it, which follows a node and is held whole."""
         start = block * self.path.block_tokens

@@ -488,6 +488,7 @@ class Attachment:
             is_committed = self._committed is not None and self._broken is None and self._abort is None
         if self._abort is not None:
             self._acknowledge(link)
+        self._owner.connector.leave(self._generation)
         for branch in self._branches:
             branch.close(is_committed=is_committed)
         self._branches = []

@@ -128,6 +128,10 @@ class Connector(ABC):
         """Take over a further connection whose attachment ended in a commit, and on which nothing is under way."""
         joined.greeted.link.close()
 
+    def leave(self, generation: int) -> None:
+        """An attachment has ended; whoever still waits in `join` for it is let go."""
+        return
+
 
 class Dialer(Connector):
     """Connects to an address where the receiver listens.

@@ -1,4 +1,4 @@
-"""The receiving side of a node."""
+"""Where a node listens: it receives transfers and, if told so, answers what it holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, PeerGoneError, TransferError, TransportError
 from kvstore.registry import transport_for
 from kvstore.transfer.attachment import ABORT_DEADLINE_S
+from kvstore.transfer.egress import Egress
 from kvstore.transfer.inbox import Inbox
+from kvstore.transfer.link import FrameLink
+from kvstore.transfer.serving import Serving, ServingStatistics
 from kvstore.transfer.session import LOG, Session
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
 
@@ -32,7 +35,7 @@ ACCEPT_PAUSE_S = 0.05
 
 
 class Endpoint:
-    """Receives transfers into a pool. Any thread may call; a context manager.
+    """Receives transfers into a pool, and serves it if told so. Any thread may call; a context manager.
 
     One thread accepts, one serves each connection, one gives up what nobody resumed; all are daemons and
     sleep while nothing happens. Committed resume points appear in the pool like local ones.
@@ -43,6 +46,8 @@ class Endpoint:
         transport: pacing and congestion control of the connections.
         settings: deadlines and limits.
         observer: told of each layer's bytes as they arrive.
+        serves: let peers ask what the pool holds, and fetch it: another right than sending to it.
+        egress: shared with the senders of this node, so that priorities hold among all that leaves it.
         boot_epoch: this run of the node; by default a new random one.
         find_transport: looks the transport up; for tests.
 
@@ -60,6 +65,8 @@ class Endpoint:
         transport: TransportOptions | None = None,
         settings: TransferSettings | None = None,
         observer: TransferObserver | None = None,
+        serves: bool = False,
+        egress: Egress | None = None,
         boot_epoch: int | None = None,
         find_transport: Callable[[str], Transport] = transport_for,
     ) -> None:
@@ -68,8 +75,10 @@ class Endpoint:
         if not isinstance(settings, TransferSettings | None):
             raise TransferError(f"settings={settings!r} is no kvstore.transfer.TransferSettings; pass one, or None")
         self.settings = settings or TransferSettings()
-        self._listener = find_transport(address).listen(address, transport or TransportOptions())
+        options = transport or TransportOptions()
+        self._listener = find_transport(address).listen(address, options)
         self._inbox = Inbox(pool, self.settings, boot_epoch or new_boot_epoch(), observer)
+        self._serving = Serving(pool, self._inbox, options, egress or Egress()) if serves else None
         self._lock = threading.Lock()
         self._sessions: dict[Session, threading.Thread] = {}
         self._is_closed = False
@@ -122,6 +131,11 @@ class Endpoint:
         """
         return self._inbox.cancel(transfer, reason)
 
+    @property
+    def served_count(self) -> int:
+        """Transfers that peers fetch from here now; each holds a lease."""
+        return 0 if self._serving is None else self._serving.active_count
+
     def statistics(self) -> InboxStatistics:
         """What has been received and refused so far."""
         return self._inbox.statistics()
@@ -145,6 +159,10 @@ class Endpoint:
             session.settle(telling)
         return True
 
+    def serving_statistics(self) -> ServingStatistics:
+        """What has been asked and fetched so far."""
+        return ServingStatistics() if self._serving is None else self._serving.statistics()
+
     def _accept(self) -> None:
         number = 0
         while True:
@@ -163,7 +181,8 @@ class Endpoint:
 
     def _serve(self, connection: Connection, number: int) -> None:
         try:
-            session = Session(self._inbox, connection)
+            link = FrameLink(connection, self.settings.progress_deadline_s)
+            session = Session(self._inbox, link, self._serving)
         except TransportError as error:
             LOG.warning("%s closed a connection from %s: %s", self.address, connection.peer_address, error)
             connection.close()
@@ -201,6 +220,8 @@ class Endpoint:
             sessions = dict(self._sessions)
         self._listener.close()
         self._accepting.join()
+        if self._serving is not None:
+            self._serving.close()
         for session in sessions:
             session.abort("the node is closing")
         deadline = Deadline.after(ABORT_DEADLINE_S)

@@ -58,8 +58,8 @@ class Kind(enum.IntEnum):
     FETCH = 34
 
 
-RESERVED_KINDS = frozenset({Kind.QUERY, Kind.CANDIDATES, Kind.FETCH})
-"""Numbered and laid out, but only between peers that offer `Feature.MATCH`, which version 1 never does."""
+MATCH_KINDS = frozenset({Kind.QUERY, Kind.CANDIDATES, Kind.FETCH})
+"""Only between peers that both offer `Feature.MATCH`."""
 
 FLAG_REMOTE = 1
 """DATA only: the pieces lie in exposed memory, and the receiver gets them."""
@@ -79,8 +79,8 @@ _PAYLOAD_BYTES_MAX = {
     Kind.PONG: 0,
     Kind.LOST: 8,
     Kind.QUERY: FRAME_PAYLOAD_BYTES_MAX,
-    Kind.CANDIDATES: FRAME_PAYLOAD_BYTES_MAX,
-    Kind.FETCH: FRAME_PAYLOAD_BYTES_MAX,
+    Kind.CANDIDATES: 2 * KIB,
+    Kind.FETCH: 16,
 }
 
 

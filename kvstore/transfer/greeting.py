@@ -25,9 +25,9 @@ def make_hello(
         fingerprint=spec.fingerprint,
         model=spec.model,
         progress_deadline_ms=max(1, round(settings.progress_deadline_s * 1000)),
-        features=(Feature.GET if connection.supports_get else 0)
-        | (Feature.JOIN | Feature.REJOIN if can_join else 0)
-        | Feature.SPARSE,
+        features=(Feature.MATCH | Feature.SPARSE)
+        | (Feature.GET if connection.supports_get else 0)
+        | (Feature.JOIN | Feature.REJOIN if can_join else 0),
         frame_payload_bytes_max=FRAME_PAYLOAD_BYTES_MAX,
         frame_pieces_max=FRAME_PIECES_MAX,
         version_min=PROTOCOL_VERSION,
@@ -85,6 +85,11 @@ def may_join(ours: Hello, theirs: Hello) -> bool:
 def may_rejoin(ours: Hello, theirs: Hello) -> bool:
     """Whether a further connection may outlive its attachment, to join another one."""
     return bool(ours.features & theirs.features & Feature.REJOIN)
+
+
+def may_match(ours: Hello, theirs: Hello) -> bool:
+    """Whether one side may ask the other what it has."""
+    return bool(ours.features & theirs.features & Feature.MATCH)
 
 
 def uses_get(ours: Hello, theirs: Hello) -> bool:

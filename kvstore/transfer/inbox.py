@@ -109,6 +109,8 @@ class Inbox:
         self._changed = threading.Condition()
         self._entries: dict[TransferId, _Entry] = {}
         self._line = WaitingLine(OFFERS_WAITING_MAX)
+        self._places: set[TransferId] = set()
+        """Questions of peers that this node sends an answer to."""
         self._generations = count(1)
         self._statistics = InboxStatistics()
         self._is_draining = False
@@ -207,12 +209,7 @@ class Inbox:
         """A place in the line of offers. Call with the lock held."""
         if self._line.find(transfer) is not None:
             raise OfferRefusedError(AbortCode.STALE_GENERATION, "an earlier connection's offer is still waiting")
-        limit = self.settings.transfers_per_peer_max
-        if (
-            sum(other.epoch == transfer.epoch for other in self._entries) + self._line.count_of_peer(transfer.epoch)
-            >= limit
-        ):
-            raise OfferRefusedError(AbortCode.LIMIT, f"{limit} transfers of this peer arrive, the most; retry later")
+        self._check_peer_limit(transfer)
         # The sender hears nothing meanwhile, and must not take that for a dead peer.
         deadline = Deadline.after(min(self.settings.queue_deadline_s, session.progress_deadline_s / 2))
         waiting = self._line.join(transfer, offer, session.peer_address, deadline)
@@ -228,6 +225,37 @@ class Inbox:
             raise OfferRefusedError(AbortCode.CANCELLED, waiting.cancelled)
         if waiting.is_ousted:
             raise _line_is_full()
+
+    def _check_peer_limit(self, transfer: TransferId) -> None:
+        limit = self.settings.transfers_per_peer_max
+        active = sum(other.epoch == transfer.epoch for other in (*self._entries, *self._places))
+        if active + self._line.count_of_peer(transfer.epoch) >= limit:
+            raise OfferRefusedError(
+                AbortCode.LIMIT, f"{limit} transfers of this peer are under way, the most; retry later"
+            )
+
+    def take_place(self, question: TransferId) -> None:
+        """Count a transfer that a peer asks for like one that it sends.
+
+        Raises:
+            OfferRefusedError: one more would be too many. StoreClosedError: closing.
+        """
+        with self._changed:
+            self._check_open()
+            self._check_taking()
+            self._check_peer_limit(question)
+            limit = self.settings.transfers_per_node_max
+            if len(self._entries) + len(self._places) >= limit:
+                raise OfferRefusedError(
+                    AbortCode.LIMIT, f"{limit} transfers are under way at this node, the most; retry later"
+                )
+            self._places.add(question)
+
+    def give_place(self, question: TransferId) -> None:
+        """Such a transfer has ended."""
+        with self._changed:
+            self._places.discard(question)
+            self._changed.notify_all()
 
     def _resume(self, entry: _Entry, session: Session, offer: Offer) -> IncomingTransfer:
         incoming = entry.incoming
@@ -281,11 +309,11 @@ class Inbox:
         with self._changed:
             while True:
                 self._check_waiting(waiting)
-                if len(self._entries) < limit:
+                if len(self._entries) + len(self._places) < limit:
                     if self._line.begin_try(waiting):
                         return
                 elif waiting.deadline.has_passed:
-                    reason = f"{limit} transfers arrive at this node, the most; retry later"
+                    reason = f"{limit} transfers are under way at this node, the most; retry later"
                     raise OfferRefusedError(AbortCode.LIMIT, reason)
                 # Space that appears without a word from the pool is found by another look, at most this much later.
                 self._changed.wait(min(LOOK_S, max(waiting.deadline.remaining_s(), LOOK_LAST_S)))
@@ -431,7 +459,9 @@ class Inbox:
         """
         with self._changed:
             self._is_draining = True
-            return self._changed.wait_for(lambda: not self._entries and not len(self._line), deadline.remaining_s())
+            return self._changed.wait_for(
+                lambda: not (self._entries or len(self._line) or self._places), deadline.remaining_s()
+            )
 
     def close(self) -> None:
         """Give everything up and end the janitor. The sessions have ended by now, or soon will."""

@@ -14,7 +14,7 @@ from kvstore.errors import ProtocolError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S
 from kvstore.record.array_view import address_of
 from kvstore.transfer.messages import PIECE_ROW, WANT_RANGE, Commit, Committed
-from kvstore.transfer.pieces import id_ranges, piece_layout, split_rows
+from kvstore.transfer.pieces import id_ranges, piece_layout, pieces_bytes, split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,10 +105,12 @@ class IncomingTransfer:
     @property
     def expected_bytes(self) -> int:
         """Piece bytes that were lacking when the transfer began."""
-        return sum(
-            int(layout.piece_sizes.sum()) * int(np.count_nonzero(self._reserved.layout_numbers == number))
-            for number, layout in enumerate(self._reserved.layouts)
-        )
+        return int(self._reserved.by_layout(pieces_bytes(layout) for layout in self._reserved.layouts).sum())
+
+    @property
+    def missing_bytes(self) -> int:
+        """Piece bytes that are still to come."""
+        return self.expected_bytes - self.received_bytes
 
     @property
     def received_bytes(self) -> int:

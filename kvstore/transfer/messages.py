@@ -42,7 +42,7 @@ class Feature(enum.IntFlag):
     GET = 1
     """One-sided reads, over connections that have them."""
     MATCH = 2
-    """QUERY, CANDIDATES and FETCH. Reserved."""
+    """QUERY, CANDIDATES and FETCH. Whether a node answers is another matter."""
     JOIN = 4
     """Further connections that carry pieces of a transfer."""
     SPARSE = 8

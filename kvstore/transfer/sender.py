@@ -7,19 +7,18 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstore._native import Traffic
 from kvstore.abc import TransportOptions
 from kvstore.errors import StoreClosedError, TransferError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_DEFAULT, TRANSFER_PRIORITY_MAX
 from kvstore.pool import HandOver
 from kvstore.registry import transport_for
 from kvstore.transfer.connector import Dialer
+from kvstore.transfer.egress import Egress
 from kvstore.transfer.frames import TransferId
 from kvstore.transfer.idle_links import IdleLinks
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
 from kvstore.transfer.source import LeaseSource, WriterSource, check_source
-from kvstore.transfer.telemetry import LinkTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,18 +64,24 @@ class Sender:
     Args:
         settings: deadlines and limits.
         boot_epoch: this run of the node; by default a new random one.
+        egress: shared with other senders and endpoints of this node.
     """
 
-    def __init__(self, *, settings: TransferSettings | None = None, boot_epoch: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        settings: TransferSettings | None = None,
+        boot_epoch: int | None = None,
+        egress: Egress | None = None,
+    ) -> None:
         self.settings = settings or TransferSettings()
+        self.egress = egress or Egress()
         self.boot_epoch = boot_epoch or new_boot_epoch()
         self._lock = threading.Lock()
         self._begun_count = 0
-        self._traffic = Traffic()
         self._transfers: set[OutgoingTransfer] = set()
         self._statistics = SenderStatistics()
         self._idle = IdleLinks()
-        self._links = LinkTable()
         self._is_closed = False
 
     def __enter__(self) -> Sender:
@@ -142,7 +147,7 @@ class Sender:
         """
         try:
             check_source(source)
-            _check_options(transport, priority, total_deadline_s)
+            check_options(transport, priority, total_deadline_s)
             options = transport or TransportOptions()
             connector = Dialer(
                 find_transport(address), address, options, source.spec, self.boot_epoch, self.settings, self._idle
@@ -156,9 +161,9 @@ class Sender:
                 self.settings,
                 total_deadline_s=total_deadline_s,
                 priority=priority,
-                traffic=self._traffic,
+                traffic=self.egress.traffic,
                 observer=observer,
-                link=self._links.link(address),
+                link=self.egress.links.link(address),
                 on_end=self._ended,
                 is_resumed=resume is not None,
             )
@@ -201,7 +206,7 @@ class Sender:
 
     def links(self) -> tuple[LinkSnapshot, ...]:
         """How the links to this sender's peers are doing, the one used last at the end: values for a scheduler."""
-        return self._links.snapshot()
+        return self.egress.links.snapshot()
 
     def transfers(self) -> tuple[OutgoingSnapshot, ...]:
         """What is being sent now, oldest first."""
@@ -239,7 +244,7 @@ class Sender:
         self._idle.close()
 
 
-def _check_options(transport: TransportOptions | None, priority: int, total_deadline_s: float | None) -> None:
+def check_options(transport: TransportOptions | None, priority: int, total_deadline_s: float | None) -> None:
     """Raises `TransferError` for a value that an offer cannot carry, or of another type."""
     if not isinstance(transport, TransportOptions | None):
         raise TransferError(f"transport={transport!r} is no kvstore.TransportOptions; pass one, or None")

@@ -20,14 +20,23 @@ from kvstore.errors import (
     StoreClosedError,
     WriteError,
 )
-from kvstore.limits import CONNECTIONS_PER_TRANSFER_MAX
+from kvstore.limits import CONNECTIONS_PER_TRANSFER_MAX, TRANSFER_DEADLINE_MAX_S
 from kvstore.transfer.arrival import get_pieces, receive_pieces
-from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, RESERVED_KINDS, Kind, parse_header
-from kvstore.transfer.greeting import check_hello, check_may_offer, make_hello, may_join, may_rejoin, uses_get
+from kvstore.transfer.connector import GreetedLink
+from kvstore.transfer.frames import FLAG_REMOTE, MATCH_KINDS, NO_TRANSFER, Kind, parse_header
+from kvstore.transfer.greeting import (
+    check_hello,
+    check_may_offer,
+    make_hello,
+    may_join,
+    may_match,
+    may_rejoin,
+    uses_get,
+)
+from kvstore.transfer.guest import LEND_SLACK_S, Guest, Joining
 from kvstore.transfer.inbox import OfferRefusedError
-from kvstore.transfer.incoming import Attached
+from kvstore.transfer.incoming import Attached, IncomingTransfer
 from kvstore.transfer.joined import Joined
-from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import (
     Abort,
     AbortCode,
@@ -50,10 +59,12 @@ from kvstore.transfer.settings import KEEPALIVE_FRACTION
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvstore.abc import Connection
     from kvstore.transfer.frames import FrameHeader, TransferId
     from kvstore.transfer.inbox import Inbox
+    from kvstore.transfer.link import FrameLink
     from kvstore.transfer.messages import Rows
+    from kvstore.transfer.report import TransferObserver
+    from kvstore.transfer.serving import Serving
 
 LOG = logging.getLogger("kvstore.transfer")
 DRAIN_DEADLINE_S = 1.0
@@ -62,12 +73,23 @@ SCRATCH_BYTES = 64 << 10
 
 
 class Session:
-    """Serves one connection until it ends. `run` belongs to the session's own thread."""
+    """Serves one connection until it ends. `run` belongs to the session's own thread.
 
-    def __init__(self, inbox: Inbox, connection: Connection) -> None:
+    Args:
+        inbox: what arrives at this node.
+        link: the connection.
+        serving: answers questions; None for a node that answers none.
+    """
+
+    def __init__(self, inbox: Inbox, link: FrameLink, serving: Serving | None = None) -> None:
         self._inbox = inbox
         self._settings = inbox.settings
-        self._link = FrameLink(connection, inbox.settings.progress_deadline_s)
+        self._observer: TransferObserver | None = inbox.observer
+        self._link = link
+        self._serving = serving
+        self._guest = None if serving is None else Guest(serving, link)
+        self._lent: Joining | None = None
+        self._greeted: GreetedLink | None = None
         self._peer: Hello | None = None
         self._is_one_sided = False
         self._attached: Attached | None = None
@@ -91,12 +113,15 @@ class Session:
     def run(self) -> None:
         """Serve the peer; every error ends the connection, and none leaves this method."""
         try:
-            self._greet(self._link.receive_header(Deadline.after(self._settings.connect_deadline_s)))
+            self._begin()
             while self._joined is not None:
-                hello = self._joined.serve(self._link, self._stop, is_observed=self._inbox.observer is not None)
+                hello = self._joined.serve(self._link, self._stop, is_observed=self._observer is not None)
                 if hello is None:
                     return
                 self._greet(hello)
+            if self._lent is not None and self._greeted is not None:
+                self._lent.lend(self._greeted, TRANSFER_DEADLINE_MAX_S + LEND_SLACK_S)
+                return
             while not self._is_over.is_set():
                 header = self._next_header()
                 if header is None:
@@ -118,6 +143,8 @@ class Session:
             LOG.exception("the connection from %s ended by an error that nobody expected", self._link.peer_address)
         finally:
             self.close()
+            if self._lent is not None:
+                self._lent.withdraw()
             if self._joined is not None:
                 self._joined.primary.dismiss(self, self._joined)
             self._end_joining(is_waiting=True)
@@ -179,6 +206,10 @@ class Session:
 
     # Greeting
 
+    def _begin(self) -> None:
+        """Agree with the peer on what is spoken here."""
+        self._greet(self._link.receive_header(Deadline.after(self._settings.connect_deadline_s)))
+
     def _greet(self, header: FrameHeader) -> None:
         """Answer the first frame, or the HELLO with which a further connection begins to serve another attachment."""
         if header.kind is not Kind.HELLO:
@@ -190,20 +221,36 @@ class Session:
         )
         self._may_rejoin = may_rejoin(ours, theirs)
         self._joined = None
-        if header.transfer != NO_TRANSFER and may_join(ours, theirs) and header.transfer.epoch == theirs.boot_epoch:
-            self._joined = self._inbox.join(self, header.transfer, header.generation)
-        number = 0 if self._joined is None else self._joined.number
+        number = 0
+        if header.transfer != NO_TRANSFER and may_join(ours, theirs):
+            number = self._place(header, theirs)
         # The answer goes out even if they do not match: the other side names both values, too.
         self._link.send(Kind.HELLO, header.transfer, number, ours.pack())
         check_hello(ours, theirs, self._link.peer_address)
         self._peer = theirs
+        self._greeted = GreetedLink(self._link, ours, theirs)
         self._link.progress_deadline_s = min(self._settings.progress_deadline_s, theirs.progress_deadline_ms / 1000)
         self._is_one_sided = uses_get(ours, theirs)
 
+    def _place(self, header: FrameHeader, theirs: Hello) -> int:
+        """The number of a further connection within its attachment; 0 if it is not taken."""
+        if header.transfer.epoch == theirs.boot_epoch:
+            self._joined = self._inbox.join(self, header.transfer, header.generation)
+            return 0 if self._joined is None else self._joined.number
+        if self._serving is not None and header.transfer.epoch == self._inbox.boot_epoch:
+            self._lent = Joining.admit(self._serving, header)
+        return 0 if self._lent is None else self._lent.number
+
     # Further connections. They belong to the session of the first one, until its attachment ends.
 
-    def admit(self, session: Session, transfer: TransferId, generation: int) -> Joined | None:
-        """Another connection wants to carry pieces of the transfer that is attached here. From its own thread."""
+    def admit(
+        self, session: Session, transfer: TransferId, generation: int, number: int | None = None
+    ) -> Joined | None:
+        """Another connection wants to carry pieces of the transfer that is attached here. From its own thread.
+
+        Args:
+            number: of the connection, where the sender has given it one.
+        """
         with self._lock:
             attached, control = self._attached, self._link.native
             if (
@@ -217,7 +264,8 @@ class Session:
             self._joined_count += 1
             self._joining.append(session)
             attached.incoming.is_joined = True
-            return Joined(self, control, attached, self._joined_count, session.frames_arrived)
+            taken = self._joined_count if number is None else number
+            return Joined(self, control, attached, taken, session.frames_arrived)
 
     def is_attached(self, attached: Attached) -> bool:
         """Whether an attachment is still at work here. Any thread."""
@@ -280,7 +328,7 @@ class Session:
         if not stream.wait_readable(self._next_deadline().at_s):
             raise DeadlineError(f"{self._link.peer_address} was silent for {self._link.progress_deadline_s:g} s")
         start_s = time.monotonic()
-        is_observed = self._inbox.observer is not None
+        is_observed = self._observer is not None
         try:
             received = receive(
                 stream, stream, attached.incoming, attached.generation, self._stop, is_observed=is_observed
@@ -328,15 +376,16 @@ class Session:
             self._link.receive_payload(header)
             self._link.send(Kind.PONG, header.transfer, header.generation)
             return
-        if kind in RESERVED_KINDS:
+        if kind in MATCH_KINDS and (refusal := self._unanswerable(kind)) is not None:
             self._link.receive_payload(header)
-            reason = f"{kind.name} is not supported: this node does not offer remote match and fetch"
-            self._link.send(Kind.ABORT, header.transfer, payload=Abort(AbortCode.UNSUPPORTED, reason).pack())
+            self._link.send(Kind.ABORT, header.transfer, payload=Abort(AbortCode.UNSUPPORTED, refusal).pack())
             return
         if header.transfer.epoch != self._peer.boot_epoch:
             raise ProtocolError(f"{kind.name} names transfer {header.transfer}, which another node began")
         if kind is Kind.OFFER:
             self._offer(header, self._link.receive_payload(header))
+        elif kind in MATCH_KINDS:
+            self._asked(header, self._link.receive_payload(header))
         elif kind is Kind.ABORT:
             self._aborted_by_peer(header, Abort.parse(self._link.receive_payload(header)))
         elif kind is Kind.ABORTED:
@@ -351,6 +400,30 @@ class Session:
                 self._work(header, attached)
         else:
             raise ProtocolError(f"{kind.name} is not what a sender sends")
+
+    # Questions
+
+    def _unanswerable(self, kind: Kind) -> str | None:
+        """Why this node says nothing to such a frame; None if it does."""
+        assert self._greeted is not None
+        if kind is Kind.CANDIDATES or not may_match(self._greeted.ours, self._greeted.theirs):
+            return f"{kind.name} is not supported here: HELLO did not offer it, or it is an answer"
+        if self._guest is None:
+            return (
+                "this node does not answer queries: what it holds may be read only where it listens with serves=True "
+                "(Store.listen, Endpoint)"
+            )
+        return None
+
+    def _asked(self, header: FrameHeader, payload: memoryview) -> None:
+        assert self._guest is not None
+        assert self._greeted is not None
+        if self._attached is not None:
+            raise ProtocolError(f"{header.kind.name} in the middle of a transfer")
+        if header.kind is Kind.QUERY:
+            self._guest.query(header.transfer, payload)
+        elif self._guest.fetch(header.transfer, payload, self._greeted):
+            self.close()
 
     def _check_attached(self, header: FrameHeader) -> Attached | None:
         """The attachment that a frame is meant for; refused frames end the connection unread."""
@@ -396,7 +469,7 @@ class Session:
         try:
             offer = Offer.parse(payload)
             check_may_offer(offer, self._peer)
-            incoming = self._inbox.attach(self, header.transfer, offer)
+            incoming = self._attach(header.transfer, offer)
         except PoolError as error:
             if not error.retryable:
                 self._refuse(header.transfer, AbortCode.TOO_LARGE, str(error))
@@ -423,6 +496,10 @@ class Session:
         # Without anything to want, a resumed transfer is told so, too: only seals and COMMIT are left.
         want = Want(WantStatus.PIECES if len(ranges) else WantStatus.HAVE_ALL, window, ranges)
         self._link.send(Kind.WANT, header.transfer, incoming.generation, want.pack())
+
+    def _attach(self, transfer: TransferId, offer: Offer) -> IncomingTransfer:
+        """Take an offer up; raises as `Inbox.attach`."""
+        return self._inbox.attach(self, transfer, offer)
 
     def _answer_outcome(self, transfer: TransferId, *, is_offer: bool = False) -> bool:
         """Answer from memory if the transfer has ended; False if an offer is to be looked at."""
@@ -505,7 +582,7 @@ class Session:
         self._link.send(Kind.WANT, incoming.transfer, attached.generation, want.pack())
 
     def _observe(self, rows: Rows, attached: Attached, start_s: float) -> None:
-        observer = self._inbox.observer
+        observer = self._observer
         if observer is not None:
             end_s = time.monotonic()
             for part in attached.incoming.arriving(rows):

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore._native import crc32c, parse_frame_header
-from kvstore.errors import KVStoreError, PeerMismatchError, ProtocolError, RecordError
+from kvstore.errors import KVStoreError, PeerMismatchError, ProtocolError, RecordError, TokenError
+from kvstore.keys import ExtraInput
 from kvstore.limits import FRAME_HEADER_BYTES
 from kvstore.pool import HandOver
 from kvstore.record import read_record_stream, write_record_stream
+from kvstore.spec import ChunkGrid, Shard
 from kvstore.transfer.frames import FrameHeader, Kind, TransferId, parse_header
 from kvstore.transfer.messages import (
     PIECE_ROW,
@@ -31,6 +33,7 @@ from kvstore.transfer.messages import (
     parse_piece_table,
 )
 from kvstore.transfer.offer import Offer, check_offer
+from kvstore.transfer.query import Candidates, Fetch, Query, RemoteCandidate
 from tests.format.records import RECORDS, sparse_record
 from tests.fuzz.attached_targets import MESSAGES, REFUSALS
 from tests.unit.test_messages import small_offer, small_spec, sparse_offer
@@ -111,6 +114,21 @@ def _offers() -> Target:
     return Target((small_offer(spec).pack(), sparse_offer(spec).pack()), parse, (ProtocolError,))
 
 
+def _questions() -> Target:
+    """What is parsed is answered: the node computes the keys of whatever was asked."""
+    spec = small_spec()
+    ids = np.arange(9, dtype=np.uint32)
+    seeds = (
+        Query(ids),
+        Query(ids, b"salt", "adapter", (ExtraInput(4, b"image"),), Shard(1, 2), ChunkGrid((4, 9))),
+    )
+
+    def parse(data: bytes) -> None:
+        Query.parse(memoryview(data)).prompt(spec)
+
+    return Target(tuple(seed.pack() for seed in seeds), parse, (ProtocolError, TokenError))
+
+
 def _piece_tables() -> Target:
     seed = np.zeros(5, PIECE_ROW).tobytes()
     return Target((seed,), lambda data: parse_piece_table(memoryview(data), 5), (ProtocolError,))
@@ -152,6 +170,11 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "commit": lambda: _message(Commit, Commit(64, HandOver(5, b"logits")), Commit(64, None)),
     "committed": lambda: _message(Committed, Committed(True, 64, 2, 4096)),
     "abort": lambda: _message(Abort, Abort(AbortCode.CANCELLED, "the user left")),
+    "query": _questions,
+    "candidates": lambda: _message(
+        Candidates, Candidates((RemoteCandidate(9, "dram", 4096, 7), RemoteCandidate(4, "ssd", 64)), 16)
+    ),
+    "fetch": lambda: _message(Fetch, Fetch(9, 30_000, 128, 2)),
     "piece-table": _piece_tables,
     "record": _records,
     **{name: partial(_attached, name) for name in MESSAGES},

@@ -47,9 +47,15 @@ class Proxy:
         forward: makes, for each connection by its number, what client bytes pass through; None cuts both ways.
     """
 
-    def __init__(self, target: str, forward: Callable[[int], Callable[[bytes], bytes | None]]) -> None:
+    def __init__(
+        self,
+        target: str,
+        forward: Callable[[int], Callable[[bytes], bytes | None]],
+        backward: Callable[[int], Callable[[bytes], bytes | None]] = lambda number: bytes,
+    ) -> None:
         self._port = int(target.rpartition(":")[2])
         self._forward = forward
+        self._backward = backward
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connection_count = 0
@@ -73,6 +79,10 @@ class Proxy:
         for sock in self._sockets:
             sock.close()
 
+    def retarget(self, target: str) -> None:
+        """New connections lead elsewhere."""
+        self._port = int(target.rpartition(":")[2])
+
     def _accept(self) -> None:
         while True:
             try:
@@ -83,7 +93,8 @@ class Proxy:
             self.connection_count += 1
             server = socket.create_connection(("127.0.0.1", self._port))
             self._sockets += [client, server]
-            for source, sink, through in ((client, server, self._forward(number)), (server, client, bytes)):
+            ways = ((client, server, self._forward(number)), (server, client, self._backward(number)))
+            for source, sink, through in ways:
                 thread = threading.Thread(target=self._pass, args=(source, sink, through), daemon=True)
                 self._threads.append(thread)
                 thread.start()

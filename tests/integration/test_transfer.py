@@ -622,7 +622,7 @@ def test_limits_on_transfers_are_named(source: kvstore.Store, target: kvstore.St
             send_writer(writers[2], endpoint.address, sender=sender).result(WITHIN_S)
         send_writer(writers[2], endpoint.address, sender=other)
         wait_until(lambda: endpoint.transfer_count == 3, "three transfers had begun")
-        with pytest.raises(TransferError, match="3 transfers arrive"):
+        with pytest.raises(TransferError, match="3 transfers are under way"):
             send_writer(writers[3], endpoint.address, sender=other).result(WITHIN_S)
         for writer in writers:
             writer.abort()

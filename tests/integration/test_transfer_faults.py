@@ -781,9 +781,9 @@ def test_a_commit_waits_for_pieces_that_are_asked_for_again(
 
 
 @pytest.mark.parametrize("kind", [Kind.QUERY, Kind.CANDIDATES, Kind.FETCH])
-def test_reserved_kinds_are_answered(source: kvstore.Store, endpoint: Endpoint, kind: Kind) -> None:
+def test_questions_without_the_feature_are_answered(source: kvstore.Store, endpoint: Endpoint, kind: Kind) -> None:
     with RawPeer(endpoint, source) as peer:
-        peer.send(kind, b"whatever it will be")
+        peer.send(kind, b"whatever it is")
         header, payload = peer.receive()
         assert header.kind is Kind.ABORT
         assert Abort.parse(payload).code is AbortCode.UNSUPPORTED

@@ -266,6 +266,28 @@ class CutConnection(WrappedConnection):
             self.inner.send([b"x"], deadline)
 
 
+class DeafConnection(WrappedConnection):
+    """Breaks after it has brought so many bytes."""
+
+    def __init__(self, inner: Connection, cut_after_bytes: int) -> None:
+        super().__init__(inner)
+        self._left = cut_after_bytes
+
+    def receive(self, into: Sequence[memoryview], deadline: Deadline) -> None:
+        wanted = sum(view.nbytes for view in into)
+        self._note(wanted)
+        self.inner.receive(into, deadline)
+
+    def get(self, descriptor: bytes, offset: int, into: memoryview, deadline: Deadline) -> None:
+        self._note(into.nbytes)
+        self.inner.get(descriptor, offset, into, deadline)
+
+    def _note(self, size_bytes: int) -> None:
+        if size_bytes > self._left:
+            self.inner.close()
+        self._left -= size_bytes
+
+
 class FlipConnection(WrappedConnection):
     """Flips one bit of the outgoing stream, once, at a byte offset."""
 
@@ -353,11 +375,34 @@ def _send_in_child(target: str, pace: str) -> None:
         sys.stdin.read()
 
 
+def _serve_in_child() -> None:
+    """Store a prompt, answer queries about it, say where, and wait."""
+    with kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as store:
+        store_prompt(store, prompt(BIG_TOKENS))
+        options = TransportOptions(pacing_bytes_per_s=1 << 20)
+        with Endpoint(store.pool, "tcp://127.0.0.1:0", transport=options, serves=True) as endpoint:
+            print(endpoint.address, flush=True)
+            sys.stdin.read()
+
+
+def _fetch_in_child(source: str) -> None:
+    """Fetch a prompt from another node, after saying so."""
+    with kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as store:
+        handle = store.fetch([*prompt(BIG_TOKENS), 1], source)
+        print("fetching", flush=True)
+        handle.result(WITHIN_S)
+        sys.stdin.read()
+
+
 FAST = TransferSettings(progress_deadline_s=2.0, connect_deadline_s=5.0, resume_window_s=1.0, queue_deadline_s=0.2)
 """Short waits where a test waits for them to pass, long enough for a busy machine elsewhere."""
 
 if __name__ == "__main__":
     if sys.argv[1] == "receive":
         _receive_in_child()
+    elif sys.argv[1] == "serve":
+        _serve_in_child()
+    elif sys.argv[1] == "fetch":
+        _fetch_in_child(sys.argv[2])
     else:
         _send_in_child(*sys.argv[2:])

@@ -14,12 +14,20 @@ from hypothesis import strategies as st
 
 from kvstore._native import crc32c
 from kvstore.errors import PeerMismatchError, ProtocolError, TransferError, WriteError
-from kvstore.keys import sparse_key
-from kvstore.limits import FRAME_HEADER_BYTES, FRAME_PAYLOAD_BYTES_MAX, FRAME_PIECES_MAX, RECORD_BYTES_MAX, TOKEN_ID_MAX
+from kvstore.keys import ExtraInput, sparse_key
+from kvstore.limits import (
+    CANDIDATES_MAX,
+    CONNECTIONS_PER_TRANSFER_MAX,
+    FRAME_HEADER_BYTES,
+    FRAME_PAYLOAD_BYTES_MAX,
+    FRAME_PIECES_MAX,
+    RECORD_BYTES_MAX,
+    TOKEN_ID_MAX,
+)
 from kvstore.pool import HandOver, NodePath, RecordArrays, RecordName
 from kvstore.pool.path import SparseNode
 from kvstore.record import RecordHeader, record_layout
-from kvstore.spec import CacheGroup, DType, ModelSpec, ReuseRule, Segment, TensorSpec, UnitRange
+from kvstore.spec import CacheGroup, ChunkGrid, DType, ModelSpec, ReuseRule, Segment, Shard, TensorSpec, UnitRange
 from kvstore.transfer.frames import FLAG_REMOTE, FrameHeader, Kind, TransferId, parse_header
 from kvstore.transfer.messages import (
     PIECE_ROW,
@@ -39,6 +47,7 @@ from kvstore.transfer.messages import (
     parse_piece_table,
 )
 from kvstore.transfer.offer import OFFER_RECORD, Offer, OfferFlag, check_offer, offer_rows
+from kvstore.transfer.query import SHARDS_MAX, TIERS, Candidates, Fetch, Query, RemoteCandidate
 
 U16 = st.integers(0, 2**16 - 1)
 U32 = st.integers(0, 2**32 - 1)
@@ -109,6 +118,42 @@ def offers(draw: st.DrawFn) -> Offer:
     )
 
 
+@st.composite
+def queries(draw: st.DrawFn) -> Query:
+    tokens = draw(st.integers(1, 30))
+    ids = np.array(draw(st.lists(U32, min_size=tokens, max_size=tokens)), np.uint32)
+    extra = st.builds(ExtraInput, st.integers(0, tokens - 1), st.binary(max_size=20))
+    count = draw(st.integers(1, SHARDS_MAX))
+    return Query(
+        ids,
+        draw(st.binary(max_size=40)),
+        draw(TEXT),
+        tuple(draw(st.lists(extra, max_size=4))),
+        Shard(draw(st.integers(0, count - 1)), count),
+        draw(st.none() | st.sets(st.integers(1, 100), max_size=6).map(lambda ends: ChunkGrid(tuple(sorted(ends))))),
+        draw(st.integers(1, CANDIDATES_MAX)),
+    )
+
+
+CANDIDATES = st.builds(
+    lambda lengths, parts, pending: Candidates(
+        tuple(
+            RemoteCandidate(length, *part) for length, part in zip(sorted(lengths, reverse=True), parts, strict=False)
+        ),
+        pending,
+    ),
+    st.sets(st.integers(1, 2**32 - 1), max_size=8),
+    st.lists(st.tuples(st.sampled_from([*TIERS, "other"]), U64, U64), min_size=8, max_size=8),
+    U32,
+)
+FETCHES = st.builds(
+    Fetch,
+    st.integers(1, 2**32 - 1),
+    st.integers(1, 2**32 - 1),
+    st.integers(0, 255),
+    st.integers(1, CONNECTIONS_PER_TRANSFER_MAX),
+)
+
 MESSAGES: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "hello": (Hello, HELLOS),
     "offer": (Offer, offers()),
@@ -120,6 +165,9 @@ MESSAGES: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "commit": (Commit, COMMITS),
     "committed": (Committed, COMMITTEDS),
     "abort": (Abort, ABORTS),
+    "query": (Query, queries()),
+    "candidates": (Candidates, CANDIDATES),
+    "fetch": (Fetch, FETCHES),
 }
 
 
@@ -215,6 +263,85 @@ def test_want_names_ranges_exactly_when_it_wants_any() -> None:
     ):
         with pytest.raises(ProtocolError, match="ranges"):
             Want.parse(memoryview(want.pack()))
+
+
+# Questions
+
+
+def question(**options: Any) -> Query:
+    return Query(np.arange(6, dtype=np.uint32), **options)
+
+
+@pytest.mark.parametrize(
+    ("query", "offset", "layout", "value", "message"),
+    [
+        (question(), 0, "<H", 2, "reserved"),
+        (question(), 6, "<H", 1, "reserved"),
+        (question(), 28, "<I", 1, "reserved"),
+        (question(), 2, "<H", 1025, "salt"),
+        (question(), 4, "<H", 1025, "adapter"),
+        (question(), 10, "<H", 0, "shards"),
+        (question(), 8, "<H", 1, "shards"),
+        (question(), 12, "<I", 0, "candidates"),
+        (question(), 12, "<I", CANDIDATES_MAX + 1, "candidates"),
+        (question(), 16, "<I", 0, "tokens"),
+        (question(), 16, "<I", (1 << 24) + 1, "tokens"),
+        (question(), 16, "<I", 7, "truncated"),
+        (question(), 20, "<I", 1, "boundaries"),
+        (question(grid=ChunkGrid((4, 6))), 32 + 24, "<I", 6, "ascend"),
+        (question(grid=ChunkGrid((4, 6))), 32 + 28, "<I", (1 << 24) + 1, "past any prompt"),
+        (question(grid=ChunkGrid((4, 6))), 0, "<H", 0, "without insisting"),
+        (question(extras=(ExtraInput(5, b"x"),)), 32 + 24, "<I", 6, "past its tokens"),
+        (question(extras=(ExtraInput(5, b"x"),)), 32 + 28, "<I", 1 << 17, "extra input"),
+        (question(adapter="lora"), 32 + 24, "<B", 0xFF, "UTF-8"),
+    ],
+)
+def test_a_question_beyond_its_rules_is_refused(
+    query: Query, offset: int, layout: str, value: int, message: str
+) -> None:
+    packed = bytearray(query.pack())
+    Query.parse(memoryview(packed))
+    struct.pack_into(layout, packed, offset, value)
+    with pytest.raises(ProtocolError, match=message):
+        Query.parse(memoryview(packed))
+
+
+def test_a_question_beyond_one_frame_is_refused_by_who_asks() -> None:
+    with pytest.raises(TransferError, match="shorter prefix"):
+        Query(np.zeros(FRAME_PAYLOAD_BYTES_MAX // 4, np.uint32)).pack()
+
+
+def test_candidates_are_bounded_and_ordered() -> None:
+    """The longest answer fits its frame; anything out of order is refused."""
+    many = Candidates(tuple(RemoteCandidate(CANDIDATES_MAX - number, "dram", 1) for number in range(CANDIDATES_MAX)))
+    FrameHeader(Kind.CANDIDATES, payload_bytes=len(many.pack())).pack()
+    assert Candidates.parse(memoryview(many.pack())) == many
+    for lengths in ((8, 8), (8, 16), (8, 0)):
+        wrong = Candidates(tuple(RemoteCandidate(length, "dram", 1) for length in lengths))
+        with pytest.raises(ProtocolError, match="descending"):
+            Candidates.parse(memoryview(wrong.pack()))
+    for offset, value in ((0, 65), (12, 3), (13, 1)):
+        packed = bytearray(Candidates((RemoteCandidate(8, "dram", 1),)).pack())
+        packed[offset] = value
+        with pytest.raises(ProtocolError):
+            Candidates.parse(memoryview(packed))
+
+
+@pytest.mark.parametrize(
+    "fetch", [Fetch(0, 1, 0), Fetch(1, 0, 0), Fetch(1, 1, 0, 0), Fetch(1, 1, 0, CONNECTIONS_PER_TRANSFER_MAX + 1)]
+)
+def test_a_fetch_of_nothing_is_refused(fetch: Fetch) -> None:
+    with pytest.raises(ProtocolError, match="FETCH"):
+        Fetch.parse(memoryview(fetch.pack()))
+
+
+def test_the_documented_question() -> None:
+    """The worked example of docs/protocol.md."""
+    query = question(salt=b"s", shard=Shard(1, 2), grid=ChunkGrid((4, 6)))
+    assert query.pack() == bytes.fromhex(
+        "0100 0100 0000 0000 0100 0200 40000000 06000000 02000000 00000000 00000000"
+        "00000000 01000000 02000000 03000000 04000000 05000000 04000000 06000000 73".replace(" ", "")
+    )
 
 
 # Headers

@@ -54,8 +54,8 @@ constexpr std::array kind_limits = {
     KindLimit{Kind::pong, "PONG", 0},
     KindLimit{Kind::lost, "LOST", 8},
     KindLimit{Kind::query, "QUERY", frame_payload_bytes_max},
-    KindLimit{Kind::candidates, "CANDIDATES", frame_payload_bytes_max},
-    KindLimit{Kind::fetch, "FETCH", frame_payload_bytes_max},
+    KindLimit{Kind::candidates, "CANDIDATES", 2 * kib},
+    KindLimit{Kind::fetch, "FETCH", 16},
 };
 
 [[noreturn]] void refuse(const std::string& message) {
