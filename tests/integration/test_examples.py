@@ -16,6 +16,15 @@ PROMISES = {
     "05_workers.py": ("2 workers wrote 256 tokens", "bit for bit", "party 0 of 2 gave up"),
     "06_two_stores.py": ("81920 bytes of 40 tokens", "resumes at 40 tokens, bit for bit", "nobody listens"),
     "07_node.py": ("ready at tcp://127.0.0.1:", "an engine of the host reads 40 tokens", "draining: PeerClosingError"),
+    "08_fetch.py": (
+        "has 256 of 259 tokens, 262144 bytes",
+        "without the salt it has 0",
+        "fetched 256 tokens in 262144 bytes",
+        "resumes at 256 tokens, bit for bit",
+        "a second fetch moves 0 bytes",
+        "refused: ",
+        "serves=True",
+    ),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
 ELSEWHERE = {"01_prefill_decode.py"}
