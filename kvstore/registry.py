@@ -30,6 +30,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
 }
 """Group → name → `module:class` of what comes with kvstore."""
 
+_found_available: set[Transport] = set()
+"""Not asked again for every transfer: a transport that works may read much of the system to say so."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -59,9 +61,11 @@ def transport_for(address: str) -> Transport:
             f"install a package with an entry point {scheme!r} in the group {TRANSPORT_GROUP}"
         )
     transport = _transport(scheme)
-    availability = transport.availability()
-    if not availability.is_available:
-        raise UnavailableError(f"the transport {scheme}:// cannot be used here: {availability.detail}")
+    if transport not in _found_available:
+        availability = transport.availability()
+        if not availability.is_available:
+            raise UnavailableError(f"the transport {scheme}:// cannot be used here: {availability.detail}")
+        _found_available.add(transport)
     return transport
 
 
@@ -90,6 +94,7 @@ def forget() -> None:
     """Look for packages again, after one was installed or removed while this process runs."""
     _known.cache_clear()
     _transport.cache_clear()
+    _found_available.clear()
 
 
 @cache

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from kvstore.transfer.messages import Abort, Committed
 
 
+FORGET_EVERY_S = 1.0
+"""All are looked through for those that have expired this often at most."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The last word about one transfer: `COMMITTED` or `ABORT`."""
@@ -35,6 +39,7 @@ class Outcomes:
         self._outcomes_max = outcomes_max
         self._lock = threading.Lock()
         self._outcomes: OrderedDict[TransferId, Outcome] = OrderedDict()
+        self._forget_at_s = 0.0
 
     def __len__(self) -> int:
         with self._lock:
@@ -44,10 +49,13 @@ class Outcomes:
         """Remember an outcome. The first one of a transfer stands."""
         now = time.monotonic()
         with self._lock:
-            if transfer not in self._outcomes:
+            known = self._outcomes.get(transfer)
+            if known is None or known.expires_s <= now:
                 self._outcomes[transfer] = Outcome(answer, max(now, deadline.at_s) + self._grace_s)
-            for known in [known for known, outcome in self._outcomes.items() if outcome.expires_s <= now]:
-                del self._outcomes[known]
+            if now >= self._forget_at_s:
+                self._forget_at_s = now + FORGET_EVERY_S
+                for each in [each for each, outcome in self._outcomes.items() if outcome.expires_s <= now]:
+                    del self._outcomes[each]
             while len(self._outcomes) > self._outcomes_max:
                 self._outcomes.popitem(last=False)
 
