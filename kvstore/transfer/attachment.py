@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.link import FrameLink
     from kvstore.transfer.messages import Hello
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
+    from kvstore.transfer.workers import Task
 
 FRAME_BYTES = 4 * MIB
 """Bytes of pieces in one DATA frame of an unpaced transfer."""
@@ -80,7 +80,7 @@ class Attachment:
         self._may_reuse = may_reuse
         self._greeted: GreetedLink | None = None
         self._link: FrameLink | None = None
-        self._reader: threading.Thread | None = None
+        self._reader: Task | None = None
         self._progress_deadline_s = owner.settings.progress_deadline_s
         self._frame_bytes_max = FRAME_BYTES
         self._is_one_sided = False
@@ -170,9 +170,7 @@ class Attachment:
         check_takes(owner.offer, greeted.theirs, owner.address)
         self._is_one_sided = greeted.is_one_sided
         self._may_join = greeted.may_join
-        reader = threading.Thread(target=self._read, name=f"kvstore-send-{owner.transfer.counter}-reader", daemon=True)
-        reader.start()
-        self._reader = reader
+        self._reader = owner.workers.run(self._read, f"kvstore-send-{owner.transfer.counter}-reader")
         return link
 
     def _frame_bytes(self, peer: Hello) -> int:
@@ -502,7 +500,7 @@ class Attachment:
         if not is_committed:
             link.close()
         if self._reader is not None:
-            self._reader.join(self._progress_deadline_s)
+            self._reader.wait(self._progress_deadline_s)
         if is_committed:
             self._owner.connector.give_back(greeted)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.connector import JoinedLink
     from kvstore.transfer.link import FrameLink
     from kvstore.transfer.outgoing_transfer import OutgoingTransfer
+    from kvstore.transfer.workers import Task
 
 LOG = logging.getLogger("kvstore.transfer")
 
@@ -49,13 +50,12 @@ class Branch:
         self._may_give_back = False
         self.number = 0
         """Which further connection of the attachment it is, from 1; 0 until the receiver has said so."""
-        name = f"kvstore-send-{owner.transfer.counter}-branch"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._task: Task | None = None
 
     def start(self) -> None:
         """Connect and send, in a thread of its own. Without one, the first connection does all."""
         try:
-            self._thread.start()
+            self._task = self._owner.workers.run(self._run, f"kvstore-send-{self._owner.transfer.counter}-branch")
         except RuntimeError as error:
             LOG.warning("transfer %s goes on over one connection: %s", self._owner.transfer, error)
 
@@ -70,8 +70,8 @@ class Branch:
             link.close()
         with self._owner.changed:
             self._owner.notify()
-        if self._thread.ident is not None:
-            self._thread.join(self._progress_deadline_s)
+        if self._task is not None:
+            self._task.wait(self._progress_deadline_s)
 
     def _run(self) -> None:
         owner = self._owner

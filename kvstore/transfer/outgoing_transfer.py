@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.source import Costs, Ids, Source
     from kvstore.transfer.telemetry import Link
     from kvstore.transfer.tracing import TransferSpan
+    from kvstore.transfer.workers import Task, Workers
 
 LOG = logging.getLogger("kvstore.transfer")
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -70,6 +71,7 @@ class OutgoingTransfer:
         *,
         total_deadline_s: float | None,
         priority: int,
+        workers: Workers,
         traffic: Traffic,
         observer: TransferObserver | None,
         link: Link,
@@ -131,13 +133,14 @@ class OutgoingTransfer:
         self._is_one_sided = False
         self.is_native = False
         self._span: TransferSpan = NoSpan()
-        self._thread = threading.Thread(target=self._run, name=f"kvstore-send-{transfer.counter}", daemon=True)
+        self.workers = workers
+        self._task: Task | None = None
 
     def start(self) -> None:
         """Raises `TransferError` if the system has no thread for it; nothing runs then."""
         self._span = begin_span(self.transfer, self.address, self.source.total_bytes, self.source.path.tokens)
         try:
-            self._thread.start()
+            self._task = self.workers.run(self._run, f"kvstore-send-{self.transfer.counter}")
         except RuntimeError as error:
             self._span.failed(error)
             raise TransferError(
@@ -147,8 +150,8 @@ class OutgoingTransfer:
 
     def join(self, deadline_s: float) -> None:
         """Wait until its thread has ended; at once if that never began."""
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(deadline_s)
+        if self._task is not None:
+            self._task.wait(deadline_s)
 
     def cancel(self, reason: str) -> None:
         """Give the transfer up; it then ends with `TransferAbortedError`."""

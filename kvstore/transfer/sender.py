@@ -19,6 +19,7 @@ from kvstore.transfer.idle_links import IdleLinks
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.settings import TransferSettings, new_boot_epoch
 from kvstore.transfer.source import LeaseSource, WriterSource, check_source
+from kvstore.transfer.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +83,7 @@ class Sender:
         self._transfers: set[OutgoingTransfer] = set()
         self._statistics = SenderStatistics()
         self._idle = IdleLinks()
+        self._workers = Workers()
         self._is_closed = False
 
     def __enter__(self) -> Sender:
@@ -161,6 +163,7 @@ class Sender:
                 self.settings,
                 total_deadline_s=total_deadline_s,
                 priority=priority,
+                workers=self._workers,
                 traffic=self.egress.traffic,
                 observer=observer,
                 link=self.egress.links.link(address),
@@ -242,6 +245,7 @@ class Sender:
         for transfer in running:
             transfer.join(CLOSE_DEADLINE_S)
         self._idle.close()
+        self._workers.close()
 
 
 def check_options(transport: TransportOptions | None, priority: int, total_deadline_s: float | None) -> None:

@@ -16,6 +16,7 @@ from kvstore.transfer.messages import AbortCode
 from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.query import Candidates, RemoteCandidate
 from kvstore.transfer.source import LeaseSource, check_source
+from kvstore.transfer.workers import Workers
 
 if TYPE_CHECKING:
     from kvstore.abc import TransportOptions
@@ -95,6 +96,7 @@ class Serving:
         self._inbox = inbox
         self._options = options
         self._egress = egress
+        self._workers = Workers()
         self._lock = threading.Lock()
         self._counter = count(1)
         self._served: dict[TransferId, Served] = {}
@@ -186,6 +188,7 @@ class Serving:
                 total_deadline_s=min(fetch.total_deadline_ms / 1000, TRANSFER_DEADLINE_MAX_S),
                 priority=fetch.priority,
                 observer=None,
+                workers=self._workers,
                 traffic=self._egress.traffic,
                 link=self._egress.links.link(_host_of(address)),
                 on_end=lambda ended: self._ended(question.identity, ended),
@@ -244,6 +247,7 @@ class Serving:
         for served in running:
             served.transfer.join(self._inbox.settings.progress_deadline_s)
             served.connector.close()
+        self._workers.close()
 
 
 def _host_of(address: str) -> str:
