@@ -9,60 +9,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvstore.attached import AttachedPool, Owner
-from kvstore.errors import AttachError, LeaseGoneError, SpecError, StoreClosedError, TransferError, WriteError
-from kvstore.limits import (
-    ATTACH_DEADLINE_S,
-    ATTACHED_SILENCE_S,
-    CONNECT_DEADLINE_S,
-    QUERY_DEADLINE_S,
-    TRANSFER_PRIORITY_DEFAULT,
-)
-from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, Pool, PoolStatistics, Prompt, RecordNames
-from kvstore.pool.plan import grid_digest
-from kvstore.record import largest_slot_bytes, slot_sizes_bytes
+from kvstore.errors import LeaseGoneError, SpecError, StoreClosedError, WriteError
+from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.arguments import (
     check_coverage,
-    check_deadline,
     check_joint,
     check_lease,
     check_match,
     check_position,
-    check_spec,
-    lengths_of,
-    socket_path,
 )
 from kvstore.store.lease import Lease
+from kvstore.store.nodes import NodeOperations
 from kvstore.store.waiters import Waiters
+from kvstore.store.write_plan import check_continues, check_grid, checkpoints, names_written, written_path
 from kvstore.store.writer import Writer
-from kvstore.tiers import ArenaTier
-from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from kvstore.abc import CheckpointPolicy, EvictionPolicy, TransportOptions
+    from kvstore.attached import Owner
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
     from kvstore.pool import BaseHold, BaseTransaction
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
-    from kvstore.transfer import (
-        Endpoint,
-        Fetcher,
-        FetchReport,
-        LinkSnapshot,
-        RemoteMatch,
-        Sender,
-        TransferObserver,
-        TransferReport,
-        TransferSettings,
-    )
-    from kvstore.transfer.egress import Egress
-
-DRAM_DEFAULT = "1GiB"
 
 
 @dataclass(frozen=True)
@@ -80,96 +52,17 @@ class Arrival:
     lease: Lease
 
 
-def open_store(
-    spec: ModelSpec,
-    *,
-    dram: int | str = DRAM_DEFAULT,
-    eviction: EvictionPolicy | None = None,
-    checkpoints: CheckpointPolicy | None = None,
-    socket: str | os.PathLike[str] | None = None,
-    arena: str | None = None,
-    allow_uids: Iterable[int] = (),
-    silence_s: float = ATTACHED_SILENCE_S,
-    verify: bool = False,
-) -> Store:
-    """Open a store in this process; also `kvstore.open`.
-
-    Args:
-        spec: the model whose cache is kept.
-        dram: bytes of host memory for records, headers and an estimate of the index: `"8GiB"`. All of it is
-            allocated here.
-        eviction: ranks what may go; least recently used by default.
-        checkpoints: suggests where to take states; a halving ladder by default.
-        socket: path of a Unix socket at which other processes of this host attach, with `kvstore.attach`.
-        arena: name of the shared memory in `/dev/shm`; by default it has none, and goes with the last process.
-        allow_uids: users that may attach besides this process's own and root. They can read and write the arena.
-        silence_s: an attached process that is silent for longer loses its leases and writers.
-        verify: recompute the checksum of every piece that an attached process wrote before it is committed.
-
-    Raises:
-        ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
-        one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
-        argument says how processes attach.
-        ValueError: `dram` is not a size. SpecError: `spec` is none.
-    """
-    check_spec(spec)
-    path = None if socket is None else socket_path(socket)
-    allow_uids = tuple(allow_uids)
-    is_owner_told = bool(allow_uids) or silence_s != ATTACHED_SILENCE_S or verify
-    if path is None and is_owner_told:
-        raise AttachError("allow_uids=, silence_s= and verify= are for attached processes; pass socket= as well")
-    sizes = slot_sizes_bytes(spec)
-    tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=sizes)
-    try:
-        pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
-        if path is None:
-            return Store(pool)
-        return Store(pool, Owner(pool, tier, path, allow_uids=allow_uids, silence_s=silence_s, verify=verify))
-    except BaseException:
-        tier.close()
-        raise
-
-
-def attach_store(
-    socket: str | os.PathLike[str], *, spec: ModelSpec | None = None, deadline_s: float = ATTACH_DEADLINE_S
-) -> Store:
-    """A store on the pool of another process of this host; also `kvstore.attach`.
-
-    It has the interface of the owner's own. Bytes move between this process and the arena directly; the owner only
-    decides. While this process holds a lease or has a writer open, a thread tells the owner that it lives; stopped for
-    longer than the owner bears (10 s by default), it loses them, with `LeaseGoneError` and `WriteError`.
-
-    Args:
-        socket: the path that the owner opened its store with.
-        spec: the model that is expected; by default whatever the owner serves.
-        deadline_s: an owner that does not answer for so long is taken for gone.
-
-    Raises:
-        AttachError: no owner listens there, or it refuses this process. OwnerGoneError: it does not answer.
-        SpecError: it serves another spec; the message names both fingerprints.
-    """
-    if spec is not None:
-        check_spec(spec)
-    check_deadline(deadline_s)
-    return Store(AttachedPool(socket_path(socket), spec=spec, deadline_s=deadline_s))
-
-
-class Store:
+class Store(NodeOperations):
     """Finds, reads, writes and sends the cache of prefixes. Any thread may call; a context manager.
 
     After a fork the child's store is closed: use spawn, or open another store there.
     """
 
     def __init__(self, pool: BasePool, owner: Owner | None = None) -> None:
-        self.pool = pool
+        super().__init__(pool)
         self._owner = owner
         self.spec: ModelSpec = pool.spec
         self._waiters = Waiters(pool)
-        # Its own thread keeps an open endpoint alive; one that was closed need not be remembered.
-        self._endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
-        self._sender: Sender | None = None
-        self._egress: Egress | None = None
-        self._fetcher: Fetcher | None = None
         self._lock = threading.Lock()
         self._copied_bytes = 0
         self._copied_s = 0.0
@@ -339,11 +232,11 @@ class Store:
                     f"the lease of {resume.tokens} tokens is not of this store and the beginning of this prompt; "
                     "resume from a lease on a match of the same token ids, salt, adapter and extras"
                 )
-            self._check_continues(resume, target, shard, grid)
+            check_continues(self.spec, resume, shard, grid)
         start = resume.tokens if resume is not None else 0
-        lengths = self._checkpoints(target, resume_at, start, grid)
+        lengths = checkpoints(self.spec, target, resume_at, start, grid)
         if grid is not None:
-            self._check_grid(target, grid)
+            check_grid(target, grid)
         name = JointName(joint, shard.index, shard.count) if joint is not None else None
         transaction = None
         if target.masks and name is None and (resume is None or resume.is_exact):
@@ -370,11 +263,11 @@ class Store:
         shard: Shard,
         joint: JointName | None,
     ) -> BaseTransaction:
-        path = self._written_path(target, lengths)
+        path = written_path(target, lengths)
         first = resume.tokens // self.spec.block_tokens if resume is not None else 0
         return self.pool.begin(
             path,
-            self._names(path, lengths, first, shard),
+            names_written(self.spec, path, lengths, first, shard),
             salt=target.salt,
             grid=grid,
             resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
@@ -391,8 +284,8 @@ class Store:
         shard: Shard,
     ) -> BaseTransaction | None:
         """A transaction that writes nothing, if all of a prompt that is to be held in part is there whole."""
-        path = self._written_path(exact, lengths)
-        if self.pool.missing(path, self._names(path, lengths, 0, shard), grid):
+        path = written_path(exact, lengths)
+        if self.pool.missing(path, names_written(self.spec, path, lengths, 0, shard), grid):
             return None
         transaction = self._begin(exact, lengths, resume, grid, shard, None)
         if transaction.records:
@@ -400,83 +293,6 @@ class Store:
             transaction.abort("a sparse prefill writes no whole records")
             return None
         return transaction
-
-    def _written_path(self, target: Prompt, lengths: tuple[int, ...]) -> NodePath:
-        whole = len(target.path.keys)
-        path = target.path if len(target) in lengths else target.path.prefix(whole)
-        if not len(path):
-            raise WriteError(
-                f"a prompt of {len(target)} tokens fills no block of {self.spec.block_tokens}; "
-                "name its end in resume_at to store it as a tail"
-            )
-        return path
-
-    def _check_continues(self, resume: Lease, prompt: Prompt, shard: Shard, grid: ChunkGrid | None) -> None:
-        if resume.shard != shard:
-            raise WriteError(
-                f"the lease is of worker {resume.shard.index} of {resume.shard.count}, the writer is {shard.index} of "
-                f"{shard.count}; each worker resumes from its own share"
-            )
-        if grid is None:
-            return
-        if self.spec.state_groups and not grid.has(resume.tokens):
-            raise WriteError(
-                f"the lease ends at {resume.tokens} tokens, which is no chunk boundary of grid=; the next is "
-                f"{grid.closing(resume.tokens)}"
-            )
-        for record in resume.records:
-            expected = grid_digest(self.spec, resume.path, record.name.node, record.name.group, grid)
-            if record.header.grid != expected:
-                raise WriteError(
-                    f"the lease of {resume.tokens} tokens was computed on other chunk boundaries than grid= names; "
-                    "match with that grid, or write with grid=None"
-                )
-
-    @staticmethod
-    def _check_grid(prompt: Prompt, grid: ChunkGrid) -> None:
-        """The chunk that the prefill ended in must end with the prompt; a grid that ends before says nothing of it."""
-        closing = grid.closing(len(prompt))
-        if closing is not None and closing > len(prompt):
-            raise WriteError(
-                f"grid= says that the chunk with the prompt's last token ends at {closing}, past the "
-                f"prompt's {len(prompt)}: its blocks would be taken for those of a longer chunk, and these are not "
-                f"bitwise the same; end the grid with the prompt, as ChunkGrid.every(chunk, upto={len(prompt)}) does, "
-                "or write the whole prompt that was computed"
-            )
-
-    def _checkpoints(
-        self, prompt: Prompt, resume_at: Sequence[int] | None, start: int, grid: ChunkGrid | None
-    ) -> tuple[int, ...]:
-        lengths = lengths_of(resume_at, len(prompt))
-        block = self.spec.block_tokens
-        for length in lengths:
-            if not start < length <= len(prompt):
-                raise WriteError(
-                    f"resume_at={length} is not past the {start} tokens that are resumed from, "
-                    f"and at most the prompt's {len(prompt)}"
-                )
-            if length % block and length != len(prompt):
-                raise WriteError(
-                    f"resume_at={length} is neither a multiple of block_tokens={block} nor the prompt's end, "
-                    f"{len(prompt)}"
-                )
-            if grid is not None and not grid.has(length) and self.spec.state_groups:
-                raise WriteError(
-                    f"resume_at={length} is no chunk boundary of grid=; the next is {grid.closing(length)}"
-                )
-        return lengths
-
-    def _names(self, path: NodePath, lengths: tuple[int, ...], first: int, shard: Shard) -> RecordNames:
-        """What this writer provides: attention from the block it resumes in, states at its checkpoints."""
-        names: list[RecordNames] = []
-        states = {node for length in lengths if (node := path.node_at(length)) is not None}
-        for index, group in enumerate(self.spec.groups):
-            units = group.units_written_by(shard)
-            if units is None:
-                continue
-            nodes = range(first, len(path)) if group.rule is ReuseRule.ATTENTION else sorted(states)
-            names.append(RecordNames.of_spans(nodes, index, len(self.spec.spans[index]), units))
-        return RecordNames.join(names)
 
     # Waiting
 
@@ -543,255 +359,6 @@ class Store:
 
         return self._waiters.add(f"a resume point of {tokens} tokens", attempt)
 
-    # Other nodes
-
-    def listen(
-        self,
-        address: str,
-        *,
-        transport: TransportOptions | None = None,
-        settings: TransferSettings | None = None,
-        observer: TransferObserver | None = None,
-        serves: bool = False,
-    ) -> Endpoint:
-        """Receive transfers from other nodes: `listen("tcp://0.0.0.0:7400")`. Closed with the store.
-
-        Args:
-            address: `tcp://host:port`; port 0 lets the system choose, and the endpoint's `address` says which.
-            transport: pacing and congestion control of the connections.
-            settings: deadlines and limits.
-            observer: told of each layer's bytes as they arrive.
-            serves: let every peer that may connect ask what this store holds, and fetch it: `query` and `fetch` there.
-                A salt that a peer does not present exactly is a miss.
-
-        Raises:
-            AddressError: the address is malformed, in use, or names no transport. UnavailableError: the transport
-            does not work here, or cannot do what `transport` asks. TransferError: an option of another type.
-            StoreClosedError: closed.
-        """
-        from kvstore.transfer import Endpoint
-
-        with self._lock:
-            self.check_open()
-            endpoint = Endpoint(
-                self.pool,
-                address,
-                transport=transport,
-                settings=settings,
-                observer=observer,
-                serves=serves,
-                egress=self._shared_egress() if serves else None,
-            )
-            self._endpoints.add(endpoint)
-            return endpoint
-
-    def send(
-        self,
-        match: Match,
-        address: str,
-        *,
-        handover: HandOver | None = None,
-        transport: TransportOptions | None = None,
-        total_deadline_s: float | None = None,
-        priority: int = TRANSFER_PRIORITY_DEFAULT,
-        observer: TransferObserver | None = None,
-        resume: tuple[int, int] | None = None,
-    ) -> Handle[TransferReport]:
-        """Send a resume point to another node; only what is missing there crosses.
-
-        The handle resolves when the other node has committed it. `cancel()` aborts on both sides.
-
-        Args:
-            match: what to send: the whole resume point.
-            address: where the receiver listens, `tcp://host:port`.
-            handover: makes it a hand-over: a process there decodes on, after `accept`.
-            transport: pacing and congestion control of the connections.
-            total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
-            priority: 0 (first) to 255, for receivers that queue.
-            observer: told of each layer's bytes as they leave.
-            resume: `PeerGoneError.transfer` of an earlier, otherwise equal call: what has arrived since does not cross
-                again, while the other node keeps it (10 s by default; `TransferAbortedError` says that it has not).
-
-        Raises:
-            LeaseGoneError: it was evicted since it was matched. LeaseError: the match is a miss.
-            AddressError, UnavailableError: no transport for this address. TransferError: an option that is out of its
-            limits, or of another type; too many transfers. The handle fails as that of `kvstore.transfer.Sender.send`.
-        """
-        from kvstore.transfer import send_lease
-
-        sender = self.own_sender()
-        return send_lease(
-            self.read(match),
-            address,
-            handover=handover,
-            transport=transport,
-            total_deadline_s=total_deadline_s,
-            priority=priority,
-            observer=observer,
-            resume=resume,
-            sender=sender,
-        )
-
-    def links(self) -> tuple[LinkSnapshot, ...]:
-        """How the links to the peers that this store has sent to are doing: values for a scheduler. Any thread."""
-        with self._lock:
-            egress = self._egress
-        return () if egress is None else egress.links.snapshot()
-
-    def query(
-        self,
-        prompt: Any,
-        address: str,
-        *,
-        salt: bytes = b"",
-        adapter: str = "",
-        extras: Iterable[ExtraInput] = (),
-        shard: Shard = WHOLE,
-        grid: ChunkGrid | None = None,
-        transport: TransportOptions | None = None,
-        deadline_s: float = QUERY_DEADLINE_S,
-    ) -> RemoteMatch:
-        """Ask another node how much of a prompt it has; a falsy answer is a miss. Blocks; see `ask`.
-
-        The prompt itself goes there, and the node computes its keys. It must listen with `serves=True`. Asked is what
-        is whole: a prompt's coverage does not count.
-
-        Args:
-            prompt, salt, adapter, extras, shard, grid: as `match`.
-            address: where the node listens, `tcp://host:port`.
-            transport: congestion control of the connection.
-            deadline_s: for connecting and the answer.
-
-        Raises:
-            DeadlineError, PeerGoneError: no answer. PeerMismatchError: it holds another model. TransferError: it does
-            not answer such questions (the message says which switch or release it lacks), or an option is of another
-            type. AddressError, UnavailableError: no transport for this address. Otherwise as `match`.
-        """
-        handle = self.ask(
-            prompt,
-            address,
-            salt=salt,
-            adapter=adapter,
-            extras=extras,
-            shard=shard,
-            grid=grid,
-            transport=transport,
-            deadline_s=deadline_s,
-        )
-        # The work holds the deadline itself, and says more about what it waited for.
-        return handle.result(deadline_s + CONNECT_DEADLINE_S)
-
-    def ask(
-        self,
-        prompt: Any,
-        address: str,
-        *,
-        salt: bytes = b"",
-        adapter: str = "",
-        extras: Iterable[ExtraInput] = (),
-        shard: Shard = WHOLE,
-        grid: ChunkGrid | None = None,
-        transport: TransportOptions | None = None,
-        deadline_s: float = QUERY_DEADLINE_S,
-    ) -> Handle[RemoteMatch]:
-        """As `query`, without blocking: the handle resolves with the answer, or fails as `query` raises."""
-        check_position(shard, grid)
-        target = self._as_prompt(prompt, salt, adapter, extras)
-        return self._own_fetcher().query(
-            target.exact, address, shard=shard, grid=grid, transport=transport, deadline_s=deadline_s
-        )
-
-    def fetch(
-        self,
-        prompt: Any,
-        address: str | None = None,
-        *,
-        salt: bytes = b"",
-        adapter: str = "",
-        extras: Iterable[ExtraInput] = (),
-        shard: Shard = WHOLE,
-        grid: ChunkGrid | None = None,
-        transport: TransportOptions | None = None,
-        total_deadline_s: float | None = None,
-        priority: int = TRANSFER_PRIORITY_DEFAULT,
-        observer: TransferObserver | None = None,
-    ) -> Handle[FetchReport]:
-        """Get from another node what it has of a prompt and this store lacks; only that crosses.
-
-        The handle resolves when it is committed here, so that `match` finds it; a miss there is no error, and nothing
-        is asked if no more could be had than is here. Fetches of one prefix share one transfer. `cancel()` aborts.
-
-        Args:
-            prompt: token ids, a `Prompt`, or what `query` returned (then all else about it is said, and nothing deeper
-                is fetched than that answer, or what its `at` left of it).
-            address: where the node listens, `tcp://host:port`; it must listen with `serves=True`.
-            salt, adapter, extras, shard, grid: as `match`.
-            transport: congestion control of the connections.
-            total_deadline_s: when to give up, at most an hour; by default from the bytes and the least rate.
-            priority: 0 (first) to 255, at both nodes.
-            observer: told of each layer's bytes as they arrive.
-
-        Raises:
-            TransferError: no address, an option that is out of its limits or of another type, too many fetches.
-            AddressError, UnavailableError: no transport for this address. Otherwise as `match`. The handle fails as
-            that of `kvstore.transfer.Fetcher.fetch`.
-        """
-        from kvstore.transfer import RemoteMatch
-
-        tokens_max: int | None = None
-        if isinstance(prompt, RemoteMatch):
-            if salt or adapter or tuple(extras) or shard != WHOLE or grid is not None:
-                raise TransferError("a RemoteMatch says what was asked already; pass these to Store.query only")
-            tokens_max, shard, grid = prompt.tokens, prompt.shard, prompt.grid
-            address = prompt.address if address is None else address
-            prompt = prompt.prompt
-        if address is None:
-            raise TransferError("address= is needed: where the node listens that is to be asked, 'tcp://host:port'")
-        check_position(shard, grid)
-        return self._own_fetcher().fetch(
-            self._as_prompt(prompt, salt, adapter, extras).exact,
-            address,
-            shard=shard,
-            grid=grid,
-            tokens_max=tokens_max,
-            transport=transport,
-            total_deadline_s=total_deadline_s,
-            priority=priority,
-            observer=observer,
-        )
-
-    def _own_fetcher(self) -> Fetcher:
-        from kvstore.transfer import Fetcher
-
-        with self._lock:
-            self.check_open()
-            if self._fetcher is None:
-                self._fetcher = Fetcher(self.pool)
-            return self._fetcher
-
-    def own_sender(self) -> Sender:
-        """For `Writer`: who sends for this store; begun when it is first asked for."""
-        from kvstore.transfer import Sender
-
-        with self._lock:
-            self.check_open()
-            if self._sender is None:
-                self._sender = Sender(egress=self._shared_egress())
-            return self._sender
-
-    def _shared_egress(self) -> Egress:
-        """What all that leaves this store shares. Call with the lock held."""
-        from kvstore.transfer.egress import Egress
-
-        if self._egress is None:
-            self._egress = Egress()
-        return self._egress
-
-    @property
-    def sender(self) -> Sender | None:
-        """Who sends for this store; None as long as nothing was sent."""
-        return self._sender
-
     # The store itself
 
     @property
@@ -808,29 +375,18 @@ class Store:
 
         Open leases and writers become unusable.
         """
-        with self._lock:
-            endpoints, self._endpoints = list(self._endpoints), weakref.WeakSet()
-            sender, self._sender = self._sender, None
-            fetcher, self._fetcher = self._fetcher, None
         with ExitStack() as last:
             last.callback(_OPEN_STORES.discard, self)
             last.callback(self.pool.close)
             if self._owner is not None:
                 last.callback(self._owner.close)
             last.callback(self._waiters.close)
-            for endpoint in endpoints:
-                last.callback(endpoint.close)
-            if sender is not None:
-                last.callback(sender.close)
-            if fetcher is not None:
-                last.callback(fetcher.close)
+            for end in reversed(self._end_transfers()):
+                last.callback(end)
 
     def _close_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._endpoints = weakref.WeakSet()
-        self._sender = None
-        self._egress = None
-        self._fetcher = None
+        self._forget_transfers()
         self._waiters = Waiters(self.pool)
         if self._owner is not None:
             self._owner.close_in_child()

@@ -13,14 +13,14 @@ from kvstore.bench.sides.side import Half, ReceivingHalf, SendingHalf, Told
 from kvstore.clock import Deadline
 from kvstore.errors import BenchmarkError
 from kvstore.spec import ReuseRule
-from kvstore.store.store import open_store
+from kvstore.store import open_store
 from kvstore.transfer import Endpoint, Sender, TransferSettings, send_lease
 
 if TYPE_CHECKING:
     from kvstore.bench.load import Load
     from kvstore.pool import Prompt
     from kvstore.spec import TensorSpec
-    from kvstore.store.store import Store
+    from kvstore.store import Store
 
 PUT_TOKENS = 4096
 """Tokens that are filled at once; what they take is not part of the memory that is asked for."""

@@ -1,0 +1,98 @@
+"""Opening a store: on memory of this process, or on that of another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvstore.attached import AttachedPool, Owner
+from kvstore.errors import AttachError
+from kvstore.limits import ATTACH_DEADLINE_S, ATTACHED_SILENCE_S
+from kvstore.pool import Pool
+from kvstore.record import largest_slot_bytes, slot_sizes_bytes
+from kvstore.store.arguments import check_deadline, check_spec, socket_path
+from kvstore.store.store import Store
+from kvstore.tiers import ArenaTier
+from kvstore.units import parse_bytes
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+    from kvstore.abc import CheckpointPolicy, EvictionPolicy
+    from kvstore.spec import ModelSpec
+
+DRAM_DEFAULT = "1GiB"
+
+
+def open_store(
+    spec: ModelSpec,
+    *,
+    dram: int | str = DRAM_DEFAULT,
+    eviction: EvictionPolicy | None = None,
+    checkpoints: CheckpointPolicy | None = None,
+    socket: str | os.PathLike[str] | None = None,
+    arena: str | None = None,
+    allow_uids: Iterable[int] = (),
+    silence_s: float = ATTACHED_SILENCE_S,
+    verify: bool = False,
+) -> Store:
+    """Open a store in this process; also `kvstore.open`.
+
+    Args:
+        spec: the model whose cache is kept.
+        dram: bytes of host memory for records, headers and an estimate of the index: `"8GiB"`. All of it is
+            allocated here.
+        eviction: ranks what may go; least recently used by default.
+        checkpoints: suggests where to take states; a halving ladder by default.
+        socket: path of a Unix socket at which other processes of this host attach, with `kvstore.attach`.
+        arena: name of the shared memory in `/dev/shm`; by default it has none, and goes with the last process.
+        allow_uids: users that may attach besides this process's own and root. They can read and write the arena.
+        silence_s: an attached process that is silent for longer loses its leases and writers.
+        verify: recompute the checksum of every piece that an attached process wrote before it is committed.
+
+    Raises:
+        ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
+        one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
+        argument says how processes attach.
+        ValueError: `dram` is not a size. SpecError: `spec` is none.
+    """
+    check_spec(spec)
+    path = None if socket is None else socket_path(socket)
+    allow_uids = tuple(allow_uids)
+    is_owner_told = bool(allow_uids) or silence_s != ATTACHED_SILENCE_S or verify
+    if path is None and is_owner_told:
+        raise AttachError("allow_uids=, silence_s= and verify= are for attached processes; pass socket= as well")
+    sizes = slot_sizes_bytes(spec)
+    tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=sizes)
+    try:
+        pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
+        if path is None:
+            return Store(pool)
+        return Store(pool, Owner(pool, tier, path, allow_uids=allow_uids, silence_s=silence_s, verify=verify))
+    except BaseException:
+        tier.close()
+        raise
+
+
+def attach_store(
+    socket: str | os.PathLike[str], *, spec: ModelSpec | None = None, deadline_s: float = ATTACH_DEADLINE_S
+) -> Store:
+    """A store on the pool of another process of this host; also `kvstore.attach`.
+
+    It has the interface of the owner's own. Bytes move between this process and the arena directly; the owner only
+    decides. While this process holds a lease or has a writer open, a thread tells the owner that it lives; stopped for
+    longer than the owner bears (10 s by default), it loses them, with `LeaseGoneError` and `WriteError`.
+
+    Args:
+        socket: the path that the owner opened its store with.
+        spec: the model that is expected; by default whatever the owner serves.
+        deadline_s: an owner that does not answer for so long is taken for gone.
+
+    Raises:
+        AttachError: no owner listens there, or it refuses this process. OwnerGoneError: it does not answer.
+        SpecError: it serves another spec; the message names both fingerprints.
+    """
+    if spec is not None:
+        check_spec(spec)
+    check_deadline(deadline_s)
+    return Store(AttachedPool(socket_path(socket), spec=spec, deadline_s=deadline_s))
