@@ -60,7 +60,10 @@ class Branch:
             LOG.warning("transfer %s goes on over one connection: %s", self._owner.transfer, error)
 
     def close(self, *, is_committed: bool = False) -> None:
-        """End the thread and the connection, or give that back if everything was `is_committed`. Idempotent."""
+        """End the thread and the connection, or give that back if everything was `is_committed`. Idempotent.
+
+        One that is still connecting is not waited for: it carries nothing, and ends when its connect does.
+        """
         with self._lock:
             self._stop.set()
             link = self._link
@@ -70,7 +73,7 @@ class Branch:
             link.close()
         with self._owner.changed:
             self._owner.notify()
-        if self._task is not None:
+        if link is not None and self._task is not None:
             self._task.wait(self._progress_deadline_s)
 
     def _run(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ import kvstore.transfer.attachment
 import kvstore.transfer.path_watch
 from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
-from kvstore.errors import AddressError, TransferError, UnavailableError
+from kvstore.errors import AddressError, PeerGoneError, TransferError, UnavailableError
 from kvstore.testing.resources import leaves_nothing
+from kvstore.transfer import Endpoint, Sender, TransferSettings, send_lease
 from tests.integration.tcp_proxy import Proxy
 from tests.integration.transfer_nodes import (
     BIG_TOKENS,
@@ -31,6 +33,8 @@ from transports.tcp import TcpTransport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from kvstore.abc import Connection
 
 IDS = prompt(BIG_TOKENS)
 SPEC = tiny_spec(BIG_WIDTH)
@@ -156,6 +160,33 @@ def test_a_way_that_does_not_work_is_passed_over(source: kvstore.Store, target: 
         both = f"tcp://127.0.0.1:1,{endpoint.address.removeprefix('tcp://')}"
         report = source.send(match_all(source, IDS), both).result(WITHIN_S)
     assert report.reconnects == 0
+    assert_same(source, target, IDS, BIG_TOKENS)
+
+
+def test_a_way_that_does_not_answer_is_not_waited_for(source: kvstore.Store, target: kvstore.Store) -> None:
+    """Its connect hangs for as long as the test wants; the transfer ends without it."""
+    is_over = threading.Event()
+    asked = threading.Event()
+
+    class Silent(TcpTransport):
+        def connect(self, address: str, options: TransportOptions, deadline: Deadline) -> Connection:
+            if not address.endswith(":1"):
+                return super().connect(address, options, deadline)
+            asked.set()
+            assert is_over.wait(4 * WITHIN_S)
+            raise PeerGoneError("no answer in time")
+
+    settings = TransferSettings(progress_deadline_s=3 * WITHIN_S)
+    with Endpoint(target.pool, "tcp://127.0.0.1:0", settings=settings) as endpoint, Sender(settings=settings) as sender:
+        try:
+            lease = source.read(match_all(source, IDS))
+            handle = send_lease(
+                lease, f"{endpoint.address},127.0.0.1:1", sender=sender, find_transport=lambda _: Silent()
+            )
+            assert asked.wait(WITHIN_S)
+            assert handle.result(WITHIN_S).path.connections == 1
+        finally:
+            is_over.set()
     assert_same(source, target, IDS, BIG_TOKENS)
 
 
