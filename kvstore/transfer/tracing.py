@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from kvstore.transfer.frames import TransferId
     from kvstore.transfer.report import TransferReport
 
+LOG = logging.getLogger("kvstore.transfer")
 TRACER_NAME = "kvstore.transfer"
 
 
@@ -72,6 +74,25 @@ class OpenTelemetrySpan:
         self._span.end()
 
 
+class GuardedSpan:
+    """A span whose faults do not concern the transfer: what the program has set up runs inside of it."""
+
+    def __init__(self, span: TransferSpan) -> None:
+        self._span = span
+
+    def committed(self, report: TransferReport) -> None:
+        try:
+            self._span.committed(report)
+        except Exception:
+            LOG.exception("transfer %s was committed, and its span could not be ended", report.transfer)
+
+    def failed(self, error: BaseException) -> None:
+        try:
+            self._span.failed(error)
+        except Exception:
+            LOG.exception("a transfer has failed, and its span could not be ended")
+
+
 def begin_span(transfer: TransferId, peer_address: str, offered_bytes: int, tokens: int) -> TransferSpan:
     """A span in the caller's context, or nothing where the program does not use OpenTelemetry.
 
@@ -80,4 +101,8 @@ def begin_span(transfer: TransferId, peer_address: str, offered_bytes: int, toke
     trace = sys.modules.get("opentelemetry.trace")
     if trace is None:
         return NoSpan()
-    return OpenTelemetrySpan(trace, transfer, peer_address, offered_bytes, tokens)
+    try:
+        return GuardedSpan(OpenTelemetrySpan(trace, transfer, peer_address, offered_bytes, tokens))
+    except Exception:
+        LOG.exception("transfer %s has no span: it could not be begun", transfer)
+        return NoSpan()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -70,6 +71,39 @@ def test_a_failure_is_in_its_span(exporter: Any) -> None:
     assert span.attributes["kvstore.transfer.outcome"] == "PeerGoneError"
     assert not span.status.is_ok
     assert span.events[0].name == "exception"
+
+
+@pytest.mark.parametrize("when", ["begin", "end"])
+def test_a_tracer_that_raises_does_not_harm_a_transfer(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Span:
+        def set_attributes(self, attributes: object) -> None:
+            raise OSError("no tracing")
+
+        set_attribute = set_attributes
+
+    class Tracer:
+        def start_span(self, name: str, **_: object) -> Span:
+            if when == "begin":
+                raise OSError("no tracing")
+            return Span()
+
+    trace = types.SimpleNamespace(
+        get_tracer=lambda name: Tracer(),
+        SpanKind=types.SimpleNamespace(PRODUCER=4),
+        StatusCode=types.SimpleNamespace(ERROR=2),
+        Status=None,
+    )
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", trace)  # type: ignore[misc]
+    with (
+        leaves_nothing(),
+        kvstore.open(tiny_spec(), dram="8MiB") as source,
+        kvstore.open(tiny_spec(), dram="8MiB") as target,
+        target.listen(address("tcp")) as endpoint,
+    ):
+        store_prompt(source, IDS)
+        assert source.send(match_all(source, IDS), endpoint.address).result(WITHIN_S).tokens == len(IDS)
+        with pytest.raises(PeerGoneError):
+            source.send(match_all(source, IDS), "tcp://127.0.0.1:1").result(WITHIN_S)
 
 
 def test_transfers_do_not_import_opentelemetry() -> None:
