@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
 from kvstore.limits import IDLE_CONNECTIONS_MAX
-from kvstore.transfer.settings import KEEPALIVE_FRACTION
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
     from kvstore.transfer.connector import GreetedLink
 
 CLOSE_DEADLINE_S = 5.0
+IDLE_FRACTION = 0.25
+"""A link waits this share of its no-progress deadline for the next transfer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class IdleLinks:
         """Keep a link on which nothing is under way. Closes it, or the oldest one, where that would be too many."""
         link = greeted.link
         dropped: list[_Idle] = []
-        until = Deadline.after(link.progress_deadline_s * KEEPALIVE_FRACTION)
+        until = Deadline.after(link.progress_deadline_s * IDLE_FRACTION)
         with self._changed:
             # Only a socket says, without being read, whether it still stands.
             is_kept = not self._is_closed and link.native is not None and self._has_keeper()
