@@ -563,6 +563,7 @@ def send_pieces(
     counter: int,
     generation: int,
     frame_bytes_max: int,
+    unsent_bytes_max: int,
     connection: int,
     until_s: float,
     is_observed: bool,
@@ -572,7 +573,8 @@ def send_pieces(
     """Send DATA frames straight from their records until nothing can be sent; no GIL meanwhile.
 
     Returns (frames, when the first had left, rows of the last one if observed, whether it was other transfers' turn
-    until the end). The caller keeps the records in place.
+    until the end). The caller keeps the records in place. `unsent_bytes_max` of what was sent may wait in the kernel;
+    0 leaves it to the kernel.
 
     Raises:
         PeerGoneError, TransportError: the stream is over.

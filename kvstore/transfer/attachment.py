@@ -269,6 +269,7 @@ class Attachment:
             *owner.transfer,
             self._generation,
             owner.path.frame_bytes(link.connection, self._frame_bytes_max),
+            owner.path.unsent_bytes(link.connection),
             0,
             start_s + SEND_S,
             owner.observer is not None,

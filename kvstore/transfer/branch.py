@@ -133,6 +133,7 @@ class Branch:
                 *owner.transfer,
                 self._generation,
                 owner.path.frame_bytes(link.connection, self._frame_bytes_max),
+                owner.path.unsent_bytes(link.connection),
                 self.number,
                 start_s + SEND_S,
                 owner.observer is not None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvstore.errors import PeerGoneError
-from kvstore.limits import KIB
+from kvstore.limits import KIB, MIB
 from kvstore.transfer.path import BUFFER_SHARE_MIN, PathChoice, PathMeasurement, choose_path
 from kvstore.transfer.report import PathReport
 from kvstore.transfer.settings import JOIN_BYTES_MIN
@@ -30,7 +30,11 @@ GROWTH_REMEMBERED_S = 300.0
 FRAME_S = 0.05
 """A frame takes about this long, or less, so that a slow connection does not hold much of a transfer's end."""
 FRAME_BYTES_MIN = 64 * KIB
-FAR_FRAME_BYTES_FIRST = 256 * KIB
+FRAME_BYTES_FIRST = 256 * KIB
+"""Of a connection on a far path, or on one of several ways, which may be slow, until it is known what it carries."""
+UNSENT_BYTES_MIN = 128 * KIB
+"""The kernel asks for more when half of what may wait is gone: enough for the time until a sending thread runs."""
+UNSENT_BYTES_MAX = 64 * MIB
 LIMITED_SHARE_MIN = 0.25
 """Share of the busy time from which on what a connection waited for is reported."""
 WINDOW_SHARE_MIN = 0.8
@@ -100,8 +104,8 @@ class PathWatch:
             self._can_tell = self._can_tell or found.acknowledged_bytes is not None
             self._most_connections = max(self._most_connections, len(self._watched))
             self._count_since_s, self._half, self._is_limited = time.monotonic(), None, False
-            if self._is_far(found):
-                self._watched[connection].frame_bytes = FAR_FRAME_BYTES_FIRST
+            if self._is_far(found) or self._route_count > 1:
+                self._watched[connection].frame_bytes = FRAME_BYTES_FIRST
         name = choice.congestion_control
         if controls and name is not None and name != found.congestion_control:
             connection.use_congestion_control(name)
@@ -141,6 +145,20 @@ class PathWatch:
         """How many bytes of pieces to put into one frame on a connection."""
         watched = self._watched.get(connection)
         return most_bytes if watched is None or watched.frame_bytes is None else min(most_bytes, watched.frame_bytes)
+
+    def unsent_bytes(self, connection: Connection) -> int:
+        """How many bytes may wait in the kernel without having been sent; 0 leaves it to the kernel.
+
+        The kernel takes many round trips' worth ahead. With several connections that would be most of the last bytes,
+        and a slow one would still be sending its own when the others have long been done. On one near path, where they
+        share what there is, that is a moment.
+        """
+        watched = self._watched.get(connection)
+        if watched is None or watched.frame_bytes is None or len(self._watched) < 2:
+            return 0
+        if self._route_count < 2 and not self._is_far(watched.last):
+            return 0
+        return min(max(watched.frame_bytes, UNSENT_BYTES_MIN), UNSENT_BYTES_MAX)
 
     # Samples
 

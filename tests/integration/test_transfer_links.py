@@ -128,7 +128,7 @@ def test_a_far_path_without_bbr_uses_more_connections(
     monkeypatch.setattr(kvstore.transfer.path, "NEAR_ROUND_TRIP_S", 1e-9)
     monkeypatch.setattr(kvstore.transfer.path, "FAR_CONGESTION_CONTROL", "none-of-these")
     monkeypatch.setattr(kvstore.transfer.path, "FAR_BYTES_PER_CONNECTION_MIN", 1)
-    monkeypatch.setattr(kvstore.transfer.path_watch, "FAR_FRAME_BYTES_FIRST", 4096)
+    monkeypatch.setattr(kvstore.transfer.path_watch, "FRAME_BYTES_FIRST", 4096)
     monkeypatch.setattr(kvstore.transfer.path_watch, "FRAME_BYTES_MIN", 4096)
     monkeypatch.setattr(kvstore.transfer.path_watch, "FRAME_S", 0.0)
     slow = Slow()

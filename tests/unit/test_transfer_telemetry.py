@@ -13,7 +13,7 @@ from kvstore.errors import PeerGoneError
 from kvstore.limits import GIB, MIB
 from kvstore.transfer import LinkSnapshot, TransferSettings
 from kvstore.transfer import path_watch as path_watch_module
-from kvstore.transfer.path_watch import FAR_FRAME_BYTES_FIRST, PathWatch
+from kvstore.transfer.path_watch import FRAME_BYTES_FIRST, UNSENT_BYTES_MIN, PathWatch
 from kvstore.transfer.telemetry import Link, LinkSample, LinkTable, Smoothed
 
 PEER = "tcp://10.0.0.2:7400"
@@ -285,7 +285,7 @@ def test_frames_on_a_far_path_fit_what_a_connection_carries(clock: list[float]) 
     path.opened(far)
     path.opened(near)
     path.begin(GIB, GIB)
-    assert path.frame_bytes(far, 4 * MIB) == FAR_FRAME_BYTES_FIRST
+    assert path.frame_bytes(far, 4 * MIB) == FRAME_BYTES_FIRST
     assert path.frame_bytes(near, 4 * MIB) == 4 * MIB
     far.tell(delivery_bytes_per_s=2e7)
     near.tell(delivery_bytes_per_s=2e7)
@@ -293,6 +293,36 @@ def test_frames_on_a_far_path_fit_what_a_connection_carries(clock: list[float]) 
     assert path.frame_bytes(far, 4 * MIB) == 1_000_000
     assert path.frame_bytes(far, 1000) == 1000
     assert path.frame_bytes(near, 4 * MIB) == 4 * MIB
+
+
+def test_several_connections_leave_little_in_the_kernel(clock: list[float]) -> None:
+    path = watch()
+    first, second = TellingConnection(), TellingConnection()
+    path.opened(first)
+    path.begin(GIB, GIB)
+    assert path.unsent_bytes(first) == 0
+    path.opened(second)
+    assert path.unsent_bytes(first) == FRAME_BYTES_FIRST
+    first.tell(delivery_bytes_per_s=2e7)
+    second.tell(delivery_bytes_per_s=1e5)
+    path.sample(is_last=True)
+    assert path.unsent_bytes(first) == 1_000_000
+    assert path.unsent_bytes(second) == UNSENT_BYTES_MIN
+    path.closed(second)
+    assert path.unsent_bytes(first) == 0
+    assert path.unsent_bytes(second) == 0
+
+
+@pytest.mark.parametrize(("routes", "unsent_bytes"), [(1, 0), (2, 1_000_000)])
+def test_near_connections_are_bounded_on_several_ways_only(clock: list[float], routes: int, unsent_bytes: int) -> None:
+    path = PathWatch(Link(PEER, START_S), TransportOptions(), TransferSettings(), routes)
+    near = [TellingConnection(round_trip_s=0.0001) for _ in range(2)]
+    for connection in near:
+        path.opened(connection)
+        connection.tell(delivery_bytes_per_s=2e7, is_app_limited=False)
+    path.begin(GIB, GIB)
+    path.sample(is_last=True)
+    assert [path.unsent_bytes(connection) for connection in near] == [unsent_bytes] * 2
 
 
 def test_a_closed_connection_is_forgotten(clock: list[float]) -> None:

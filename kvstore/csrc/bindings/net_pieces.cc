@@ -220,12 +220,14 @@ nb::bytes next_seals(net::Departures& departures, std::size_t count_max) {
 }
 
 nb::tuple send(net::Stream& stream, net::Departures& departures, std::uint64_t epoch, std::uint64_t counter,
-               std::uint64_t generation, std::uint64_t frame_bytes_max, std::uint32_t connection, double until_s,
-               bool is_observed, const StopFlag& stop, net::Traffic::Flow& flow) {
+               std::uint64_t generation, std::uint64_t frame_bytes_max, std::uint32_t unsent_bytes_max,
+               std::uint32_t connection, double until_s, bool is_observed, const StopFlag& stop,
+               net::Traffic::Flow& flow) {
     net::SendOrder order;
     order.transfer = {epoch, counter};
     order.generation = generation;
     order.frame_bytes_max = frame_bytes_max;
+    order.unsent_bytes_max = unsent_bytes_max;
     order.connection = connection;
     order.until = net::moment_of(until_s);
     order.is_observed = is_observed;
@@ -297,14 +299,15 @@ void bind_departures(nb::module_& module) {
             return bytes_of(std::span<const std::uint64_t>(bytes));
         });
     module.def("send_pieces", &send, nb::arg("stream"), nb::arg("departures"), nb::arg("epoch"), nb::arg("counter"),
-               nb::arg("generation"), nb::arg("frame_bytes_max"), nb::arg("connection"), nb::arg("until_s"),
-               nb::arg("is_observed"), nb::arg("stop"), nb::arg("flow"),
+               nb::arg("generation"), nb::arg("frame_bytes_max"), nb::arg("unsent_bytes_max"), nb::arg("connection"),
+               nb::arg("until_s"), nb::arg("is_observed"), nb::arg("stop"), nb::arg("flow"),
                nb::sig("def send_pieces(stream: Stream, departures: Departures, epoch: int, counter: int, generation: int, "
-                       "frame_bytes_max: int, connection: int, until_s: float, is_observed: bool, stop: StopFlag, "
+                       "frame_bytes_max: int, unsent_bytes_max: int, connection: int, until_s: float, is_observed: bool, stop: StopFlag, "
                        "flow: TrafficFlow) -> tuple[int, float, bytes, bool]"),
                "Send DATA frames straight from their records until nothing can be sent; no GIL meanwhile.\n\n"
                "(frames, when the first had left, rows of the last one if observed, whether it was other transfers' turn\n"
-               "until the end). The caller keeps the records in place.\n\n"
+               "until the end). The caller keeps the records in place. `unsent_bytes_max` of what was sent may wait in the\n"
+               "kernel; 0 leaves it to the kernel.\n\n"
                "Raises:\n"
                "    PeerGoneError, TransportError: the stream is over.");
 }

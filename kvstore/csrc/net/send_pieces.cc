@@ -40,7 +40,7 @@ void send_frame(Stream& stream, const Departures& departures, const SendOrder& o
 Sent send_pieces(Stream& stream, Departures& departures, Traffic::Flow& flow, const SendOrder& order,
                  const std::atomic<bool>& stop) {
     Sent result;
-    Traffic::Seat seat(flow, &stream);
+    Traffic::Seat seat(flow, &stream, order.unsent_bytes_max);
     while (!stop.load(std::memory_order_acquire) && Clock::now() < order.until) {
         if (seat.is_contended() && !departures.has_sendable()) {
             seat.leave();

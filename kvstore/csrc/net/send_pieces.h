@@ -15,6 +15,7 @@ struct SendOrder {
     TransferId transfer;
     std::uint64_t generation = 0;
     std::uint64_t frame_bytes_max = 0;
+    std::uint32_t unsent_bytes_max = 0;  // that may wait in the kernel; 0 leaves it to the kernel
     std::uint32_t connection = 0;  // 0 is the first one of the attachment
     Moment until;                  // no frame begins after it
     bool is_observed = false;      // come back after each frame

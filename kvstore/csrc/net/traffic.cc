@@ -128,12 +128,15 @@ void Traffic::survey(Moment now) {
     }
 }
 
-Traffic::Seat::Seat(Flow& flow, Stream* stream)
+Traffic::Seat::Seat(Flow& flow, Stream* stream, std::uint32_t unsent_bytes_max)
     : traffic_(*flow.traffic_), flow_(flow), stream_(stream), began_(Clock::now()) {
     take_place();
     if (stream != nullptr) {
-        const bool is_shared = flow.is_background_ || is_contended();
-        stream->bound_unsent(is_shared ? traffic_.rules_.shared_unsent_bytes : 0);
+        const std::uint32_t shared = traffic_.rules_.shared_unsent_bytes;
+        if (flow.is_background_ || is_contended()) {
+            unsent_bytes_max = unsent_bytes_max == 0 ? shared : std::min(unsent_bytes_max, shared);
+        }
+        stream->bound_unsent(unsent_bytes_max);
     }
 }
 

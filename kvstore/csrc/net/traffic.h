@@ -115,8 +115,9 @@ class Traffic::Flow {
 // A sending loop that is at work for a flow, in one thread.
 class Traffic::Seat {
   public:
-    // `stream` shows that bytes move; without one only turns do.
-    Seat(Flow& flow, Stream* stream);
+    // `stream` shows that bytes move; without one only turns do. `unsent_bytes_max` bounds what waits in the kernel
+    // without having been sent, as Stream::bound_unsent; while others are at work there is a bound in any case.
+    Seat(Flow& flow, Stream* stream, std::uint32_t unsent_bytes_max = 0);
     ~Seat();
     Seat(const Seat&) = delete;
     Seat& operator=(const Seat&) = delete;

@@ -1,5 +1,9 @@
 // Turns of transfers that share a sender: urgent ones first, even among equals, nobody held up by a slow peer, and
 // nothing waits for ever (run with a thread sanitizer, too).
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
 #include <atomic>
 #include <chrono>
 #include <iostream>
@@ -325,6 +329,34 @@ void crowds_get_through() {
     check(finished == flows, "every flow has ended");
 }
 
+// What waits in the kernel is bounded as a transfer asks for it, by less while others are at work, and afterwards as
+// it was.
+void a_seat_bounds_what_waits_in_the_kernel() {
+    const int socket = ::socket(AF_INET, SOCK_STREAM, 0);
+    const auto bound = [&] {
+        std::uint32_t bytes = 0;
+        socklen_t size = sizeof(bytes);
+        check(::getsockopt(socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &bytes, &size) == 0, "it is TCP");
+        return bytes;
+    };
+    const std::uint32_t before = bound();
+    Stream stream(socket, "nobody", 20);
+    const auto traffic = std::make_shared<Traffic>();
+    Traffic::Flow flow(traffic, 128, false, false, "a");
+    Traffic::Flow background(traffic, 255, true, false, "a");
+    const std::uint32_t shared = TrafficRules{}.shared_unsent_bytes;
+    const auto seated = [&](Traffic::Flow& which, std::uint32_t unsent_bytes_max) {
+        const Traffic::Seat seat(which, &stream, unsent_bytes_max);
+        return bound();
+    };
+    check(seated(flow, 0) == before, "a flow alone leaves it to the kernel");
+    check(seated(flow, 10 * shared) == 10 * shared, "as asked");
+    check(seated(background, 0) == shared, "little by a background flow");
+    check(seated(background, shared / 2) == shared / 2, "less if asked");
+    check(seated(background, 10 * shared) == shared, "and not more");
+    check(seated(flow, 10 * shared) == shared, "nor by one that is not alone");
+}
+
 }  // namespace
 
 int main() {
@@ -342,5 +374,6 @@ int main() {
     a_wait_ends_when_it_is_told_to();
     a_turn_without_bytes_costs_nothing();
     crowds_get_through();
+    a_seat_bounds_what_waits_in_the_kernel();
     std::cout << "traffic: passed\n";
 }
