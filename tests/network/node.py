@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from kvstore.transfer import Endpoint, Sender, TransferSettings, send_lease
 from tests.integration.transfer_nodes import Recorder, match_all, prompt, store_prompt, tiny_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvstore.handle import Handle
     from kvstore.transfer import TransferReport
@@ -51,6 +51,7 @@ class Node:
         dram: bytes of the store.
         settings: of transfers, both ways.
         congestion_control: of all connections.
+        local_addresses: that the connections of its transfers leave from, in turn.
         pause_s: after each frame that arrives, which makes a slow reader.
         frame_bytes: of pieces in one frame, so that little data is many frames and enough for several connections.
     """
@@ -63,6 +64,7 @@ class Node:
         dram: str = "64MiB",
         settings: dict[str, Any] | None = None,
         congestion_control: str | None = None,
+        local_addresses: Sequence[str] = (),
         pause_s: float = 0.0,
         frame_bytes: int | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class Node:
         self._store = kvstore.open(tiny_spec(width, block_tokens=block_tokens), dram=dram)
         self._settings = TransferSettings(**(settings or {}))
         self._options = TransportOptions(congestion_control=congestion_control)
+        self._routed = replace(self._options, local_addresses=tuple(local_addresses))
         self._observer = Recorder(pause_s)
         self._sender = Sender(settings=self._settings)
         self._endpoint: Endpoint | None = None
@@ -99,7 +102,7 @@ class Node:
             lease,
             to,
             sender=self._sender,
-            transport=self._options,
+            transport=self._routed,
             observer=self._observer,
             resume=None if resume is None else (resume[0], resume[1]),
             **options,
@@ -179,7 +182,7 @@ def _follow(handle: Handle[TransferReport], outcome: dict[str, Any]) -> None:
     else:
         outcome.update(
             failed=None, total_bytes=report.total_bytes, pieces=report.pieces, seconds=report.seconds,
-            reconnects=report.reconnects, skipped=report.pieces_skipped,
+            reconnects=report.reconnects, skipped=report.pieces_skipped, connections=report.path.connections,
         )  # fmt: skip
     outcome["ended_s"] = time.monotonic()
 

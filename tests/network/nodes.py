@@ -8,12 +8,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tests.network.link import ADDRESSES, ANSWER_S, Host, Lines, Link
+from tests.network.link import ADDRESSES, ANSWER_S, Host, Lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
@@ -23,15 +23,21 @@ PORT = 7000
 """Every host has its ports to itself."""
 
 
+class Hosts(Protocol):
+    """What joins two hosts."""
+
+    def command(self, host: Host, *words: str) -> list[str]: ...
+
+
 class Node:
     """A node of ours in a process; a context manager.
 
     Args:
-        link: on whose host it runs; without one, here.
+        link: on whose host it runs; without one, here. Wires will do as well.
         arguments: of `node.Node`.
     """
 
-    def __init__(self, link: Link | None = None, host: Host = "a", **arguments: Any) -> None:
+    def __init__(self, link: Hosts | None = None, host: Host = "a", **arguments: Any) -> None:
         command = [sys.executable, "-m", "tests.network.node", json.dumps(arguments)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._lines = Lines(command if link is None else link.command(host, *command), cwd=ROOT, env=environment)
@@ -60,10 +66,11 @@ class Node:
         answer: dict[str, Any] = json.loads(self._lines.ask(json.dumps({"do": command, **words}), answer_s))
         return answer
 
-    def listen(self, port: int = PORT) -> str:
-        """Receive; where. A node on this host takes any free port."""
+    def listen(self, port: int = PORT, hosts: Sequence[str] = ()) -> str:
+        """Receive; where. A node on this host takes any free port. `hosts`: other addresses of its own."""
         port = 0 if self.is_local else port
-        self.address = str(self._do("listen", address=f"tcp://{self._host_address}:{port}")["address"])
+        listed = ",".join(f"{host}:{port}" for host in hosts or [self._host_address])
+        self.address = str(self._do("listen", address=f"tcp://{listed}")["address"])
         return self.address
 
     def put(self, seed: int, tokens: int) -> int:
