@@ -39,12 +39,18 @@ def check_exposure(addresses: tuple[str, ...], http_address: str, *, trust_netwo
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this host can reach an address. A host name other than localhost counts as reachable."""
+    """Whether only this host can reach an address. A host name other than localhost counts as reachable.
+
+    One address may list several, `tcp://host:port,host:port`: all of them must be loopback.
+    """
+    scheme, separator, listed = address.partition("://")
+    return scheme in LOCAL_SCHEMES or (bool(separator) and all(map(_is_loopback_place, listed.split(","))))
+
+
+def _is_loopback_place(place: str) -> bool:
+    """Of one `host:port`."""
     try:
-        parts = urlsplit(address)
-        host = parts.hostname or ""
-        if parts.scheme in LOCAL_SCHEMES or host in LOCAL_NAMES:
-            return True
-        return ipaddress.ip_address(host).is_loopback
+        host = urlsplit(f"//{place}").hostname or ""
+        return host in LOCAL_NAMES or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
