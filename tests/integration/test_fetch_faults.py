@@ -245,7 +245,8 @@ def test_one_of_several_connections_breaks(broken: int) -> None:
     settings = TransferSettings(progress_deadline_s=3.0, connections=3)
 
     def backward(number: int) -> Any:
-        return CutAfter(1_500_000) if number == broken else bytes
+        # On a busy machine the others may leave little to the first one.
+        return CutAfter(1_500_000 if broken else 200_000) if number == broken else bytes
 
     with (
         kvstore.open(spec, dram="64MiB") as big,
