@@ -98,6 +98,12 @@ def serve(
         str | None, typer.Option(metavar="PATH", help="Unix socket at which this host's engines attach.")
     ] = None,
     http: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Health and metrics; empty for none.")] = None,
+    serves: Annotated[
+        bool | None,
+        typer.Option(
+            "--serves/--no-serves", help="Whether peers may ask what the pool holds, and fetch it; they may by default."
+        ),
+    ] = None,
     trust_network: Annotated[
         bool, typer.Option("--trust-network", help="Listen beyond loopback: whoever connects may read and write.")
     ] = False,
@@ -121,6 +127,7 @@ def serve(
         "listen": listen or None,
         "attach.socket": socket,
         "http.listen": http,
+        "serves": serves,
         "trust_network": trust_network or None,
         "drain_s": drain_s,
         "log.format": log_format,

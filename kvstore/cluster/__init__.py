@@ -1,6 +1,6 @@
 """A node: a pool that serves other machines, with health, metrics, logs and a graceful end (docs/operations.md)."""
 
-from kvstore.cluster.config import AttachConfig, HttpConfig, LogConfig, NodeConfig
+from kvstore.cluster.config import AttachConfig, HttpConfig, LogConfig, NodeConfig, TransportConfig
 from kvstore.cluster.config_file import read_config
 from kvstore.cluster.logs import configure_logging
 from kvstore.cluster.node import Node, NodeState
@@ -15,6 +15,7 @@ __all__ = [
     "NodeSnapshot",
     "NodeState",
     "ReceiverSnapshot",
+    "TransportConfig",
     "configure_logging",
     "read_config",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from kvstore.abc import TransportOptions
 from kvstore.cluster.exposure import check_exposure
 from kvstore.cluster.kinds import Kind, choice, flag, parse_as, seconds, several, shown, size, text, whole
 from kvstore.errors import ConfigError
@@ -110,6 +111,26 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class TransportConfig:
+    """How the node's own side of each connection that peers open sends: what they fetch.
+
+    Attributes:
+        congestion_control: name of the algorithm; None leaves it to what is measured of the path.
+        pacing_bytes_per_s: the most that one connection sends; None is unpaced.
+    """
+
+    congestion_control: str | None = field(default=None, metadata={"kind": text("a name such as cubic", most=15)})
+    pacing_bytes_per_s: int | None = field(default=None, metadata={"kind": size(KIB)})
+
+    def __post_init__(self) -> None:
+        _parse_fields(self, "transport.")
+
+    def options(self) -> TransportOptions:
+        """As a transport takes them."""
+        return TransportOptions(self.pacing_bytes_per_s, self.congestion_control)
+
+
+@dataclass(frozen=True)
 class NodeConfig:
     """All settings of a node.
 
@@ -117,9 +138,10 @@ class NodeConfig:
         spec: path of the spec file of the model whose cache the node keeps; in Python also a `ModelSpec`.
         dram: bytes of host memory for records, headers and index, allocated at the start.
         listen: addresses at which other nodes connect. The limits of `transfer` hold for each.
+        serves: peers may ask what the pool holds, and fetch it.
         trust_network: listen beyond loopback although nothing is encrypted or authenticated.
         drain_s: how long transfers may go on after SIGTERM.
-        attach, http, log: see there.
+        attach, http, log, transport: see there.
         transfer: deadlines and limits of transfers.
 
     Raises:
@@ -132,11 +154,13 @@ class NodeConfig:
         default=(LISTEN_DEFAULT,),
         metadata={"kind": several(text("an address such as tcp://127.0.0.1:7400"), NODE_ADDRESSES_MAX, least=1)},
     )
+    serves: bool = field(default=True, metadata={"kind": flag()})
     trust_network: bool = field(default=False, metadata={"kind": flag()})
     drain_s: float = field(default=DRAIN_S_DEFAULT, metadata={"kind": seconds(0.0, NODE_DRAIN_S_MAX)})
     attach: AttachConfig = field(default_factory=AttachConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
     transfer: TransferSettings = field(default_factory=TransferSettings)
 
     def __post_init__(self) -> None:
@@ -155,6 +179,7 @@ SECTIONS: dict[str, type] = {
     "attach": AttachConfig,
     "http": HttpConfig,
     "log": LogConfig,
+    "transport": TransportConfig,
     "transfer": TransferSettings,
 }
 

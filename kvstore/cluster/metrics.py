@@ -72,6 +72,12 @@ def _received_transfers(node: NodeSnapshot) -> Iterable[Sample]:
         yield (receiver.address, "aborted"), receiver.statistics.aborted
 
 
+def _served_fetches(node: NodeSnapshot) -> Iterable[Sample]:
+    for receiver in node.receivers:
+        yield (receiver.address, "committed"), receiver.serving.served
+        yield (receiver.address, "failed"), receiver.serving.failed
+
+
 def _sent_transfers(node: NodeSnapshot) -> Iterable[Sample]:
     if node.sent is not None:
         yield ("committed",), node.sent.committed
@@ -132,6 +138,17 @@ METRICS: tuple[Metric, ...] = (
         "Peers that broke the protocol or did not match.",
         lambda r: r.statistics.refused,
     ),
+    _of_receivers("kvstore_serve_active_fetches", GAUGE, "Fetches leaving now.", lambda r: r.fetches),
+    _of_receivers("kvstore_serve_queries_total", COUNTER, "Questions of peers.", lambda r: r.serving.queries),
+    _of_receivers("kvstore_serve_hits_total", COUNTER, "Questions that were no miss.", lambda r: r.serving.hits),
+    Metric(
+        "kvstore_serve_fetches_total",
+        COUNTER,
+        "Fetches that have ended, by outcome.",
+        ("address", "outcome"),
+        _served_fetches,
+    ),
+    _of_receivers("kvstore_serve_bytes_total", COUNTER, "Bytes of committed fetches.", lambda r: r.serving.sent_bytes),
     _of_node("kvstore_send_active_transfers", GAUGE, "Transfers leaving now.", lambda n: n.sending),
     Metric("kvstore_send_transfers_total", COUNTER, "Transfers sent, by outcome.", ("outcome",), _sent_transfers),
     _of_node(

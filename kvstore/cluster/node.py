@@ -106,10 +106,10 @@ class Node:
 
     @property
     def transfer_count(self) -> int:
-        """Transfers that arrive or leave now."""
+        """Transfers that arrive or leave now, those that peers fetch included."""
         sender = None if self._store is None else self._store.sender
-        arriving = sum(endpoint.transfer_count for endpoint in self._endpoints)
-        return arriving + (0 if sender is None else sender.transfer_count)
+        with_peers = sum(endpoint.transfer_count + endpoint.served_count for endpoint in self._endpoints)
+        return with_peers + (0 if sender is None else sender.transfer_count)
 
     def snapshot(self) -> NodeSnapshot:
         """What it is doing."""
@@ -171,10 +171,14 @@ class Node:
             socket=attach.socket or "none",
         )
         for address in config.listen:
-            endpoint = self._store.listen(address, settings=config.transfer)
+            endpoint = self._store.listen(
+                address, transport=config.transport.options(), settings=config.transfer, serves=config.serves
+            )
             self._endpoints = (*self._endpoints, endpoint)
             self._check_bound(endpoint.address)
-            log_event(LOG, logging.INFO, "listening", "transfers may come", address=endpoint.address)
+            log_event(
+                LOG, logging.INFO, "listening", "transfers may come", address=endpoint.address, serves=config.serves
+            )
         self._state = NodeState.READY
         log_event(LOG, logging.INFO, "ready", "the node takes work")
 
@@ -231,5 +235,7 @@ def _receiver(endpoint: Endpoint) -> ReceiverSnapshot:
         connections=endpoint.connection_count,
         transfers=tuple(endpoint.transfers()),
         statistics=endpoint.statistics(),
+        fetches=endpoint.served_count,
+        serving=endpoint.serving_statistics(),
         last_refused=None if refused is None else (refused[0], str(refused[1])),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from kvstore.transfer import ServingStatistics
 
 if TYPE_CHECKING:
     from kvstore.pool import PoolStatistics
@@ -20,6 +22,8 @@ class ReceiverSnapshot:
         transfers: those that hold a reservation.
         statistics: counters.
         last_refused: the last peer that was refused, and why.
+        fetches: transfers that peers fetch from here now.
+        serving: counters of what was asked and fetched.
     """
 
     address: str
@@ -27,6 +31,8 @@ class ReceiverSnapshot:
     transfers: tuple[IncomingStatus, ...]
     statistics: InboxStatistics
     last_refused: tuple[str, str] | None
+    fetches: int = 0
+    serving: ServingStatistics = field(default_factory=ServingStatistics)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,15 @@ class NodeSnapshot:
             },
             "pool": pool,
             "attached_processes": self.attached_processes,
+            "serving": [_serving_document(receiver) for receiver in self.receivers],
             "receiving": [_receiver_document(receiver) for receiver in self.receivers],
             "sending": {"transfers": self.sending, **(vars(self.sent) if self.sent is not None else {})},
             "links": [vars(link) for link in self.links],
         }
+
+
+def _serving_document(receiver: ReceiverSnapshot) -> dict[str, Any]:
+    return {"address": receiver.address, "transfers": receiver.fetches, "statistics": vars(receiver.serving)}
 
 
 def _receiver_document(receiver: ReceiverSnapshot) -> dict[str, Any]:

@@ -124,7 +124,9 @@ class OutgoingTransfer:
         self.producer_finished_s: float | None = None
         self.failure: str | None = None
         self.cancelled: str | None = None
+        self._cancel_code = AbortCode.CANCELLED
         self.report: TransferReport | None = None
+        self.error: BaseException | None = None
         """Set once it has been committed."""
         self._pieces_again = 0
         self._pieces_wanted: int | None = None
@@ -153,10 +155,11 @@ class OutgoingTransfer:
         if self._task is not None:
             self._task.wait(deadline_s)
 
-    def cancel(self, reason: str) -> None:
-        """Give the transfer up; it then ends with `TransferAbortedError`."""
+    def cancel(self, reason: str, code: AbortCode = AbortCode.CANCELLED) -> None:
+        """Give the transfer up; it then ends with `TransferAbortedError`. The code tells the receiver what to do."""
         with self.changed:
-            self.cancelled = self.cancelled or reason
+            if self.cancelled is None:
+                self.cancelled, self._cancel_code = reason, code
             self.stop.set()
             self.notify()
 
@@ -257,6 +260,7 @@ class OutgoingTransfer:
         except BaseException as error:
             if isinstance(error, PeerGoneError):
                 error.transfer = self.transfer
+            self.error = error
             self.path.end(None)
             self._end()
             self._span.failed(error)
@@ -327,7 +331,7 @@ class OutgoingTransfer:
     def ending(self) -> Abort | None:
         """Why it is to be given up, or None. Call with `changed` held."""
         if self.cancelled is not None:
-            return Abort(AbortCode.CANCELLED, self.cancelled)
+            return Abort(self._cancel_code, self.cancelled)
         if self.failure is not None:
             return Abort(AbortCode.SOURCE, f"the records to send are not there any more: {self.failure}")
         if self.deadline.has_passed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, replace
 from itertools import count
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from kvstore.transfer.egress import Egress
     from kvstore.transfer.inbox import Inbox
     from kvstore.transfer.query import Fetch, Query
+
+LOG = logging.getLogger("kvstore.transfer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +226,7 @@ class Serving:
             self._statistics.failed += report is None
             self._statistics.sent_bytes += 0 if report is None else report.total_bytes
         served.connector.close()
+        _log_end(transfer)
         self._inbox.give_place(identity)
 
     def admit(
@@ -242,12 +246,29 @@ class Serving:
             self._is_closed = True
             running = list(self._served.values())
         for served in running:
-            served.transfer.cancel("the node is closing")
+            served.transfer.cancel("the node is closing", AbortCode.CLOSING)
             served.connector.stop_waiting()
         for served in running:
             served.transfer.join(self._inbox.settings.progress_deadline_s)
             served.connector.close()
         self._workers.close()
+
+
+def _log_end(transfer: OutgoingTransfer) -> None:
+    """One line for each fetch that ends."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return
+    report, peer = transfer.report, transfer.address
+    fields: dict[str, object] = {"transfer": str(transfer.transfer), "peer": peer}
+    if report is not None:
+        outcome = "served"
+        fields |= {"bytes": report.total_bytes, "seconds": round(report.committed_s - report.started_s, 6)}
+    else:
+        outcome = "failed"
+        fields |= {"error": type(transfer.error).__name__, "reason": str(transfer.error)}
+    LOG.info(
+        "fetch %s by %s %s", transfer.transfer, peer, outcome, extra={"fields": {"event": f"fetch_{outcome}", **fields}}
+    )
 
 
 def _host_of(address: str) -> str:

@@ -411,7 +411,7 @@ class Session:
         if self._guest is None:
             return (
                 "this node does not answer queries: what it holds may be read only where it listens with serves=True "
-                "(Store.listen, Endpoint)"
+                "(Store.listen, Endpoint; `serves` of kvstore serve)"
             )
         return None
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import kvstore
 from kvstore.abc import TransportOptions
 from kvstore.cli.main import app
-from kvstore.errors import OwnerGoneError, PeerClosingError
+from kvstore.errors import OwnerGoneError, PeerClosingError, TransferError
 from kvstore.spec import Shard, save_spec
 from kvstore.testing.resources import leaves_nothing
 from tests.integration.serve_process import ServeProcess, serving
@@ -69,6 +69,11 @@ def arriving(node: ServeProcess) -> int:
     return len(json.loads(node.get("/status")[1])["receiving"][0]["transfers"])
 
 
+def serving_status(node: ServeProcess) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(node.get("/status")[1])["serving"][0]
+    return status
+
+
 def test_a_node_receives_tells_and_serves_its_host(source: kvstore.Store, arguments: list[str], tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
     path = tmp_path / "pool.sock"
@@ -116,6 +121,62 @@ def test_what_runs_ends_during_a_drain(source: kvstore.Store, arguments: list[st
         report = handle.result(WITHIN_S)
         assert node.exit_status() == 0
         assert node.event("transfer_committed")["bytes"] == report.total_bytes
+
+
+def test_an_engine_fetches_from_another_node(source: kvstore.Store, arguments: list[str], tmp_path: Path) -> None:
+    """Two nodes; an engine of the second one's host pulls what the first one has, for all engines of that host."""
+    pytest.importorskip("prometheus_client")
+    path = tmp_path / "pool.sock"
+    ids = prompt(BIG_TOKENS)
+    with serving(*arguments) as far, serving(*arguments, "--socket", str(path)) as near:
+        source.send(match_all(source, ids), far.address).result(WITHIN_S)
+        near.wait_ready()
+        with kvstore.attach(path) as engine, kvstore.attach(path) as neighbour:
+            report = engine.fetch([*ids, 1], far.address).result(WITHIN_S)
+            assert report.tokens == BIG_TOKENS
+            for reader in (engine, neighbour):
+                assert_same(source, reader, ids, BIG_TOKENS)
+        # The requester knows of its commit before the node that served it has read so.
+        wait_until(lambda: far.metric("kvstore_serve_fetches_total") == 1, "the fetch has ended there, too")
+        assert far.metric("kvstore_serve_bytes_total") == report.received_bytes
+        assert far.metric("kvstore_serve_queries_total") == far.metric("kvstore_serve_hits_total") == 1
+        assert far.metric("kvstore_serve_active_fetches") == 0
+        assert far.event("fetch_served")["bytes"] == report.received_bytes
+        assert serving_status(far)["statistics"]["served"] == 1
+
+
+def test_a_drain_waits_for_fetches(source: kvstore.Store, arguments: list[str]) -> None:
+    """One that runs may end; a new one is refused by name; one that does not end is cut."""
+    paced = ["--set", "transport.pacing_bytes_per_s=64KiB", "--drain-s", "3600"]
+    ids = prompt(BIG_TOKENS)
+    with (
+        serving(*arguments, *paced) as node,
+        kvstore.open(tiny_spec(BIG_WIDTH), dram="32MiB") as here,
+        kvstore.open(tiny_spec(BIG_WIDTH), dram="32MiB") as other,
+    ):
+        source.send(match_all(source, ids), node.address).result(WITHIN_S)
+        fetching = here.fetch([*ids, 1], node.address)
+        wait_until(lambda: serving_status(node)["transfers"] == 1, "the fetch has begun")
+        node.terminate()
+        assert node.event("draining")["transfers"] == 1
+        with pytest.raises(PeerClosingError, match="draining"):
+            other.fetch([*ids, 1], node.address).result(WITHIN_S)
+        assert not fetching.done()
+        node.terminate()
+        with pytest.raises(PeerClosingError):
+            fetching.result(WITHIN_S)
+        assert node.exit_status() == 1
+        assert "closing" in node.event("fetch_failed")["reason"]
+
+
+def test_a_node_may_only_receive(source: kvstore.Store, arguments: list[str]) -> None:
+    with serving(*arguments, "--no-serves") as node:
+        source.send(match_all(source, prompt(BIG_TOKENS)), node.address).result(WITHIN_S)
+        with (
+            kvstore.open(tiny_spec(BIG_WIDTH), dram="32MiB") as here,
+            pytest.raises(TransferError, match="listens with serves=True"),
+        ):
+            here.fetch([*prompt(BIG_TOKENS), 1], node.address).result(WITHIN_S)
 
 
 def test_what_does_not_end_in_time_is_cut(source: kvstore.Store, arguments: list[str]) -> None:

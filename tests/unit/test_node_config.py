@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvstore.abc import TransportOptions
 from kvstore.cli.serve import parse_assignment
-from kvstore.cluster import AttachConfig, HttpConfig, LogConfig, NodeConfig, read_config
+from kvstore.cluster import AttachConfig, HttpConfig, LogConfig, NodeConfig, TransportConfig, read_config
 from kvstore.cluster.config import SETTINGS
 from kvstore.cluster.exposure import is_loopback
 from kvstore.errors import ConfigError
@@ -27,6 +28,7 @@ spec = "model.json"
 dram = "2GiB"
 listen = ["tcp://0.0.0.0:7400", "tcp://[::1]:7400"]
 trust_network = true
+serves = false
 drain_s = 3
 [attach]
 socket = "/run/kvstore/a.sock"
@@ -39,6 +41,9 @@ listen = ""
 [log]
 format = "json"
 level = "debug"
+[transport]
+congestion_control = "cubic"
+pacing_bytes_per_s = "100MB"
 [transfer]
 progress_deadline_s = 2
 credit_bytes = "32MiB"
@@ -58,6 +63,8 @@ def test_defaults() -> None:
     assert config == NodeConfig(spec="model.json")
     assert (config.dram, config.listen, config.trust_network) == (GIB, ("tcp://127.0.0.1:7400",), False)
     assert config.transfer == TransferSettings()
+    assert config.serves
+    assert config.transport.options() == TransportOptions()
 
 
 def test_everything_from_a_file(tmp_path: Path) -> None:
@@ -66,11 +73,13 @@ def test_everything_from_a_file(tmp_path: Path) -> None:
         spec="model.json",
         dram=2 * GIB,
         listen=("tcp://0.0.0.0:7400", "tcp://[::1]:7400"),
+        serves=False,
         trust_network=True,
         drain_s=3.0,
         attach=AttachConfig("/run/kvstore/a.sock", "pool", (1000, 1001), 2.5, True),
         http=HttpConfig(""),
         log=LogConfig("json", "debug"),
+        transport=TransportConfig("cubic", 100_000_000),
         transfer=TransferSettings(
             progress_deadline_s=2.0, credit_bytes=32 * MIB, connections=4, transfers_per_node_max=9
         ),
@@ -121,6 +130,10 @@ def test_values_in_python_are_checked_too() -> None:
         ("[transfer]\ncredit = 5", "no setting 'transfer.credit'; did you mean transfer.credit_bytes?"),
         ("[transfer]\nconnections = 65", "transfer.connections = 65 is not a whole number from 1 to 64"),
         ("[transfer]\nprogress_deadline_s = 0.0", "from 0.1 to 3600"),
+        ("serves = 'yes'", "serves = 'yes' is not true or false"),
+        ("[transport]\npacing_bytes_per_s = 1023", "is not a size from 1024"),
+        ("[transport]\ncongestion_control = ''", "is not a name such as cubic"),
+        ("[transport]\nlocal_addresses = []", "there is no setting 'transport.local_addresses'"),
         ("[log]\nformat = 'xml'", "log.format = 'xml' is not one of text, json"),
         ("log = 5", r"log is a table; write \[log\]"),
         ("[dram]\nx = 1", "dram = {'x': 1} is not a size"),
@@ -187,6 +200,8 @@ def test_any_value_is_used_or_refused(values: dict[str, Any]) -> None:
     again = {"spec": config.spec, "dram": config.dram, "listen": config.listen, "trust_network": config.trust_network}
     again |= {f"transfer.{each.name}": getattr(config.transfer, each.name) for each in fields(TransferSettings)}
     again |= {f"attach.{each.name}": getattr(config.attach, each.name) for each in fields(AttachConfig)}
+    again |= {f"transport.{each.name}": getattr(config.transport, each.name) for each in fields(TransportConfig)}
+    again |= {"serves": config.serves}
     again |= {"http.listen": config.http.listen, "drain_s": config.drain_s}
     again |= {"log.format": config.log.format, "log.level": config.log.level}
     assert read_config(None, {key: value for key, value in again.items() if value is not None}) == config

@@ -15,14 +15,20 @@ from kvstore.cluster.metrics import COUNTER, METRICS, metrics_text
 from kvstore.errors import UnavailableError
 from kvstore.limits import NODE_ADDRESSES_MAX
 from kvstore.pool import PoolStatistics
-from kvstore.transfer import InboxStatistics, SenderStatistics
+from kvstore.transfer import InboxStatistics, SenderStatistics, ServingStatistics
 
 REFERENCE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 STATISTICS = PoolStatistics(
     matches=9, hits=4, capacity_bytes=1000, committed_bytes=500, index_bytes=10, bytes_by_salt={b"tenant-7": 1}
 )
 RECEIVER = ReceiverSnapshot(
-    "tcp://127.0.0.1:7400", 2, (), InboxStatistics(committed=5, aborted=1, received_bytes=1 << 30, received_s=2.5), None
+    "tcp://127.0.0.1:7400",
+    2,
+    (),
+    InboxStatistics(committed=5, aborted=1, received_bytes=1 << 30, received_s=2.5),
+    None,
+    3,
+    ServingStatistics(queries=8, hits=6, fetches=7, served=3, failed=1, sent_bytes=4096),
 )
 STARTING = NodeSnapshot("starting", "1.2.3", 7, 0.0, 1.5)
 READY = NodeSnapshot(
@@ -52,6 +58,12 @@ def test_values() -> None:
     assert values["kvstore_receive_transfers_total", "address=tcp://127.0.0.1:7400,outcome=committed"] == 5
     assert values["kvstore_receive_bytes_total", "address=tcp://127.0.0.1:7400"] == 1 << 30
     assert values["kvstore_receive_seconds_total", "address=tcp://127.0.0.1:7400"] == 2.5
+    assert values["kvstore_serve_active_fetches", "address=tcp://127.0.0.1:7400"] == 3
+    assert values["kvstore_serve_queries_total", "address=tcp://127.0.0.1:7400"] == 8
+    assert values["kvstore_serve_hits_total", "address=tcp://127.0.0.1:7400"] == 6
+    assert values["kvstore_serve_fetches_total", "address=tcp://127.0.0.1:7400,outcome=committed"] == 3
+    assert values["kvstore_serve_fetches_total", "address=tcp://127.0.0.1:7400,outcome=failed"] == 1
+    assert values["kvstore_serve_bytes_total", "address=tcp://127.0.0.1:7400"] == 4096
     assert values["kvstore_send_transfers_total", "outcome=committed"] == 3
     assert ("process_resident_memory_bytes", "") in values
 
@@ -102,5 +114,7 @@ def test_the_status_names_no_salt() -> None:
     document = json.loads(answer.body)
     assert document["pool"]["salts"] == 1
     assert document["receiving"][0]["statistics"]["committed"] == 5
+    assert document["serving"][0]["transfers"] == 3
+    assert document["serving"][0]["statistics"]["served"] == 3
     assert b"tenant-7" not in answer.body
     assert json.loads(health_routes(lambda: "", lambda: STARTING)["/status"]().body)["pool"] is None
