@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.abc import TransportOptions
 from kvstore.cluster.exposure import check_exposure
-from kvstore.cluster.kinds import Kind, choice, flag, parse_as, seconds, several, shown, size, text, whole
+from kvstore.cluster.kinds import Kind, choice, flag, parse_as, plain_name, seconds, several, shown, size, text, whole
 from kvstore.errors import ConfigError
 from kvstore.limits import (
     ARENA_NAME_CHARACTERS_MAX,
@@ -32,6 +32,8 @@ LISTEN_DEFAULT = "tcp://127.0.0.1:7400"
 HTTP_LISTEN_DEFAULT = "127.0.0.1:7401"
 DRAIN_S_DEFAULT = 25.0
 """Below the 30 s that Kubernetes gives a pod before it kills it."""
+CONGESTION_NAME_CHARACTERS_MAX = 15
+"""`TCP_CA_NAME_MAX` of `linux/tcp.h`, without the byte that ends it."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -61,7 +63,7 @@ class AttachConfig:
     """
 
     socket: str | None = field(default=None, metadata={"kind": text("a path")})
-    arena: str | None = field(default=None, metadata={"kind": text("a name", most=ARENA_NAME_CHARACTERS_MAX)})
+    arena: str | None = field(default=None, metadata={"kind": plain_name(ARENA_NAME_CHARACTERS_MAX)})
     allow_uids: tuple[int, ...] = field(
         default=(), metadata={"kind": several(whole(0, (1 << 32) - 2), ATTACHED_PROCESSES_MAX)}
     )
@@ -119,7 +121,7 @@ class TransportConfig:
         pacing_bytes_per_s: the most that one connection sends; None is unpaced.
     """
 
-    congestion_control: str | None = field(default=None, metadata={"kind": text("a name such as cubic", most=15)})
+    congestion_control: str | None = field(default=None, metadata={"kind": plain_name(CONGESTION_NAME_CHARACTERS_MAX)})
     pacing_bytes_per_s: int | None = field(default=None, metadata={"kind": size(KIB)})
 
     def __post_init__(self) -> None:

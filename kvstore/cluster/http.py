@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 import socket
 import socketserver
 import threading
@@ -14,6 +13,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 
 from kvstore.clock import Deadline
+from kvstore.cluster.exposure import split_http_address
 from kvstore.errors import AddressError
 from kvstore.limits import HTTP_CONNECTIONS_MAX, HTTP_DEADLINE_S, HTTP_REQUEST_BYTES_MAX
 
@@ -24,7 +24,6 @@ LOG = logging.getLogger("kvstore.http")
 POLL_S = 0.1
 """How soon the server notices that it is closed."""
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-_ADDRESS = re.compile(r"(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,8 @@ class HttpServer:
         connections_max: int = HTTP_CONNECTIONS_MAX,
         deadline_s: float = HTTP_DEADLINE_S,
     ) -> None:
-        match = _ADDRESS.fullmatch(address)
-        if match is None or int(match["port"]) > 65535:
-            raise AddressError(f"{address!r} is not host:port; write for example 127.0.0.1:7401 or [::1]:7401")
-        host, port = match["v6"] or match["host"], int(match["port"])
-        family = socket.AF_INET6 if match["v6"] else socket.AF_INET
+        host, port = split_http_address(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._server = _Server((host, port), family, routes, connections_max, deadline_s)
         except OSError as error:

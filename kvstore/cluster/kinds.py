@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,18 @@ def text(what: str, *, most: int = NODE_SETTING_CHARACTERS_MAX, may_be_empty: bo
         return plain
 
     return Kind(f"{what}, of at most {most} printable characters", parse)
+
+
+def plain_name(most: int) -> Kind:
+    """Letters, digits, and what file names have between them."""
+    form = re.compile(rf"[A-Za-z0-9._-]{{1,{most}}}")
+
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or not form.fullmatch(value):
+            raise ValueError
+        return value
+
+    return Kind(f"a name of 1 to {most} letters, digits, '.', '_' and '-'", parse)
 
 
 def several(kind: Kind, most: int, *, least: int = 0) -> Kind:

@@ -11,12 +11,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstore._version import __version__
+from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
 from kvstore.cluster.exposure import check_exposure
 from kvstore.cluster.health import health_routes
 from kvstore.cluster.http import HttpServer
 from kvstore.cluster.logs import log_event
 from kvstore.cluster.snapshot import NodeSnapshot, ReceiverSnapshot
+from kvstore.errors import AddressError, ConfigError
+from kvstore.registry import transport_for
 from kvstore.spec import ModelSpec, load_spec
 from kvstore.store import open_store
 
@@ -54,10 +57,10 @@ class Node:
 
     Raises:
         SpecError: the spec file cannot be used.
-        AddressError: an address is malformed, in use, or not of this machine.
+        AddressError: an address is in use, or not of this machine.
         ArenaError, RecordTooLargeError: the memory cannot be had, or is too small.
         AttachError: another owner has the socket.
-        ConfigError: a name turned out to be no loopback address.
+        ConfigError: an address in `listen` is malformed, or a name turned out to be no loopback address.
     """
 
     def __init__(self, config: NodeConfig) -> None:
@@ -149,6 +152,7 @@ class Node:
             self._http = self._closing.enter_context(HttpServer(config.http.listen, routes))
             self._check_bound(self._http.address)
             log_event(LOG, logging.INFO, "http", "health and metrics are there", address=self._http.address)
+        self._check_addresses()
         attach = config.attach
         self._store = self._closing.enter_context(
             open_store(
@@ -181,6 +185,14 @@ class Node:
             )
         self._state = NodeState.READY
         log_event(LOG, logging.INFO, "ready", "the node takes work")
+
+    def _check_addresses(self) -> None:
+        """Find what is written wrongly before memory is allocated, which may take minutes."""
+        for address in self.config.listen:
+            try:
+                transport_for(address).routes(address, TransportOptions())
+            except AddressError as error:
+                raise ConfigError(f"listen = {error}") from error
 
     def _check_bound(self, address: str) -> None:
         """A name was resolved meanwhile; what counts is where the socket is."""

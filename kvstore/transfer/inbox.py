@@ -38,6 +38,9 @@ LOOK_LAST_S = 0.005
 """An offer that waits looks again this often; at its deadline another one may be about to end its try."""
 
 
+REFUSED_PAUSE_S = 10.0
+"""Of peers that are refused, one in so many seconds is logged; the others are counted."""
+
 LOG = logging.getLogger("kvstore.transfer")
 
 
@@ -113,6 +116,7 @@ class Inbox:
         """Questions of peers that this node sends an answer to."""
         self._generations = count(1)
         self._statistics = InboxStatistics()
+        self._refused_told_s: float | None = None
         self._is_draining = False
         self._is_closed = False
         self._janitor = threading.Thread(target=self._expire, name="kvstore-transfer-janitor", daemon=True)
@@ -138,10 +142,18 @@ class Inbox:
             return len(self._entries)
 
     def refused(self, peer_address: str, error: Exception) -> None:
-        """A peer broke the protocol or does not match."""
+        """A peer broke the protocol or does not match. One that goes on trying fills no log."""
+        now = time.monotonic()
         with self._changed:
             self._statistics.refused += 1
+            refused = self._statistics.refused
             self.last_error = (peer_address, error)
+            is_told = self._refused_told_s is not None and now - self._refused_told_s < REFUSED_PAUSE_S
+            if not is_told:
+                self._refused_told_s = now
+        if not is_told:
+            fields = {"event": "peer_refused", "peer": peer_address, "reason": str(error), "refused": refused}
+            LOG.warning("%s was refused", peer_address, extra={"fields": fields})
 
     def damaged(self, peer_address: str, pieces: int) -> None:
         """Pieces from a peer arrived damaged."""

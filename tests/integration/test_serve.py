@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import kvstore
 from kvstore.abc import TransportOptions
 from kvstore.cli.main import app
-from kvstore.errors import OwnerGoneError, PeerClosingError, TransferError
+from kvstore.errors import OwnerGoneError, PeerClosingError, PeerMismatchError, TransferError
 from kvstore.spec import Shard, save_spec
 from kvstore.testing.resources import leaves_nothing
 from tests.integration.serve_process import ServeProcess, serving
@@ -179,6 +179,19 @@ def test_a_node_may_only_receive(source: kvstore.Store, arguments: list[str]) ->
             here.fetch([*prompt(BIG_TOKENS), 1], node.address).result(WITHIN_S)
 
 
+def test_a_peer_with_another_model_is_in_the_log(arguments: list[str]) -> None:
+    with serving(*arguments) as node, kvstore.open(tiny_spec(BIG_WIDTH, "sha256:other"), dram="8MiB") as other:
+        store_prompt(other, prompt(40))
+        for _ in range(2):
+            with pytest.raises(PeerMismatchError):
+                other.send(match_all(other, prompt(40)), node.address).result(WITHIN_S)
+        line = node.event("peer_refused")
+        assert line["level"] == "warning"
+        assert other.spec.fingerprint.hex()[:16] in line["reason"]
+        wait_until(lambda: json.loads(node.get("/status")[1])["receiving"][0]["statistics"]["refused"] == 2, "both")
+        assert sum(each.get("event") == "peer_refused" for each in node.lines) == 1
+
+
 def test_what_does_not_end_in_time_is_cut(source: kvstore.Store, arguments: list[str]) -> None:
     with serving(*arguments, "--drain-s", "0.2") as node:
         handle = begin(source, node)
@@ -230,6 +243,7 @@ def test_settings_from_a_file_and_a_supervisor(arguments: list[str], tmp_path: P
     ("more", "status", "message"),
     [
         (["--spec", "/nonexistent/model.json"], 2, "the spec file /nonexistent/model.json cannot be read"),
+        (["--listen", "tcp://localhost"], 2, "'tcp://localhost' is not a TCP address"),
         (["--listen", "IN USE"], 3, "the port is in use; stop its user"),
     ],
 )

@@ -132,7 +132,8 @@ def test_values_in_python_are_checked_too() -> None:
         ("[transfer]\nprogress_deadline_s = 0.0", "from 0.1 to 3600"),
         ("serves = 'yes'", "serves = 'yes' is not true or false"),
         ("[transport]\npacing_bytes_per_s = 1023", "is not a size from 1024"),
-        ("[transport]\ncongestion_control = ''", "is not a name such as cubic"),
+        ("[transport]\ncongestion_control = ''", "is not a name of 1 to 15 letters"),
+        ("[attach]\narena = 'a/b'\nsocket = 'x'", "attach.arena = 'a/b' is not a name of 1 to 128 letters"),
         ("[transport]\nlocal_addresses = []", "there is no setting 'transport.local_addresses'"),
         ("[log]\nformat = 'xml'", "log.format = 'xml' is not one of text, json"),
         ("log = 5", r"log is a table; write \[log\]"),
@@ -268,6 +269,14 @@ def test_no_assignment() -> None:
 )
 def test_loopback(address: str, expected: bool) -> None:
     assert is_loopback(address) is expected
+
+
+def test_addresses_that_are_none() -> None:
+    with pytest.raises(ConfigError, match=r"'127.0.0.1:7400' names no transport; write tcp://127.0.0.1:7400"):
+        read_config(None, {"spec": "x", "listen": ["127.0.0.1:7400"]})
+    for wrong in ("nonsense", "http://127.0.0.1:80", "127.0.0.1", "127.0.0.1:65536"):
+        with pytest.raises(ConfigError, match=rf"http.listen = '{wrong}' is not host:port"):
+            read_config(None, {"spec": "x", "http.listen": wrong, "trust_network": True})
 
 
 def test_beyond_loopback_only_in_plain_words() -> None:
