@@ -28,7 +28,8 @@ def check(version: str) -> None:
     assert _native.__version__ == version, f"the native module is {_native.__version__} instead of {version}"
     assert _native.crc32c(b"123456789") == 0xE3069283, "the native checksum is wrong"
     package = importlib.resources.files("kvstore")
-    for name in ("py.typed", "_native.pyi", "testing/__init__.py"):
+    sources = ("bench/sides/raw_sockets.cc", "bench/sides/congestion_shim.c")
+    for name in ("py.typed", "_native.pyi", "testing/__init__.py", *sources):
         assert package.joinpath(name).is_file(), f"kvstore/{name} is not in the wheel"
     assert not package.joinpath("csrc").is_dir(), "the wheel carries the C++ sources"
 

@@ -15,6 +15,7 @@ from kvstore.bench.processes import BusyProcesses, WorkerProcess
 from kvstore.bench.rows import machine_and_commit
 from kvstore.bench.sides.choice import SIDES, side_named
 from kvstore.bench.sides.network import system_congestion
+from kvstore.bench.sides.preload import shim_missing
 from kvstore.errors import BenchmarkError
 from kvstore.tiers.available_memory import available_memory
 
@@ -38,6 +39,7 @@ class Facts:
         available_bytes: memory that processes may still take.
         congestion: what the system gives to a socket that nobody set anything on.
         missing: why a side cannot run here, by its name.
+        shim_missing: why sides that cannot be told a congestion control get the system's here; empty if they do not.
     """
 
     machine: str
@@ -47,6 +49,7 @@ class Facts:
     available_bytes: int
     congestion: str
     missing: dict[str, str]
+    shim_missing: str = ""
 
     @classmethod
     def here(cls) -> Facts:
@@ -60,6 +63,7 @@ class Facts:
             available_bytes=available.bytes if available is not None else 1 << 62,
             congestion=system_congestion(),
             missing={name: reason for name, reason in reasons.items() if reason is not None},
+            shim_missing=shim_missing() or "",
         )
 
     @classmethod
@@ -166,8 +170,9 @@ class LocalHands(Hands):
     def open(self, side: str, half: str, load: Load) -> LocalHandle:
         if len(self._handles) >= WORKERS_MAX:
             raise BenchmarkError(f"{WORKERS_MAX} processes have been started, the most of one case")
-        tools = side_named(side).prepare(Path(self._folder.name))
-        process = WorkerProcess()
+        chosen = side_named(side)
+        tools = chosen.prepare(Path(self._folder.name))
+        process = WorkerProcess(chosen.environment(load, tools))
         try:
             message = {"do": "open", "side": side, "half": half, "load": load.to_message(), "tools": tools}
             handle = LocalHandle(process, process.ask(message, OPEN_S)["told"])

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvstore.bench.channel import Channel
 from kvstore.clock import Deadline
 from kvstore.errors import BenchmarkError, DeadlineError, PeerGoneError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 END_S = 5.0
 LAST_LINES = 3
@@ -29,9 +32,13 @@ while True:
 
 
 class WorkerProcess:
-    """A process that runs one half of one side."""
+    """A process that runs one half of one side.
 
-    def __init__(self) -> None:
+    Args:
+        environment: what it has besides the environment of this process.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         own, theirs = socket.socketpair()
         self._channel = Channel(own)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
@@ -43,7 +50,7 @@ class WorkerProcess:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)},
                 # A group of its own: an interrupt reaches whoever asked, who then ends this one and what it started.
                 process_group=0,
             )

@@ -30,6 +30,7 @@ class Figures:
         sender_cpu_s_per_gb, receiver_cpu_s_per_gb: medians.
         rounds: how many there are.
         is_verified: the contents were compared; None if there are none to compare.
+        congestion: of its sockets.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Figures:
     receiver_cpu_s_per_gb: float
     rounds: int
     is_verified: bool | None
+    congestion: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class CaseResult:
             statistics.median(side.receiver_cpu_s) / per_round,
             len(rates),
             side.is_verified,
+            side.congestion,
         )
 
     def rows(self) -> list[Row]:

@@ -31,6 +31,7 @@ class Measured:
         sender_cpu_s, receiver_cpu_s: by round.
         is_verified: the contents at the receiver were compared with the sender's; None if this side has none.
         failure: why it has no rounds, or no more of them.
+        congestion: of its sockets at both ends; more than one algorithm with commas between.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Measured:
     receiver_cpu_s: list[float] = field(default_factory=list)
     is_verified: bool | None = None
     failure: str | None = None
+    congestion: str = ""
 
     @property
     def round_s(self) -> list[float]:
@@ -57,10 +59,15 @@ class Measured:
 
 
 class Pair:
-    """Both halves of a side, connected."""
+    """Both halves of a side, connected.
+
+    Attributes:
+        congestion: what the sockets of both ends have, once it was checked.
+    """
 
     def __init__(self, side: Side, load: Load, receiver: Handle, sender: Handle) -> None:
         self.side = side
+        self.congestion = ""
         self._load, self._receiver, self._sender = load, receiver, sender
 
     @classmethod
@@ -88,6 +95,8 @@ class Pair:
         if here != there:
             raise BenchmarkError(f"the bytes that arrived are not those that were sent: {there} instead of {here}")
         self._receiver.ask("make_room", CONTROL_S)
+        ends = [handle.ask("congestion", CONTROL_S)["congestion"] for handle in (self._sender, self._receiver)]
+        self.congestion = ", ".join(sorted({str(name) for names in ends for name in names}))
         self._rest()
         return None if here is None else True
 
@@ -144,6 +153,7 @@ def run_rounds(
             try:
                 pairs.append(pair := Pair.open(side, receiving, sending, receiver_load, sender_load))
                 measured[side.name].is_verified = pair.check()
+                measured[side.name].congestion = pair.congestion
             except BenchmarkError as error:
                 measured[side.name].failure = str(error)
         pairs = [pair for pair in pairs if measured[pair.side.name].failure is None]

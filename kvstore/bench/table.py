@@ -23,7 +23,7 @@ def case_table(result: CaseResult) -> Table:
     columns = ["GB/s", "min", "max"]
     if result.is_small:
         columns += ["us p50", "p90", "p99"]
-    columns += ["CPU s/GB send", "receive", "ours/it", "min", "rounds", "bytes"]
+    columns += ["CPU s/GB send", "receive", "ours/it", "min", "rounds", "cc", "bytes"]
     for column in columns:
         table.add_column(column, justify="right")
     rows = {row.baseline_name: row for row in result.rows() if row.unit == RATE_UNIT}
@@ -43,7 +43,7 @@ def _cells(result: CaseResult, figures: Figures, row: Row | None) -> list[str]:
     cells += [_number(figures.sender_cpu_s_per_gb), _number(figures.receiver_cpu_s_per_gb)]
     cells += ["", ""] if row is None else [_number(row.ratio_median), _number(row.ratio_min)]
     checked = {True: "checked", False: "wrong", None: "not checked"}[figures.is_verified]
-    return [*cells, str(figures.rounds), checked]
+    return [*cells, str(figures.rounds), figures.congestion, checked]
 
 
 def _number(value: float) -> str:

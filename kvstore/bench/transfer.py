@@ -13,7 +13,9 @@ from kvstore.bench.result import CaseResult
 from kvstore.bench.rounds import run_rounds
 from kvstore.bench.rows import Absent
 from kvstore.bench.sides.choice import RAW, baselines
+from kvstore.bench.sides.mooncake import Mooncake
 from kvstore.bench.sides.network import NEAR_S, near_congestion
+from kvstore.bench.sides.nixl import Nixl
 from kvstore.bench.sides.ours import OUR_VARIANTS
 from kvstore.bench.sides.raw_native import RawNative
 from kvstore.bench.sides.raw_python import RawPython
@@ -155,13 +157,13 @@ class TransferRun:
         if RAW in self.settings.against and not any(isinstance(side, RawNative) for side in self._sides):
             why = "pacing" if self.settings.pacing_bytes_per_s else "no C++ compiler"
             notes.append(f"raw sockets ran in Python, not compiled: {why}")
-        others = [side.name for side in self._sides if side.name.startswith(("Mooncake", "NIXL"))]
-        system = {facts.congestion for facts in self.facts}
-        if others and self._is_near and near_congestion() and system != {near_congestion()}:
+        others = [side.name for side in self._sides if isinstance(side, Mooncake | Nixl)]
+        reasons = sorted({facts.shim_missing for facts in self.facts if facts.shim_missing})
+        if others and reasons:
             notes.append(
-                f"{', '.join(others)} cannot be told which congestion control to use and got the system's, "
-                f"{' and '.join(sorted(system))}; the other sides got {near_congestion()}; "
-                f"run again with sysctl net.ipv4.tcp_congestion_control={near_congestion()} to compare like with like"
+                f"{', '.join(others)} cannot be told which congestion control to use and got the system's, since "
+                f"{' and '.join(reasons)}; mend that, or set net.ipv4.tcp_congestion_control: "
+                "these rows compare algorithms"
             )
         return notes
 

@@ -55,6 +55,8 @@ class Worker:
             half.connect()
         elif what == "digest":
             return {"digest": half.digest()}
+        elif what == "congestion":
+            return {"congestion": half.congestion()}
         elif what == "send" and isinstance(half, SendingHalf):
             cpu_s = half.cpu_s()
             seconds = [half.send(batch) for batch in range(self._batches)]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvstore.bench.transfer import Progress
 
 NONE = "none"
-WIDTH = 140
+WIDTH = 150
 EXIT_FAILED = 1
 
 

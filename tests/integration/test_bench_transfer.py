@@ -23,10 +23,14 @@ from kvstore.bench.hands import LocalHands
 from kvstore.bench.load import Load
 from kvstore.bench.rounds import Pair
 from kvstore.bench.sides.iperf3 import Iperf3
+from kvstore.bench.sides.mooncake import Mooncake
+from kvstore.bench.sides.network import near_congestion, system_congestion
 from kvstore.bench.sides.nixl import Nixl
 from kvstore.bench.sides.ours import OUR_VARIANTS
+from kvstore.bench.sides.preload import prepare_shim, shim_environment, shim_missing
 from kvstore.bench.sides.raw_native import RawNative
 from kvstore.bench.sides.raw_python import RawPython
+from kvstore.bench.transfer import Settings, TransferRun
 from kvstore.spec import save_spec
 from kvstore.testing import specs
 
@@ -108,9 +112,9 @@ def test_a_run_prints_a_table_and_writes_json_and_a_picture(tmp_path: Path) -> N
     assert done.stderr == "", "there is no progress bar where there is no terminal"
     lines = [line.split() for line in done.stdout.splitlines()]
     table = {line[0]: line for line in lines if line}
-    assert table["kvstore"][-2:] == ["2", "checked"]
+    assert table["kvstore"][-3:] == ["2", near_congestion() or system_congestion(), "checked"]
     assert "3 x 8 KiB: 0.0 MB in 3 records" in done.stdout
-    for heading in ("GB/s", "p50", "p99", "CPU s/GB send", "ours/it", "rounds"):
+    for heading in ("GB/s", "p50", "p99", "CPU s/GB send", "ours/it", "rounds", "cc"):
         assert heading in done.stdout
     document = json.loads(output.read_text())
     assert {"machine", "commit", "rows", "sides", "notes", "seed"} == set(document)
@@ -128,7 +132,58 @@ def test_a_run_prints_a_table_and_writes_json_and_a_picture(tmp_path: Path) -> N
     measured = {name for name, _ in units}
     assert "Mooncake TE" in measured or "pip install" in absent["Mooncake TE"]
     assert all(side["is_verified"] for side in document["sides"])
+    # The same for all, also for those that cannot be told.
+    if not shim_missing():
+        assert {side["congestion"] for side in document["sides"]} == {near_congestion() or system_congestion()}
     assert "kvstore" in "".join(ElementTree.parse(plot).getroot().itertext())
+
+
+def test_sockets_of_a_program_that_knows_nothing_of_it_get_an_algorithm(tmp_path: Path) -> None:
+    """`reno` is always there, and everyone may have it."""
+    if reason := shim_missing():
+        pytest.skip(reason)
+    tools = prepare_shim(tmp_path)
+    assert prepare_shim(tmp_path) == tools
+    script = (
+        "import socket\n"
+        "with socket.create_server(('127.0.0.1', 0)) as server, socket.socket() as client:\n"
+        "    client.connect(server.getsockname())\n"
+        "    for each in (client, server.accept()[0]):\n"
+        "        print(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b'\\0').decode())\n"
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()\n"
+    )
+
+    def of_sockets(congestion: str) -> list[str]:
+        environment = {**os.environ, **shim_environment(tools, congestion)}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.split()
+
+    assert of_sockets("reno") == ["reno", "reno"]
+    assert of_sockets("") == of_sockets("nonsense") == [system_congestion()] * 2
+
+
+@pytest.mark.parametrize("side", [Mooncake(1), Nixl()], ids=lambda side: side.name)
+def test_a_side_that_cannot_be_told_uses_what_the_others_use(side: Side) -> None:
+    if reason := side.missing() or shim_missing():
+        pytest.skip(reason)
+    load = replace(Load.of(sized_case(1, 1 << 20)), batches=1, baseline_congestion="reno")
+    with LocalHands() as hands:
+        pair = Pair.open(side, hands, hands, load, load)
+        assert pair.check() is True
+        assert pair.congestion == "reno"
+
+
+def test_without_a_compiler_a_note_says_what_such_sides_got(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert prepare_shim(tmp_path) == {}
+    assert shim_environment({}, "cubic") == {}
+    monkeypatch.setattr(Mooncake, "missing", lambda side: None)
+    settings = Settings((sized_case(1, 1 << 20),), against=("mooncake",))
+    with TransferRun(settings) as run:
+        (note,) = run.notes
+    assert "there is no C compiler (cc, gcc, clang) in PATH" in note
+    assert note.startswith("Mooncake TE, Mooncake TE, 2 threads cannot be told")
 
 
 def test_a_missing_program_is_a_row_that_says_how_to_get_it(tmp_path: Path) -> None:

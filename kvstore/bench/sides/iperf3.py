@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstore.bench.sides.network import free_port
+from kvstore.bench.sides.network import free_port, system_congestion
 from kvstore.bench.sides.side import Half, ReceivingHalf, SendingHalf, Side, Told
 from kvstore.errors import BenchmarkError
 
@@ -58,7 +58,13 @@ def _stream_bytes(load: Load) -> int:
     return max(STREAM_BYTES_MIN, load.total_bytes)
 
 
-class _NothingToCompare(Half):
+class _IperfHalf(Half):
+    _load: Load
+
+    def congestion(self) -> list[str]:
+        # The sockets are the child's, which ends where it may not have what it is told.
+        return [self._load.baseline_congestion or system_congestion()]
+
     def digest(self) -> None:
         return None
 
@@ -66,7 +72,7 @@ class _NothingToCompare(Half):
         """There is no memory that could be looked at."""
 
 
-class IperfServer(_NothingToCompare, ReceivingHalf):
+class IperfServer(_IperfHalf, ReceivingHalf):
     def __init__(self, load: Load) -> None:
         self._load = load
         self._host, self._port = load.host, free_port(load.host)
@@ -89,7 +95,7 @@ class IperfServer(_NothingToCompare, ReceivingHalf):
         self._server.wait(END_S)
 
 
-class IperfClient(_NothingToCompare, SendingHalf):
+class IperfClient(_IperfHalf, SendingHalf):
     def __init__(self, load: Load, connections: int) -> None:
         self._load, self._connections = load, connections
         self._told: Told = {}

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvstore.bench.sides.buffers import Buffers
+from kvstore.bench.sides.preload import prepare_shim, shim_environment
 from kvstore.bench.sides.side import Half, ReceivingHalf, SendingHalf, Side, Told
 from kvstore.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from kvstore.bench.load import Load
 
@@ -49,6 +51,12 @@ class Mooncake(Side):
         if self.threads > 1 and len(load.record_bytes) < 2 * self.threads:
             return "too few records to share out"
         return None
+
+    def prepare(self, folder: Path) -> dict[str, str]:
+        return prepare_shim(folder)
+
+    def environment(self, load: Load, tools: Mapping[str, str]) -> dict[str, str]:
+        return shim_environment(tools, load.baseline_congestion)
 
     def receiving(self, load: Load, tools: Mapping[str, str]) -> MooncakeReceiver:
         return MooncakeReceiver(load)

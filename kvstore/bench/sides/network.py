@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 from kvstore.errors import BenchmarkError
 
+NAME_BYTES_MAX = 16
+"""`TCP_CA_NAME_MAX` of `linux/tcp.h`."""
 NEAR_S = 0.001
 NEAR_CONGESTION = "cubic"
 """What our TCP transport takes at round trips below `NEAR_S`, and so what baselines get there, too."""
@@ -24,7 +28,7 @@ def near_congestion() -> str:
 def system_congestion() -> str:
     """What a socket has that nobody set anything on."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        return probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
+        return probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, NAME_BYTES_MAX).rstrip(b"\0").decode()
 
 
 def set_congestion(sock: socket.socket, name: str) -> None:
@@ -37,6 +41,23 @@ def set_congestion(sock: socket.socket, name: str) -> None:
         raise BenchmarkError(
             f"congestion control {name!r} is not to be had here ({error.strerror}); `kvstore doctor` lists what is"
         ) from error
+
+
+def own_congestion() -> list[str]:
+    """What the TCP sockets of this process have, whoever opened them; each algorithm once."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as sock:
+                is_internet = sock.family in (socket.AF_INET, socket.AF_INET6)
+                if is_internet and sock.type == socket.SOCK_STREAM:
+                    name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, NAME_BYTES_MAX)
+                    found.add(name.rstrip(b"\0").decode())
+        except OSError:
+            continue  # another thread has closed it, or it is of another protocol
+    return sorted(found)
 
 
 def free_port(host: str) -> int:

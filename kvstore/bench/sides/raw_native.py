@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvstore.bench.sides.network import system_congestion
 from kvstore.bench.sides.side import Half, ReceivingHalf, SendingHalf, Side, Told
 from kvstore.errors import BenchmarkError
 
@@ -103,6 +104,10 @@ class _Program(Half):
         assert self._child.stdin is not None
         self._child.stdin.write("go\n")
         self._child.stdin.flush()
+
+    def congestion(self) -> list[str]:
+        # The sockets are the child's, which ends where it may not have what it is told.
+        return [self.load.baseline_congestion or system_congestion()]
 
     def cpu_s(self) -> float:
         return self.cpu

@@ -6,6 +6,8 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from kvstore.bench.sides.network import own_congestion
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -32,6 +34,10 @@ class Half(ABC):
     def cpu_s(self) -> float:
         """CPU seconds that this end has taken so far, its child processes included."""
         return time.process_time()
+
+    def congestion(self) -> list[str]:
+        """The congestion controls of the TCP sockets of this end, each once."""
+        return own_congestion()
 
     @abstractmethod
     def digest(self) -> str | None:
@@ -91,6 +97,10 @@ class Side(ABC):
 
     def prepare(self, folder: Path) -> dict[str, str]:
         """Make once per machine and run what both halves need, in a temporary folder; passed to them as `tools`."""
+        return {}
+
+    def environment(self, load: Load, tools: Mapping[str, str]) -> dict[str, str]:
+        """What the processes of both halves have in their environment besides what is there."""
         return {}
 
     @abstractmethod
