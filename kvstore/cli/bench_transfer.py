@@ -99,6 +99,9 @@ def run_listen(address: str, idle_s: float) -> None:
 
 def run_transfer(settings: Settings, target: str | None, output: Path | None, plot: Path | None) -> int:
     """Measure, print, write; the exit status."""
+    for path in (output, plot):
+        if path is not None:
+            _check_writable(path)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     results: list[CaseResult] = []
     with ExitStack() as stack:
@@ -121,6 +124,22 @@ def run_transfer(settings: Settings, target: str | None, output: Path | None, pl
         write_plot(plot, results, f"{place['machine']}; {place['commit']}")
         console.print(f"drawn in {plot}", markup=False)
     return EXIT_FAILED if any(result.failure for result in results) else 0
+
+
+def _check_writable(path: Path) -> None:
+    """Figures of an hour shall have a place to go to.
+
+    Raises:
+        BenchmarkError: the file cannot be written.
+    """
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
 
 def _failures(results: Sequence[CaseResult]) -> list[Absent]:

@@ -195,6 +195,21 @@ def test_a_missing_program_is_a_row_that_says_how_to_get_it(tmp_path: Path) -> N
     assert {row["baseline_name"] for row in document["rows"] if "reason" in row} == {"iperf3 x 1", "iperf3 x 2"}
 
 
+def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
+    """A file that cannot be written before anything is measured; an algorithm that is not there by every side."""
+    for option in ("--output", "--plot"):
+        done = run(*SMALL, "--against", "none", option, tmp_path)
+        assert done.returncode == 1
+        assert f"{tmp_path} cannot be written: Is a directory" in done.stderr
+        assert done.stdout == ""
+    if RawNative(1).missing() is None:
+        done = run(*SMALL, "--against", "raw", "--congestion", "nonsense")
+        assert done.returncode == 1
+        words = " ".join(done.stdout.split())
+        assert "kvstore: 3 x 8 KiB, nonsense: the kernel has no congestion control 'nonsense'" in words
+        assert "raw_sockets ended with status 1: " in words
+
+
 def test_two_machines(tmp_path: Path) -> None:
     spec = tmp_path / "hybrid.json"
     save_spec(specs.hybrid(), spec)

@@ -88,7 +88,9 @@ class _Program(Half):
 
     def start(self, *command: str) -> str:
         """Start it; its first line."""
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         return self.read()
 
     def read(self) -> str:
@@ -96,7 +98,9 @@ class _Program(Half):
         assert self._child.stdout is not None
         line = self._child.stdout.readline().strip()
         if not line:
-            raise BenchmarkError(f"{TOOL} ended with status {self._child.wait(END_S)}")
+            assert self._child.stderr is not None
+            status, reason = self._child.wait(END_S), self._child.stderr.read().strip()[-200:]
+            raise BenchmarkError(f"{TOOL} ended with status {status}" + (f": {reason}" if reason else ""))
         return line
 
     def go(self) -> None:
@@ -117,7 +121,7 @@ class _Program(Half):
             return
         self._child.kill()
         self._child.wait(END_S)
-        for pipe in (self._child.stdin, self._child.stdout):
+        for pipe in (self._child.stdin, self._child.stdout, self._child.stderr):
             assert pipe is not None
             pipe.close()
         self._child = None
