@@ -47,6 +47,11 @@ def run_serve(config_file: Path | None, overrides: Mapping[str, object], assignm
         except KVStoreError as error:
             log_event(LOG, logging.ERROR, "failed", f"the node cannot start: {error}", error=type(error).__name__)
             return EXIT_CONFIG if isinstance(error, ConfigError | SpecError) else EXIT_START
+        except Exception as error:
+            # Nothing that anybody foresaw, such as a limit of the system: where it came from goes into the log, too.
+            fields = {"event": "failed", "error": type(error).__name__}
+            LOG.exception("the node cannot start: %s", error, extra={"fields": fields})
+            return EXIT_START
         with node:
             return _serve(node, signals)
 

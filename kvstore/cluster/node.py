@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstore._version import __version__
-from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
 from kvstore.cluster.exposure import check_exposure
 from kvstore.cluster.health import health_routes
@@ -187,12 +186,15 @@ class Node:
         log_event(LOG, logging.INFO, "ready", "the node takes work")
 
     def _check_addresses(self) -> None:
-        """Find what is written wrongly before memory is allocated, which may take minutes."""
+        """Find what is written wrongly, or in use, before memory is allocated, which may take minutes."""
+        options = self.config.transport.options()
         for address in self.config.listen:
+            transport = transport_for(address)
             try:
-                transport_for(address).routes(address, TransportOptions())
+                transport.routes(address, options)
             except AddressError as error:
                 raise ConfigError(f"listen = {error}") from error
+            transport.listen(address, options).close()
 
     def _check_bound(self, address: str) -> None:
         """A name was resolved meanwhile; what counts is where the socket is."""

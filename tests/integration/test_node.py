@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import socket
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,19 @@ import pytest
 
 import kvstore
 from kvstore.abc import TransportOptions
-from kvstore.cluster import AttachConfig, HttpConfig, Node, NodeConfig, NodeState
-from kvstore.errors import AddressError, AttachError, ConfigError, PeerClosingError, RecordTooLargeError, SpecError
+from kvstore.cluster import AttachConfig, HttpConfig, Node, NodeConfig, NodeState, TransportConfig
+from kvstore.errors import (
+    AddressError,
+    AttachError,
+    ConfigError,
+    PeerClosingError,
+    RecordTooLargeError,
+    SpecError,
+    TransferError,
+    UnavailableError,
+)
 from kvstore.testing.resources import Background, leaves_nothing
+from kvstore.transfer import TransferSettings
 from tests.integration.transfer_nodes import (
     BIG_TOKENS,
     BIG_WIDTH,
@@ -146,6 +157,40 @@ def test_a_drain_ends_early_when_told_to() -> None:
         node.close()
         with pytest.raises(PeerClosingError):
             handle.result(WITHIN_S)
+
+
+def test_what_is_wrong_is_found_before_memory_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.cluster.node.open_store", lambda *_, **__: pytest.fail("memory was allocated"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        cases: list[tuple[type[Exception], dict[str, Any]]] = [
+            (ConfigError, {"listen": ("tcp://127.0.0.1",)}),
+            (AddressError, {"listen": (*ANY, f"tcp://127.0.0.1:{taken.getsockname()[1]}")}),
+            (UnavailableError, {"transport": TransportConfig("nonsense")}),
+        ]
+        for error, settings in cases:
+            with leaves_nothing(), pytest.raises(error):
+                Node(config(**settings))
+
+
+def test_an_entry_with_several_addresses_is_one_listener_with_one_set_of_limits() -> None:
+    with (
+        Node(
+            config(listen=("tcp://127.0.0.1:0,127.0.0.2:0",), transfer=TransferSettings(transfers_per_node_max=1))
+        ) as node,
+        kvstore.open(SPEC, dram="32MiB") as source,
+    ):
+        (address,) = node.addresses
+        first, second = (f"tcp://{each}" for each in address.removeprefix("tcp://").split(","))
+        assert second.startswith("tcp://127.0.0.2:")
+        store_prompt(source, prompt(BIG_TOKENS))
+        store_prompt(source, prompt(40, seed=1), seed=1)
+        running = source.send(match_all(source, prompt(BIG_TOKENS)), first, transport=HELD)
+        wait_until(lambda: node.transfer_count == 1, "it has begun")
+        with pytest.raises(TransferError, match="1 transfers are under way at this node"):
+            source.send(match_all(source, prompt(40, seed=1)), second).result(WITHIN_S)
+        running.cancel()
+        wait_until(lambda: node.transfer_count == 0, "it has ended")
+        assert source.send(match_all(source, prompt(40, seed=1)), second).result(WITHIN_S).tokens == 40
 
 
 def test_what_cannot_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +21,7 @@ from kvstore.cli.main import app
 from kvstore.errors import OwnerGoneError, PeerClosingError, PeerMismatchError, TransferError
 from kvstore.spec import Shard, save_spec
 from kvstore.testing.resources import leaves_nothing
-from tests.integration.serve_process import ServeProcess, serving
+from tests.integration.serve_process import ROOT, ServeProcess, serving
 from tests.integration.transfer_nodes import (
     BIG_TOKENS,
     BIG_WIDTH,
@@ -254,6 +258,53 @@ def test_a_node_that_cannot_start_says_why(arguments: list[str], more: list[str]
             assert node.exit_status() == status
             assert message in " ".join(str(line["message"]) for line in node.lines)
             assert not any("Traceback" in str(line) for line in node.lines)
+
+
+def test_an_error_that_nobody_foresaw_is_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("kvstore.cluster.node.open_store", fail)
+    try:
+        done = CliRunner().invoke(app, ["serve", *arguments, "--http", "", "--log-format", "json"])
+    finally:
+        logging.getLogger("kvstore").handlers.clear()
+        logging.getLogger("kvstore").propagate = True
+        logging.getLogger("kvstore").setLevel(logging.NOTSET)
+    assert done.exit_code == 3
+    line = json.loads(done.stderr.splitlines()[-1])
+    assert (line["event"], line["error"]) == ("failed", "OSError")
+    assert "Too many open files" in line["message"]
+    assert "Traceback" in line["exception"]
+
+
+def test_a_log_that_nobody_reads_any_more(source: kvstore.Store, arguments: list[str]) -> None:
+    """Its pipe is closed at the other end: the node goes on, and ends as it should."""
+    node = subprocess.Popen(
+        [sys.executable, "-m", "kvstore", "serve", "--log-format", "json", "--http", "", *arguments],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
+    try:
+        assert node.stderr is not None
+        line: dict[str, Any] = {}
+        address = ""
+        while line.get("event") != "ready":
+            line = json.loads(node.stderr.readline())
+            address = address or str(line.get("address", ""))
+        node.stderr.close()
+        for seed in (1, 2):
+            ids = prompt(40, seed=seed)
+            store_prompt(source, ids)
+            assert source.send(match_all(source, ids), address).result(WITHIN_S).tokens == 40
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(WITHIN_S) == 0
+    finally:
+        node.kill()
+        node.wait(WITHIN_S)
 
 
 @pytest.mark.parametrize(
