@@ -47,7 +47,7 @@ def transfer(
         str, typer.Option(help="Baselines: raw, raw-python, iperf3, mooncake, nixl; or none.")
     ] = "raw,iperf3,mooncake,nixl",
     connections: Annotated[str | None, typer.Option(help="Connections of one transfer: 1,2,4,8.")] = None,
-    congestion: Annotated[str | None, typer.Option(help="Congestion controls: cubic,bbr.")] = None,
+    congestion: Annotated[str | None, typer.Option(help="Congestion controls, of every side: cubic,bbr.")] = None,
     pacing: Annotated[str | None, typer.Option(metavar="BYTES", help="The most bytes per second: 1GB.")] = None,
     busy: Annotated[str, typer.Option(help="Busy processes beside, on each machine: 0,2.")] = "0",
     rounds: Annotated[int, typer.Option(help="Rounds of each side; one more is not counted.")] = 20,
