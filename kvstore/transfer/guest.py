@@ -105,9 +105,9 @@ class Joining:
         self._call = call
 
     @classmethod
-    def admit(cls, serving: Serving, header: FrameHeader) -> Joining | None:
+    def admit(cls, serving: Serving, header: FrameHeader, peer_epoch: int) -> Joining | None:
         """A place for the connection whose HELLO this is; None if nobody comes for it."""
-        place = serving.admit(header.transfer, header.generation, Deadline.after(ADMIT_DEADLINE_S))
+        place = serving.admit(peer_epoch, header.transfer, header.generation, Deadline.after(ADMIT_DEADLINE_S))
         return None if place is None else cls(*place)
 
     @property

@@ -250,11 +250,14 @@ class Inbox:
         """Count a transfer that a peer asks for like one that it sends.
 
         Raises:
-            OfferRefusedError: one more would be too many. StoreClosedError: closing.
+            OfferRefusedError: one more would be too many, or it has one already. StoreClosedError: closing.
         """
         with self._changed:
             self._check_open()
             self._check_taking()
+            if question in self._places:
+                # Ending one of two would end the other one's connections.
+                raise OfferRefusedError(AbortCode.STALE_GENERATION, "an earlier FETCH of this question is at work")
             self._check_peer_limit(question)
             limit = self.settings.transfers_per_node_max
             if len(self._entries) + len(self._places) >= limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
@@ -155,14 +156,14 @@ class Serving:
             OfferRefusedError: a limit, or the requester asks for what cannot be sent.
             StoreClosedError: closing.
         """
-        hold = self._hold(question, fetch.tokens)
-        self._inbox.take_place(question.identity)
-        try:
-            return self._send(hold, question, fetch, address)
-        except BaseException:
-            hold.release()
-            self._inbox.give_place(question.identity)
-            raise
+        with ExitStack() as undo:
+            self._inbox.take_place(question.identity)
+            undo.callback(self._inbox.give_place, question.identity)
+            hold = self._hold(question, fetch.tokens)
+            undo.callback(hold.release)
+            served = self._send(hold, question, fetch, address)
+            undo.pop_all()
+            return served
 
     def _hold(self, question: Question, tokens: int) -> BaseHold:
         candidate = self._candidate(question, tokens)
@@ -206,7 +207,11 @@ class Serving:
             self._statistics.fetches += 1
         try:
             source.start(transfer)
-            transfer.start()
+            with self._lock:
+                # A `close` between the two locks has cancelled it, and does not wait for what has not begun.
+                if self._is_closed:
+                    raise StoreClosedError("the node is closing")
+                transfer.start()
         except BaseException as error:
             with self._lock:
                 self._served.pop(question.identity, None)
@@ -230,11 +235,21 @@ class Serving:
         self._inbox.give_place(identity)
 
     def admit(
-        self, transfer: TransferId, generation: int, deadline: Deadline
+        self, peer_epoch: int, transfer: TransferId, generation: int, deadline: Deadline
     ) -> tuple[CallbackConnector, JoinCall] | None:
-        """A place for a further connection of a transfer that is being served, or None."""
+        """A place for a further connection of a transfer that is being served, or None.
+
+        The node's transfers and their generations are easily guessed; whose they are, only the requester's epoch says.
+        """
         with self._lock:
-            served = next((each for each in self._served.values() if each.transfer.transfer == transfer), None)
+            served = next(
+                (
+                    each
+                    for question, each in self._served.items()
+                    if question.epoch == peer_epoch and each.transfer.transfer == transfer
+                ),
+                None,
+            )
         if served is None:
             return None
         call = served.connector.admit(generation, deadline)

@@ -238,7 +238,7 @@ class Session:
             self._joined = self._inbox.join(self, header.transfer, header.generation)
             return 0 if self._joined is None else self._joined.number
         if self._serving is not None and header.transfer.epoch == self._inbox.boot_epoch:
-            self._lent = Joining.admit(self._serving, header)
+            self._lent = Joining.admit(self._serving, header, theirs.boot_epoch)
         return 0 if self._lent is None else self._lent.number
 
     # Further connections. They belong to the session of the first one, until its attachment ends.

@@ -529,6 +529,9 @@ def test_limits_count_both_roles(here: kvstore.Store, there: kvstore.Store, sche
         wait_until(lambda: bool(slow.received), "it is under way")
         with pytest.raises(TransferError, match="1 transfers of this peer"):
             fetch(fetcher, here, prompt(16, seed=1), node).result(WITHIN_S)
+        # Nothing is held for who was refused.
+        assert there.pool.evict(there.prompt(prompt(16, seed=1)).path.key(0)) > 0
+        store_prompt(there, prompt(16, seed=1), seed=1)
         gate.set()
         assert first.result(WITHIN_S).tokens == 64
         serves_nobody(node)

@@ -29,7 +29,7 @@ from kvstore.transfer import Endpoint, Fetcher, TransferSettings
 from kvstore.transfer.frames import NO_TRANSFER, FrameHeader, Kind, TransferId
 from kvstore.transfer.greeting import make_hello
 from kvstore.transfer.link import FrameLink
-from kvstore.transfer.messages import Abort, AbortCode, Hello
+from kvstore.transfer.messages import WANT_RANGE, Abort, AbortCode, Hello, Want, WantStatus
 from kvstore.transfer.offer import Offer
 from kvstore.transfer.query import Candidates, Fetch, Query
 from kvstore.transfer.serving import Question, Serving
@@ -318,6 +318,38 @@ def test_a_node_that_has_no_use_for_further_connections(there: kvstore.Store, he
         other.close()
 
 
+def test_a_further_connection_of_another_peer_is_not_taken() -> None:
+    """A node's transfers and generations are easily guessed; whoever joins one must be who asked for it."""
+    spec = tiny_spec(4096)
+    settings = TransferSettings(connections=2)
+    with (
+        kvstore.open(spec, dram="64MiB") as big,
+        kvstore.open(spec, dram="64MiB") as here,
+        Endpoint(big.pool, address("tcp"), settings=settings, serves=True) as node,
+    ):
+        ids = prompt(256)
+        store_prompt(big, ids)
+        with Guest(node, here, can_join=True) as guest:
+            guest.query(ids)
+            header, payload = guest.ask(Kind.FETCH, Fetch(256, 60_000, 128, connections=2).pack())
+            assert header.kind is Kind.OFFER
+            records = Offer.parse(payload).records
+            every = np.zeros(len(records), WANT_RANGE)
+            every["record"], every["count"] = np.arange(len(records)), records["pieces"]
+            want = Want(WantStatus.PIECES, 64 << 20, every)
+            # From here on a branch of the node waits for a further connection of generation 1.
+            guest.link.send(Kind.WANT, header.transfer, 1, want.pack())
+            assert guest.link.receive_header(Deadline.after(WITHIN_S)).kind is Kind.DATA
+            numbers = []
+            for epoch in (guest.question.epoch + 1, guest.question.epoch):
+                link = FrameLink(guest.dial(), 5.0)
+                hello = make_hello(spec, epoch, FAST, link.connection, can_join=True)
+                link.send(Kind.HELLO, header.transfer, 1, hello.pack())
+                numbers.append(link.receive_header(Deadline.after(WITHIN_S)).generation)
+                link.close()
+            assert numbers == [0, 1]
+
+
 # Nodes and requesters that die
 
 
@@ -472,12 +504,14 @@ def test_an_unanswered_question_can_be_cancelled(here: kvstore.Store) -> None:
 class Guest:
     """A requester made by hand."""
 
-    def __init__(self, node: Endpoint, store: kvstore.Store) -> None:
+    def __init__(
+        self, node: Endpoint, store: kvstore.Store, question: TransferId | None = None, *, can_join: bool = False
+    ) -> None:
         self.node, self.store = node, store
-        self.question = TransferId(random.getrandbits(60) + 1, 1)
+        self.question = question or TransferId(random.getrandbits(60) + 1, 1)
         self.tokens = 0
         self.link = FrameLink(self.dial(), 5.0)
-        hello = make_hello(store.spec, self.question.epoch, FAST, self.link.connection)
+        hello = make_hello(store.spec, self.question.epoch, FAST, self.link.connection, can_join=can_join)
         self.link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
         header = self.link.receive_header(Deadline.after(WITHIN_S))
         self.theirs = Hello.parse(self.link.receive_payload(header))
@@ -560,7 +594,7 @@ def test_a_second_connection_takes_over(here: kvstore.Store, there: kvstore.Stor
         # Only who said HELLO with the question's epoch may go on with it.
         second.is_closed(Kind.FETCH, fetch, guest.question)
         assert node.served_count == 1
-        with _Returning(node, here, guest.question) as again:
+        with Guest(node, here, guest.question) as again:
             again_header, again_offer = again.ask(Kind.FETCH, fetch)
             assert (again_header.transfer, bytes(again_offer)) == (header.transfer, bytes(offer))
             assert Offer.parse(offer).resume_tokens == (BIG_TOKENS,)
@@ -569,16 +603,22 @@ def test_a_second_connection_takes_over(here: kvstore.Store, there: kvstore.Stor
     nothing_is_served(node)
 
 
-class _Returning(Guest):
-    """The same requester once more."""
-
-    def __init__(self, node: Endpoint, store: kvstore.Store, question: TransferId) -> None:
-        self.node, self.store, self.question, self.tokens = node, store, question, 0
-        self.link = FrameLink(self.dial(), 5.0)
-        hello = make_hello(store.spec, question.epoch, FAST, self.link.connection)
-        self.link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
-        header = self.link.receive_header(Deadline.after(WITHIN_S))
-        self.theirs = Hello.parse(self.link.receive_payload(header))
+def test_one_question_is_served_once(
+    here: kvstore.Store, there: kvstore.Store, node: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two connections that ask for the same at the same moment: one of them gets it, and the other one is told."""
+    fetch = Fetch(BIG_TOKENS, 60_000, 128).pack()
+    # Both look before either has begun.
+    monkeypatch.setattr(Serving, "resume", lambda self, identity: None)
+    with Guest(node, here) as guest, Guest(node, here, guest.question) as second:
+        guest.query(IDS)
+        second.query(IDS)
+        header, _ = guest.ask(Kind.FETCH, fetch)
+        assert header.kind is Kind.OFFER
+        second.is_refused(Kind.FETCH, fetch, AbortCode.STALE_GENERATION)
+        assert (node.served_count, node.serving_statistics().fetches) == (1, 1)
+    nothing_is_served(node)
+    wait_until(lambda: node.connection_count == 0, "its connections have ended")
 
 
 def test_a_node_brings_nothing_that_was_not_asked_for(
