@@ -131,6 +131,8 @@ TRANSFER_DEADLINE_MAX_S = 3600.0
 TRANSFER_PRIORITY_MAX = 255
 """Priorities are one byte; 0 goes first."""
 TRANSFER_PRIORITY_DEFAULT = 128
+QUERY_PARTS_MAX = 1 << 16
+"""Chunk boundaries, and extra inputs, of one question to another node: each takes it some microseconds."""
 QUERY_DEADLINE_S = 10.0
 """How long a question to another node may take by default: connecting and its answer."""
 OUTCOME_GRACE_S = 60.0

@@ -17,6 +17,7 @@ from kvstore.limits import (
     EXTRA_BYTES_MAX,
     FRAME_PAYLOAD_BYTES_MAX,
     PROMPT_TOKENS_MAX,
+    QUERY_PARTS_MAX,
     SALT_BYTES_MAX,
 )
 from kvstore.pool import Prompt
@@ -77,9 +78,15 @@ class Query:
         return Prompt.of(spec, self.token_ids, salt=self.salt, adapter=self.adapter, extras=self.extras)
 
     def pack(self) -> bytes:
-        """Raises `TransferError` when one frame cannot hold it."""
+        """Raises `TransferError` when it is more than a node takes in one question."""
         adapter = self.adapter.encode()
         boundaries = () if self.grid is None else self.grid.boundaries
+        for what, count in (("chunk boundaries", len(boundaries)), ("extra inputs", len(self.extras))):
+            if count > QUERY_PARTS_MAX:
+                raise TransferError(
+                    f"a question with {count} {what} cannot be asked, the limit is {QUERY_PARTS_MAX}: ask for a "
+                    "shorter prefix, or name fewer"
+                )
         if self.shard.count > SHARDS_MAX:
             raise TransferError(f"a shard of {self.shard.count} cannot be asked for; the limit is {SHARDS_MAX}")
         fixed = _QUERY.pack(
@@ -117,6 +124,8 @@ class Query:
         _check_range("shards", count, index + 1, SHARDS_MAX)
         _check_range("candidates", candidates_max, 1, CANDIDATES_MAX)
         _check_range("tokens", tokens, 1, PROMPT_TOKENS_MAX)
+        _check_range("chunk boundaries", cuts, 0, QUERY_PARTS_MAX)
+        _check_range("extra inputs", extra_count, 0, QUERY_PARTS_MAX)
         if cuts and not flags & FLAG_GRID:
             raise ProtocolError(f"QUERY has {cuts} chunk boundaries without insisting on them")
         ids = reader.rows(_ID, tokens)

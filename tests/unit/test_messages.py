@@ -21,6 +21,7 @@ from kvstore.limits import (
     FRAME_HEADER_BYTES,
     FRAME_PAYLOAD_BYTES_MAX,
     FRAME_PIECES_MAX,
+    QUERY_PARTS_MAX,
     RECORD_BYTES_MAX,
     TOKEN_ID_MAX,
 )
@@ -309,6 +310,23 @@ def test_a_question_beyond_its_rules_is_refused(
 def test_a_question_beyond_one_frame_is_refused_by_who_asks() -> None:
     with pytest.raises(TransferError, match="shorter prefix"):
         Query(np.zeros(FRAME_PAYLOAD_BYTES_MAX // 4, np.uint32)).pack()
+
+
+def test_the_parts_of_a_question_are_bounded() -> None:
+    """Each costs the node that is asked some microseconds and an object; 16 MiB would hold millions."""
+    most = ChunkGrid.every(1, upto=QUERY_PARTS_MAX)
+    assert Query.parse(memoryview(question(grid=most).pack())).grid == most
+    extras = (ExtraInput(0, b""),) * (QUERY_PARTS_MAX + 1)
+    with pytest.raises(TransferError, match=f"{QUERY_PARTS_MAX + 1} extra inputs cannot be asked"):
+        question(extras=extras).pack()
+    with pytest.raises(TransferError, match=f"{QUERY_PARTS_MAX + 1} chunk boundaries cannot be asked"):
+        question(grid=ChunkGrid.every(1, upto=QUERY_PARTS_MAX + 1)).pack()
+    fixed = bytearray(question(grid=ChunkGrid(())).pack()[:32])
+    for offset, what in ((20, "chunk boundaries"), (24, "extra inputs")):
+        packed = bytearray(fixed)
+        struct.pack_into("<I", packed, offset, QUERY_PARTS_MAX + 1)
+        with pytest.raises(ProtocolError, match=f"{QUERY_PARTS_MAX + 1} {what}"):
+            Query.parse(memoryview(packed))
 
 
 def test_candidates_are_bounded_and_ordered() -> None:
