@@ -46,6 +46,7 @@ class NodeOperations(ABC):
         self._sender: Sender | None = None
         self._egress: Egress | None = None
         self._fetcher: Fetcher | None = None
+        self._is_closing = False
 
     @abstractmethod
     def check_open(self) -> None:
@@ -309,6 +310,7 @@ class NodeOperations(ABC):
     def _end_transfers(self) -> list[Callable[[], None]]:
         """Forget what was begun here; how each of it is closed, in order."""
         with self._nodes_lock:
+            self._is_closing = True  # What would begin from here on, nobody would close.
             endpoints, self._endpoints = list(self._endpoints), weakref.WeakSet()
             sender, self._sender = self._sender, None
             fetcher, self._fetcher = self._fetcher, None

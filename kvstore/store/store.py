@@ -398,7 +398,7 @@ class Store(NodeOperations):
 
     def check_open(self) -> None:
         """Raise `StoreClosedError` if the store was closed, or belongs to the parent of a fork."""
-        if self.is_closed:
+        if self._is_closing or self.is_closed:
             raise StoreClosedError("the store is closed; open it again")
 
 

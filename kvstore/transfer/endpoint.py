@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from kvstore.abc import TransportOptions
@@ -54,7 +55,7 @@ class Endpoint:
     Raises:
         AddressError: malformed, in use, or of no installed transport.
         UnavailableError: the transport does not work here.
-        TransferError: an option has another type.
+        TransferError: an option has another type, or the system has no thread for it.
     """
 
     def __init__(
@@ -76,14 +77,23 @@ class Endpoint:
             raise TransferError(f"settings={settings!r} is no kvstore.transfer.TransferSettings; pass one, or None")
         self.settings = settings or TransferSettings()
         options = transport or TransportOptions()
-        self._listener = find_transport(address).listen(address, options)
-        self._inbox = Inbox(pool, self.settings, boot_epoch or new_boot_epoch(), observer)
-        self._serving = Serving(pool, self._inbox, options, egress or Egress()) if serves else None
         self._lock = threading.Lock()
         self._sessions: dict[Session, threading.Thread] = {}
         self._is_closed = False
         self._accepting = threading.Thread(target=self._accept, name="kvstore-accept", daemon=True)
-        self._accepting.start()
+        with ExitStack() as undo:
+            self._listener = find_transport(address).listen(address, options)
+            undo.callback(self._listener.close)
+            self._inbox = Inbox(pool, self.settings, boot_epoch or new_boot_epoch(), observer)
+            undo.callback(self._inbox.close)
+            self._serving = Serving(pool, self._inbox, options, egress or Egress()) if serves else None
+            try:
+                self._accepting.start()
+            except RuntimeError as error:
+                raise TransferError(
+                    f"no thread can be started to listen at {address}: {error}; raise the limit on threads"
+                ) from error
+            undo.pop_all()
 
     def __enter__(self) -> Endpoint:
         return self

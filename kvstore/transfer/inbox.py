@@ -97,6 +97,9 @@ class Inbox:
 
     A transfer whose connection broke keeps its reservation for the resume window, so that a reconnecting
     sender finds it; it is given up earlier when another offer needs the space.
+
+    Raises:
+        TransferError: the system has no thread for it.
     """
 
     def __init__(
@@ -120,8 +123,14 @@ class Inbox:
         self._is_draining = False
         self._is_closed = False
         self._janitor = threading.Thread(target=self._expire, name="kvstore-transfer-janitor", daemon=True)
-        self._janitor.start()
         pool.subscribe(self._space_changed)
+        try:
+            self._janitor.start()
+        except RuntimeError as error:
+            pool.unsubscribe(self._space_changed)
+            raise TransferError(
+                f"no thread can be started to receive transfers: {error}; raise the limit on threads"
+            ) from error
 
     def statistics(self) -> InboxStatistics:
         """A copy of the counters."""
@@ -192,7 +201,11 @@ class Inbox:
         try:
             offered = check_offer(offer, self.spec)
             transaction = self._reserve(waiting, offered)
-            incoming = IncomingTransfer(transfer, offer, offered, transaction)
+            try:
+                incoming = IncomingTransfer(transfer, offer, offered, transaction)
+            except BaseException:
+                transaction.abort("the transfer could not be begun")
+                raise
             with self._changed:
                 if self._is_closed or waiting.cancelled is not None:
                     transaction.abort(waiting.cancelled or "the node is closing")

@@ -20,6 +20,7 @@ from kvstore.testing.resources import leaves_nothing
 from kvstore.transfer import Endpoint, LeaseSource, Sender, TransferSettings, send_lease, send_writer
 from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, Kind, TransferId
 from kvstore.transfer.greeting import make_hello
+from kvstore.transfer.incoming import IncomingTransfer
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import WANT_RANGE, Abort, AbortCode
 from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
@@ -126,6 +127,76 @@ def test_a_thread_that_cannot_start_leaves_nothing(
         assert repr(sender) == "Sender(0 transfers)"
         send_lease(lease_of(source), endpoint.address, sender=sender).result(WITHIN_S)
     assert_same(source, target, IDS, TOKENS)
+
+
+@pytest.mark.parametrize("name", ["kvstore-transfer-janitor", "kvstore-accept"])
+def test_an_endpoint_that_gets_no_thread_leaves_nothing(
+    target: kvstore.Store, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    here = address("memory")
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    heard = list(target.pool._listeners)  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(TransferError, match="raise the limit on threads"):
+            target.listen(here)
+    assert target.pool._listeners == heard  # type: ignore[attr-defined]
+    target.listen(here).close()
+
+
+def test_an_offer_that_cannot_be_taken_up_keeps_no_space(
+    source: kvstore.Store, target: kvstore.Store, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory was short for a moment, after the space had been reserved."""
+    reserved_bytes: list[int] = []
+
+    def fail_once(*arguments: Any) -> IncomingTransfer:
+        reserved_bytes.append(target.statistics().reserved_bytes)
+        if len(reserved_bytes) == 1:
+            raise MemoryError
+        return IncomingTransfer(*arguments)
+
+    monkeypatch.setattr("kvstore.transfer.inbox.IncomingTransfer", fail_once)
+    with Sender(settings=FAST) as sender:
+        send_lease(lease_of(source), endpoint.address, sender=sender).result(WITHIN_S)
+    assert len(reserved_bytes) == 2
+    assert reserved_bytes[0] == reserved_bytes[1] > 0
+    assert_same(source, target, IDS, TOKENS)
+    assert_settled(target)
+
+
+@pytest.mark.parametrize("begin", ["listen", "send", "fetch"])
+def test_nothing_begins_while_a_store_closes(
+    source: kvstore.Store, endpoint: Endpoint, begin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began between the list of what is to be closed and the pool's end would never be closed."""
+    close = Endpoint.close
+    errors: list[Exception] = []
+    match = match_all(source, IDS)
+
+    def close_late(closing: Endpoint) -> None:
+        try:
+            if begin == "listen":
+                source.listen(address("memory"))
+            elif begin == "send":
+                source.send(match, endpoint.address)
+            else:
+                source.fetch(IDS, endpoint.address)
+        except StoreClosedError as error:
+            errors.append(error)
+        close(closing)
+
+    source.listen(address("memory"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Endpoint, "close", close_late)
+        source.close()
+    assert len(errors) == 1
 
 
 def test_a_reader_that_cannot_start_ends_the_transfer(
