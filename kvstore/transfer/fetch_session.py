@@ -42,6 +42,7 @@ class FetchSession(Session):
 
     Attributes:
         refusal: why this side did not take the offer up.
+        told: why the node gave the transfer up.
         has_lost_track: a further connection ended before the node had told its number.
     """
 
@@ -61,6 +62,7 @@ class FetchSession(Session):
         super().__init__(inbox, greeted.link)
         self._committed = committed
         self.refusal: KVStoreError | None = None
+        self.told: Abort | None = None
         self._greeted = greeted
         self._connector = connector
         self._path = path
@@ -141,6 +143,11 @@ class FetchSession(Session):
         if self.is_attached(attached) and not self._is_over.is_set():
             self.has_lost_track = True
             self.close()
+
+    def _aborted_by_peer(self, header: FrameHeader, abort: Abort) -> None:
+        if header.transfer == self.transfer:
+            self.told = abort
+        super()._aborted_by_peer(header, abort)
 
     def _commit_when_complete(self, attached: Attached) -> None:
         was_attached = self._attached is not None

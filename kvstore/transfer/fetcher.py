@@ -103,7 +103,7 @@ class Fetcher:
             TransferError: too much is open already, the question is too long, or an option has another type.
             StoreClosedError: closed. AddressError, UnavailableError: no transport for this address.
         """
-        check_options(transport, TRANSFER_PRIORITY_DEFAULT, deadline_s)
+        check_options(transport, TRANSFER_PRIORITY_DEFAULT, deadline_s, deadline_name="deadline_s")
         dialer = self._dialer(address, transport)
         asked = _Asked(self, dialer, prompt, shard, grid, Deadline.after(deadline_s))
         self._begin(asked)
@@ -131,7 +131,8 @@ class Fetcher:
         Returns:
             A handle that resolves when it is committed here, or when there is nothing to fetch. It fails with
             `TransferFullError` (no room here; `TransferTooLargeError` if there never will be), `PeerGoneError`,
-            `PeerMismatchError`, `TransferAbortedError` or another `TransferError`. `cancel` aborts.
+            `PeerMismatchError`, `TransferAbortedError`, `ChecksumError` (pieces kept arriving damaged) or another
+            `TransferError`. `cancel` aborts.
 
         Raises:
             As `query`.

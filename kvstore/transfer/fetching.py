@@ -25,6 +25,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle
 from kvstore.transfer.asking import Asking, QuestionGoneError, refusal
+from kvstore.transfer.attachment import ChecksumTransferError
 from kvstore.transfer.fetch_session import FetchSession
 from kvstore.transfer.flights import Flight
 from kvstore.transfer.inbox import OfferRefusedError
@@ -332,7 +333,14 @@ class Fetching:
 
     def _receive(self, greeted: GreetedLink, offer: _OfferFrame, flight: Flight) -> FetchReport:
         means = self._means
-        self._transfer = transfer = offer[0].transfer
+        transfer = offer[0].transfer
+        ended = means.inbox.outcomes.get(transfer)
+        if isinstance(ended, Committed):
+            raise ProtocolError(f"{self.address} offers transfer {transfer} again, which was committed here before")
+        if ended is not None:
+            # While nobody was connected: another fetch needed the space, or it took too long.
+            raise QuestionGoneError(f"this side has given transfer {transfer} up: {ended.reason}")
+        self._transfer = transfer
 
         def committed() -> None:
             outcome = means.inbox.outcomes.get(transfer)
@@ -367,9 +375,11 @@ class Fetching:
         if self._done is not None:
             return self._done
         self._check()
+        if session.told is not None:
+            raise refusal(self.address, session.told)
         outcome = means.inbox.outcomes.get(transfer)
         if isinstance(outcome, Abort):
-            raise refusal(self.address, outcome)
+            raise self._given_up(outcome)
         raise PeerGoneError(f"the connection to {self.address} ended before transfer {transfer} had")
 
     def _committed(self, committed: Committed, flight: Flight) -> None:
@@ -391,6 +401,15 @@ class Fetching:
         if isinstance(error, StoreClosedError):
             return error
         return TransferError(f"{what} could not be taken up: {error}")
+
+    def _given_up(self, abort: Abort) -> KVStoreError:
+        """Why this side did not go on with what it had taken up."""
+        message = f"the fetch from {self.address} was given up here ({abort.code.name}): {abort.reason}"
+        if abort.code is AbortCode.CHECKSUM:
+            return ChecksumTransferError(message)
+        if abort.code is AbortCode.INVALID:
+            return ProtocolError(message)
+        return TransferAbortedError(message)
 
     def _report(self, committed: Committed | None = None, flight: Flight | None = None) -> FetchReport:
         now = time.monotonic()

@@ -248,7 +248,13 @@ class Sender:
         self._workers.close()
 
 
-def check_options(transport: TransportOptions | None, priority: int, total_deadline_s: float | None) -> None:
+def check_options(
+    transport: TransportOptions | None,
+    priority: int,
+    total_deadline_s: float | None,
+    *,
+    deadline_name: str = "total_deadline_s",
+) -> None:
     """Raises `TransferError` for a value that an offer cannot carry, or of another type."""
     if not isinstance(transport, TransportOptions | None):
         raise TransferError(f"transport={transport!r} is no kvstore.TransportOptions; pass one, or None")
@@ -261,10 +267,10 @@ def check_options(transport: TransportOptions | None, priority: int, total_deadl
     if total_deadline_s is None:
         return
     if not isinstance(total_deadline_s, int | float) or not total_deadline_s > 0:
-        raise TransferError(f"total_deadline_s={total_deadline_s!r} is no positive number of seconds; give one or None")
+        raise TransferError(f"{deadline_name}={total_deadline_s!r} is no positive number of seconds; give one")
     if total_deadline_s > TRANSFER_DEADLINE_MAX_S:
         raise TransferError(
-            f"total_deadline_s={total_deadline_s} is more than receivers keep a transfer for, "
+            f"{deadline_name}={total_deadline_s} is more than receivers keep a transfer for, "
             f"{TRANSFER_DEADLINE_MAX_S:g} s; give less, or send less at once"
         )
 

@@ -15,6 +15,7 @@ import kvstore
 from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
 from kvstore.errors import (
+    ChecksumError,
     KVStoreError,
     PeerGoneError,
     ProtocolError,
@@ -199,6 +200,66 @@ def test_a_node_that_restarts_is_asked_anew(
         nothing_is_served(second)
     nothing_is_served(tcp)
     assert tcp.serving_statistics().failed == 1
+
+
+def test_a_fetch_that_this_side_gave_up_while_it_was_cut_is_asked_anew(
+    here: kvstore.Store, there: kvstore.Store, tcp: Endpoint, fetcher: Fetcher
+) -> None:
+    """Another fetch needed the space: what the node still sends is not taken up again, and the node is not blamed."""
+    given_up = []
+
+    def backward(number: int) -> Any:
+        if number == 1:
+            # Between one connection and the next.
+            (incoming,) = fetcher._inbox.transfers()  # type: ignore[union-attr]
+            abort = Abort(AbortCode.CLOSING, "another transfer needed the space")
+            wait_until(
+                lambda: fetcher._inbox.give_up(incoming.transfer, abort, only_detached=True),  # type: ignore[union-attr]
+                "the first connection has ended",
+            )
+            given_up.append(incoming.transfer)
+        return CutAfter(400_000) if number == 0 else bytes
+
+    with Proxy(tcp.address, lambda number: bytes, backward) as proxy:
+        report = fetcher.fetch(here.prompt([*IDS, 1]), proxy.address).result(WITHIN_S)
+    assert report.tokens == BIG_TOKENS
+    assert given_up
+    assert report.transfer not in given_up
+    assert_same(there, here, IDS, BIG_TOKENS)
+    assert_settled(here, there)
+    nothing_is_served(tcp)
+
+
+def test_a_transfer_that_ended_is_not_taken_for_another_one(
+    here: kvstore.Store, there: kvstore.Store, node: Endpoint, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that uses a transfer's name again brings nothing by it, and the fetch does not claim that it did."""
+    first = fetcher.fetch(here.prompt([*IDS, 1]), node.address).result(WITHIN_S)
+    assert first.transfer is not None
+    here.pool.evict(here.prompt(IDS).path.key(0))
+    monkeypatch.setattr(node._serving, "_counter", itertools.repeat(first.transfer.counter))
+    with pytest.raises(ProtocolError, match="which was committed here before"):
+        fetcher.fetch(here.prompt([*IDS, 1]), node.address).result(WITHIN_S)
+    assert match_all(here, IDS).tokens == 0
+    assert_settled(here)
+
+
+def test_pieces_that_keep_arriving_damaged_end_the_fetch_by_name(here: kvstore.Store, scheme: str) -> None:
+    strict = replace(FAST, damaged_pieces_max=5)
+    with (
+        kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as there,
+        Endpoint(there.pool, address(scheme), settings=FAST, serves=True) as node,
+        Fetcher(here.pool, settings=strict) as fetcher,
+    ):
+        store_prompt(there, IDS)
+        with there.read(match_all(there, IDS)) as lease:
+            record = lease.records[0]
+            record.memory.cast("B")[int(record.layout.piece_offsets[0])] ^= 1
+        with pytest.raises(ChecksumError, match=r"given up here.*look at the sender's memory"):
+            fetcher.fetch(here.prompt([*IDS, 1]), node.address).result(WITHIN_S)
+        assert match_all(here, IDS).tokens == 0
+        assert_settled(here)
+        nothing_is_served(node)
 
 
 def test_a_question_that_the_node_has_forgotten_is_asked_anew(
