@@ -39,10 +39,12 @@ class FetchSession(Session):
         observer: told of each layer's bytes as they arrive.
         committed: called when the prefix is here, from any thread of the session; pieces may still be observed then.
         connections: over how many connections it may come.
+        deadline: of the fetch; what the node says in its offer counts only if that is earlier.
 
     Attributes:
         refusal: why this side did not take the offer up.
         told: why the node gave the transfer up.
+        incoming: what arrives, once it was taken up.
         has_lost_track: a further connection ended before the node had told its number.
     """
 
@@ -58,11 +60,13 @@ class FetchSession(Session):
         committed: Callable[[], None],
         *,
         connections: int,
+        deadline: Deadline,
     ) -> None:
         super().__init__(inbox, greeted.link)
         self._committed = committed
         self.refusal: KVStoreError | None = None
         self.told: Abort | None = None
+        self.incoming: IncomingTransfer | None = None
         self._greeted = greeted
         self._connector = connector
         self._path = path
@@ -70,6 +74,7 @@ class FetchSession(Session):
         self._first = offer
         self._observer = observer
         self._connections = connections
+        self._deadline = deadline
         self.has_lost_track = False
         self._joiners: list[_Joiner] = []
         self._cancelled: str | None = None
@@ -111,7 +116,9 @@ class FetchSession(Session):
     def _attach(self, transfer: TransferId, offer: Offer) -> IncomingTransfer:
         try:
             self._check_asked(offer)
-            return super()._attach(transfer, offer)
+            self.incoming = incoming = super()._attach(transfer, offer)
+            incoming.deadline = incoming.deadline.earlier(self._deadline)
+            return incoming
         except KVStoreError as error:
             self.refusal = error
             raise

@@ -23,7 +23,7 @@ from kvstore.errors import (
     TransferTooLargeError,
     TransportError,
 )
-from kvstore.handle import Handle
+from kvstore.handle import Handle, Progress
 from kvstore.transfer.asking import Asking, QuestionGoneError, refusal
 from kvstore.transfer.attachment import ChecksumTransferError
 from kvstore.transfer.fetch_session import FetchSession
@@ -33,6 +33,7 @@ from kvstore.transfer.messages import Abort, AbortCode, Committed
 from kvstore.transfer.outgoing_transfer import BACKOFF_S, PROTOCOL_FAULTS_MAX
 from kvstore.transfer.query import Candidates, Fetch, Query
 from kvstore.transfer.remote import FetchReport
+from kvstore.transfer.snapshots import TransferState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +120,7 @@ class Fetching:
         self._observer = observer
         self._on_end = on_end
         self.address = connector.address
-        self.handle: Handle[FetchReport] = Handle(f"a fetch from {self.address}", self.cancel)
+        self.handle: Handle[FetchReport] = Handle(f"a fetch from {self.address}", self.cancel, self._progress)
         self.started_s = time.monotonic()
         settings = means.inbox.settings
         self._settings = settings
@@ -167,6 +168,16 @@ class Fetching:
             session.call_off(reason)
         elif greeted is not None:
             greeted.link.close()
+
+    def _progress(self) -> Progress:
+        with self._lock:
+            done, session = self._done, self._session
+        if done is not None:
+            return Progress(done.received_bytes, done.received_bytes, TransferState.COMMITTING)
+        incoming = None if session is None else session.incoming
+        if incoming is None:
+            return Progress(0, 0, TransferState.CONNECTING)
+        return Progress(incoming.received_bytes, incoming.expected_bytes, TransferState.MOVING)
 
     # The thread
 
@@ -358,6 +369,7 @@ class Fetching:
             # An observer has seen every piece before the fetch has ended.
             committed if self._observer is None else lambda: None,
             connections=self._connections,
+            deadline=self._deadline,
         )
         with self._lock:
             self._session = session
@@ -370,6 +382,7 @@ class Fetching:
         if session.has_lost_track:
             self._connections = 1
         if session.refusal is not None:
+            self._check()
             raise self._unwelcome(session.refusal, flight)
         committed()
         if self._done is not None:

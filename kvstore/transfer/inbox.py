@@ -400,6 +400,10 @@ class Inbox:
             entry = self._entries.get(transfer)
             if entry is not None and only_detached and not entry.is_detached:
                 return False
+            waiting = self._line.find(transfer)
+            if waiting is not None:
+                waiting.cancelled = waiting.cancelled or abort.reason
+                self._changed.notify_all()
             if entry is not None:
                 del self._entries[transfer]
                 self._statistics.aborted += 1

@@ -18,10 +18,12 @@ from kvstore.errors import (
     ChecksumError,
     KVStoreError,
     PeerGoneError,
+    PoolFullError,
     ProtocolError,
     TransferAbortedError,
     TransferError,
 )
+from kvstore.handle import Progress
 from kvstore.limits import CONNECTIONS_PER_TRANSFER_MAX
 from kvstore.registry import transport_for
 from kvstore.spec import WHOLE, Shard
@@ -541,6 +543,63 @@ def test_the_total_deadline_holds(here: kvstore.Store, there: kvstore.Store, nod
         handle.result(WITHIN_S)
     assert_settled(here)
     nothing_is_served(node)
+
+
+def test_the_total_deadline_is_the_requesters_whatever_the_node_says(
+    here: kvstore.Store, there: kvstore.Store, node: Endpoint, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Serving.begin
+
+    def begin_for_long(self: Serving, question: Question, fetch: Fetch, address: str) -> Any:
+        return begin(self, question, replace(fetch, total_deadline_ms=3_600_000), address)
+
+    monkeypatch.setattr(Serving, "begin", begin_for_long)
+    slow = Recorder(0.1)
+    start_s = time.monotonic()
+    handle = fetcher.fetch(here.prompt([*IDS, 1]), node.address, total_deadline_s=0.3, observer=slow)
+    with pytest.raises(TransferAbortedError, match="deadline"):
+        handle.result(WITHIN_S)
+    assert slow.received_bytes < total_bytes(there)
+    assert time.monotonic() - start_s < WITHIN_S / 2
+    assert_settled(here)
+    nothing_is_served(node)
+
+
+def test_a_fetch_says_how_far_it_has_come(here: kvstore.Store, node: Endpoint, fetcher: Fetcher) -> None:
+    slow = Recorder(0.02)
+    handle = fetcher.fetch(here.prompt([*IDS, 1]), node.address, observer=slow)
+    assert handle.progress().state in ("connecting", "moving")
+    wait_until(lambda: handle.progress().done_bytes > 0, "some of it is here")
+    moving = handle.progress()
+    assert 0 < moving.done_bytes < moving.total_bytes
+    report = handle.result(WITHIN_S)
+    assert handle.progress() == Progress(report.received_bytes, moving.total_bytes, "done")
+
+
+def test_a_fetch_that_waits_for_space_can_be_cancelled(there: kvstore.Store, tcp: Endpoint) -> None:
+    """Its place in the line is given up at once, not when it would have been its turn."""
+    patient = TransferSettings(progress_deadline_s=4 * WITHIN_S, queue_deadline_s=2 * WITHIN_S)
+    with (
+        kvstore.open(tiny_spec(BIG_WIDTH), dram="64MiB") as here,
+        Endpoint(there.pool, address("tcp"), settings=patient, serves=True) as node,
+        Fetcher(here.pool, settings=patient) as fetcher,
+        here.write(prompt(BIG_TOKENS, seed=5)),
+    ):
+        reserved_bytes = here.statistics().reserved_bytes
+        begin = here.pool.begin
+
+        def full(*arguments: Any, **options: Any) -> Any:
+            raise PoolFullError("no room")
+
+        here.pool.begin = full  # type: ignore[method-assign]
+        handle = fetcher.fetch(here.prompt([*IDS, 1]), node.address)
+        wait_until(lambda: fetcher._inbox is not None and bool(fetcher._inbox.transfers()), "it waits for space")
+        handle.cancel("no longer wanted")
+        with pytest.raises(TransferAbortedError, match="no longer wanted"):
+            handle.result(WITHIN_S)
+        here.pool.begin = begin  # type: ignore[method-assign]
+        assert here.statistics().reserved_bytes == reserved_bytes
+        nothing_is_served(node)
 
 
 def test_an_unanswered_question_can_be_cancelled(here: kvstore.Store) -> None:
