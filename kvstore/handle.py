@@ -90,8 +90,9 @@ class Handle(Generic[T]):
 
     def cancel(self, reason: str = "cancelled by the caller") -> None:
         """Ask the work to stop. It then ends with an error soon, unless it has ended before."""
-        if self._cancel is not None and not self.done():
-            self._cancel(reason)
+        cancel = self._cancel
+        if cancel is not None and not self.done():
+            cancel(reason)
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when the work has ended; for `select`, epoll, asyncio.
@@ -129,8 +130,8 @@ class Handle(Generic[T]):
                 return False
             self._value, self._error = value, error
             self._final = replace(last, state="done" if error is None else "failed")
-            # What it asks may hold what the work has given back.
-            self._progress = None
+            # What these ask may hold what the work has given back.
+            self._progress = self._cancel = None
             self._event.set()
             if self._descriptor is not None:
                 os.eventfd_write(self._descriptor, 1)

@@ -457,32 +457,40 @@ class Inbox:
     def _expire(self) -> None:
         """The janitor: gives up what nobody resumed in time. Sleeps until the next of these times."""
         while True:
-            expired: list[tuple[TransferId, Abort]] = []
             with self._changed:
                 if self._is_closed:
                     return
                 now = time.monotonic()
-                nearest_s: float | None = None
-                for transfer, entry in self._entries.items():
-                    detached_s = entry.incoming.detached_s
-                    until_s = entry.incoming.deadline.at_s
-                    if detached_s is not None:
-                        until_s = min(until_s, detached_s + self.settings.resume_window_s)
-                    elif until_s <= now and not entry.is_detached:
-                        # Its session holds the deadline, too, and is about to end; seen to anyhow.
-                        until_s = now + self.settings.progress_deadline_s
-                    if until_s > now:
-                        nearest_s = until_s if nearest_s is None else min(nearest_s, until_s)
-                    elif entry.incoming.deadline.has_passed:
-                        expired.append((transfer, Abort(AbortCode.DEADLINE, "its total deadline passed")))
-                    else:
-                        reason = f"its connection broke and none replaced it within {self.settings.resume_window_s:g} s"
-                        expired.append((transfer, Abort(AbortCode.DEADLINE, reason)))
+                expired, nearest_s = self._expired(now)
                 if not expired:
                     self._changed.wait(None if nearest_s is None else nearest_s - now)
                     continue
             for transfer, abort in expired:
                 self.give_up(transfer, abort, only_detached=True)
+
+    def _expired(self, now: float) -> tuple[list[tuple[TransferId, Abort]], float | None]:
+        """What is to be given up, and when to look again. Call with the lock held.
+
+        A frame of its own: what it has looked at, a janitor that sleeps must not keep alive.
+        """
+        expired: list[tuple[TransferId, Abort]] = []
+        nearest_s: float | None = None
+        for transfer, entry in self._entries.items():
+            detached_s = entry.incoming.detached_s
+            until_s = entry.incoming.deadline.at_s
+            if detached_s is not None:
+                until_s = min(until_s, detached_s + self.settings.resume_window_s)
+            elif until_s <= now and not entry.is_detached:
+                # Its session holds the deadline, too, and is about to end; seen to anyhow.
+                until_s = now + self.settings.progress_deadline_s
+            if until_s > now:
+                nearest_s = until_s if nearest_s is None else min(nearest_s, until_s)
+            elif entry.incoming.deadline.has_passed:
+                expired.append((transfer, Abort(AbortCode.DEADLINE, "its total deadline passed")))
+            else:
+                reason = f"its connection broke and none replaced it within {self.settings.resume_window_s:g} s"
+                expired.append((transfer, Abort(AbortCode.DEADLINE, reason)))
+        return expired, nearest_s
 
     def drain(self, deadline: Deadline) -> bool:
         """Refuse new transfers and wait for those that run, detached ones included. False if some run at the deadline.

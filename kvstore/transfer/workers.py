@@ -20,7 +20,7 @@ class Task:
     """Something that a worker does. Any thread may ask."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
-        self._work = work
+        self._work: Callable[[], None] | None = work
         self._name = name
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -33,8 +33,10 @@ class Task:
         """Do it, in the calling thread, which has its name meanwhile."""
         self._thread = threading.current_thread()
         self._thread.name = self._name
+        work, self._work = self._work, None  # It mostly holds the task in turn, and much else.
+        assert work is not None, "a task runs once"
         try:
-            self._work()
+            work()
         except Exception:
             LOG.exception("%s ended by an error that nobody expected", self._name)
         finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from kvstore.pool import RecordArrays
 from kvstore.registry import transport_for
 from kvstore.testing.resources import leaves_nothing
 from kvstore.transfer import Endpoint, LeaseSource, Sender, TransferSettings, send_lease, send_writer
+from kvstore.transfer.fetching import Fetching
 from kvstore.transfer.frames import FLAG_REMOTE, NO_TRANSFER, Kind, TransferId
 from kvstore.transfer.greeting import make_hello
 from kvstore.transfer.incoming import IncomingTransfer
@@ -25,6 +28,7 @@ from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import WANT_RANGE, Abort, AbortCode
 from kvstore.transfer.offer import Offer, OfferFlag, offer_rows
 from kvstore.transfer.outgoing import Outgoing
+from kvstore.transfer.outgoing_transfer import OutgoingTransfer
 from kvstore.transfer.session import Session
 from tests.integration.transfer_nodes import (
     FAST,
@@ -197,6 +201,41 @@ def test_nothing_begins_while_a_store_closes(
         patch.setattr(Endpoint, "close", close_late)
         source.close()
     assert len(errors) == 1
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "memory"])
+def test_what_has_ended_is_let_go_of(
+    source: kvstore.Store, target: kvstore.Store, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the garbage collector, and also while its handle is kept: a transfer knows much of a store's memory."""
+    made: list[weakref.ref[object]] = []
+    short = prompt(8, seed=1)
+
+    def note(kind: type) -> None:
+        begin = kind.__init__  # type: ignore[misc]
+
+        def noted(self: object, *arguments: Any, **options: Any) -> None:
+            begin(self, *arguments, **options)
+            made.append(weakref.ref(self))
+
+        monkeypatch.setattr(kind, "__init__", noted)
+
+    for kind in (OutgoingTransfer, IncomingTransfer, Fetching):
+        note(kind)
+    gc.collect()
+    gc.disable()
+    try:
+        receiver, node = target.listen(address(scheme)), source.listen(address(scheme), serves=True)
+        store_prompt(source, short, seed=1)
+        handles: list[Any] = [source.send(match_all(source, short), receiver.address)]
+        handles[0].result(WITHIN_S)
+        handles.append(target.fetch([*IDS, 1], node.address))
+        assert handles[1].result(WITHIN_S).received_bytes
+        assert len(made) == 5
+        wait_until(lambda: not any(each() for each in made), "nothing of them is left")
+        assert all(handle.done() for handle in handles)
+    finally:
+        gc.enable()
 
 
 def test_a_reader_that_cannot_start_ends_the_transfer(
