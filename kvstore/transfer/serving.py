@@ -177,7 +177,8 @@ class Serving:
         raise LeaseGoneError(f"no resume point of {tokens} tokens is here any more")
 
     def _send(self, hold: BaseHold, question: Question, fetch: Fetch, address: str) -> Served:
-        settings = replace(self._inbox.settings, connections=fetch.connections)
+        own = self._inbox.settings
+        settings = replace(own, connections=min(fetch.connections, own.connections or fetch.connections))
         source = LeaseSource(hold)
         connector = CallbackConnector(address, settings.progress_deadline_s)
         try:

@@ -34,6 +34,7 @@ from kvstore.transfer.greeting import make_hello
 from kvstore.transfer.link import FrameLink
 from kvstore.transfer.messages import WANT_RANGE, Abort, AbortCode, Hello, Want, WantStatus
 from kvstore.transfer.offer import Offer
+from kvstore.transfer.path_watch import PathWatch
 from kvstore.transfer.query import Candidates, Fetch, Query
 from kvstore.transfer.serving import Question, Serving
 from tests.integration.tcp_proxy import CutAfter, Proxy
@@ -349,22 +350,34 @@ def test_a_further_connection_that_breaks_before_its_number_is_known() -> None:
         nothing_is_served(node)
 
 
-def test_a_node_that_sends_over_one_connection() -> None:
-    """A paced node takes no further connection, and the requester goes on with the first."""
+@pytest.mark.parametrize("reason", ["paced", "told to"])
+def test_a_node_that_sends_over_one_connection(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no further connection, and the requester goes on with the first."""
     spec = tiny_spec(4096)
-    options = TransportOptions(pacing_bytes_per_s=32 << 20)
+    options = TransportOptions(pacing_bytes_per_s=32 << 20 if reason == "paced" else None)
+    settings = TransferSettings(connections=1 if reason == "told to" else None)
     with (
         kvstore.open(spec, dram="64MiB") as big,
         kvstore.open(spec, dram="64MiB") as here,
-        Endpoint(big.pool, address("tcp"), transport=options, serves=True) as node,
+        Endpoint(big.pool, address("tcp"), transport=options, settings=settings, serves=True) as node,
         Fetcher(here.pool) as fetcher,
         Proxy(node.address, lambda number: bytes) as proxy,
     ):
         ids = prompt(256)
         store_prompt(big, ids)
+        opened = PathWatch.opened
+        taken = 0
+
+        def note(self: PathWatch, connection: Any) -> None:
+            nonlocal taken
+            taken += 1
+            opened(self, connection)
+
+        monkeypatch.setattr(PathWatch, "opened", note)
         report = fetcher.fetch(here.prompt([*ids, 1]), proxy.address).result(WITHIN_S)
         assert (report.tokens, report.reconnects) == (256, 0)
         assert proxy.connection_count == 2
+        assert taken == 1
         assert_same(big, here, ids, 256)
         nothing_is_served(node)
 
