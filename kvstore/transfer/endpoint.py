@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
-from kvstore.errors import DeadlineError, PeerGoneError, TransferError, TransportError
+from kvstore.errors import DeadlineError, KVStoreError, PeerGoneError, TransferError
 from kvstore.registry import transport_for
 from kvstore.transfer.attachment import ABORT_DEADLINE_S
 from kvstore.transfer.egress import Egress
@@ -182,7 +182,8 @@ class Endpoint:
                 continue
             except PeerGoneError:
                 return
-            except TransportError as error:
+            except (KVStoreError, OSError) as error:
+                # Whatever became of one connection, the node goes on listening.
                 LOG.warning("%s could not accept a connection: %s", self.address, error)
                 time.sleep(ACCEPT_PAUSE_S)
                 continue
@@ -193,7 +194,7 @@ class Endpoint:
         try:
             link = FrameLink(connection, self.settings.progress_deadline_s)
             session = Session(self._inbox, link, self._serving)
-        except TransportError as error:
+        except (KVStoreError, OSError) as error:
             LOG.warning("%s closed a connection from %s: %s", self.address, connection.peer_address, error)
             connection.close()
             return

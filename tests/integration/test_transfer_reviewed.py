@@ -14,7 +14,7 @@ import pytest
 import kvstore
 from kvstore.abc import TransportOptions
 from kvstore.clock import Deadline
-from kvstore.errors import LeaseError, StoreClosedError, TransferError, TransferTooLargeError
+from kvstore.errors import LeaseError, StoreClosedError, TransferError, TransferTooLargeError, UnavailableError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S, TRANSFER_PRIORITY_MAX
 from kvstore.pool import RecordArrays
 from kvstore.registry import transport_for
@@ -45,6 +45,7 @@ from tests.integration.transfer_nodes import (
     tiny_spec,
     wait_until,
 )
+from transports.memory.listener import MemoryListener
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,6 +153,24 @@ def test_an_endpoint_that_gets_no_thread_leaves_nothing(
             target.listen(here)
     assert target.pool._listeners == heard  # type: ignore[attr-defined]
     target.listen(here).close()
+
+
+@pytest.mark.parametrize("error", [OSError("not connected"), UnavailableError("no such congestion control")])
+def test_an_endpoint_outlives_a_connection_that_cannot_be_accepted(
+    source: kvstore.Store, target: kvstore.Store, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept = MemoryListener.accept
+    errors = [error]
+
+    def fail_once(listener: MemoryListener, deadline: Deadline) -> Any:
+        if errors:
+            raise errors.pop()
+        return accept(listener, deadline)
+
+    monkeypatch.setattr(MemoryListener, "accept", fail_once)
+    with Endpoint(target.pool, address("memory"), settings=FAST) as endpoint, Sender(settings=FAST) as sender:
+        send_lease(lease_of(source), endpoint.address, sender=sender).result(WITHIN_S)
+    assert not errors
 
 
 def test_an_offer_that_cannot_be_taken_up_keeps_no_space(
