@@ -44,6 +44,7 @@ from tests.integration.transfer_nodes import (
     FAST,
     WITHIN_S,
     DeafConnection,
+    Gate,
     Recorder,
     WrappedTransport,
     address,
@@ -579,12 +580,13 @@ def test_the_total_deadline_is_the_requesters_whatever_the_node_says(
 
 
 def test_a_fetch_says_how_far_it_has_come(here: kvstore.Store, node: Endpoint, fetcher: Fetcher) -> None:
-    slow = Recorder(0.02)
-    handle = fetcher.fetch(here.prompt([*IDS, 1]), node.address, observer=slow)
+    gate = Gate()
+    handle = fetcher.fetch(here.prompt([*IDS, 1]), node.address, observer=gate)
     assert handle.progress().state in ("connecting", "moving")
     wait_until(lambda: handle.progress().done_bytes > 0, "some of it is here")
     moving = handle.progress()
     assert 0 < moving.done_bytes < moving.total_bytes
+    gate.is_open.set()
     report = handle.result(WITHIN_S)
     assert handle.progress() == Progress(report.received_bytes, moving.total_bytes, "done")
 

@@ -11,7 +11,7 @@ from kvstore._native import TrafficFlow
 from kvstore.testing.resources import leaves_nothing
 from tests.integration.transfer_nodes import (
     WITHIN_S,
-    Recorder,
+    Gate,
     address,
     match_all,
     prompt,
@@ -48,11 +48,12 @@ def target() -> Iterator[kvstore.Store]:
 
 def test_a_served_fetch_shows_among_the_links(source: kvstore.Store, target: kvstore.Store) -> None:
     node = source.listen(address("tcp"), serves=True)
-    slow = Recorder(0.02)
-    handle = target.fetch([*IDS, 1], node.address, observer=slow)
-    wait_until(lambda: bool(slow.received), "it is under way")
+    gate = Gate()
+    handle = target.fetch([*IDS, 1], node.address, observer=gate)
+    wait_until(lambda: bool(gate.received), "it is under way")
     (running,) = source.links()
     assert (running.peer_address, running.transfers_running) == ("tcp://127.0.0.1", 1)
+    gate.is_open.set()
     received_bytes = handle.result(WITHIN_S).received_bytes
     wait_until(lambda: node.served_count == 0, "the node has heard of the commit")
     # A requester's connections have ports of their own; it is one peer all the same.
@@ -66,10 +67,11 @@ def test_a_served_fetch_shows_among_the_links(source: kvstore.Store, target: kvs
 
 def test_a_fetch_that_fails_leaves_no_transfer_on_its_link(source: kvstore.Store, target: kvstore.Store) -> None:
     node = source.listen(address("tcp"), serves=True)
-    slow = Recorder(0.02)
-    handle = target.fetch([*IDS, 1], node.address, observer=slow)
-    wait_until(lambda: bool(slow.received), "it is under way")
+    gate = Gate()
+    handle = target.fetch([*IDS, 1], node.address, observer=gate)
+    wait_until(lambda: bool(gate.received), "it is under way")
     handle.cancel()
+    gate.is_open.set()
     wait_until(lambda: node.served_count == 0, "the node has heard of it")
     (link,) = source.links()
     assert (link.transfers_running, link.connections, link.transfers) == (0, 0, 0)

@@ -193,6 +193,18 @@ class Recorder(TransferObserver):
 # Faulty networks
 
 
+class Gate(Recorder):
+    """Keeps whoever reports pieces waiting until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_open = threading.Event()
+
+    def piece_received(self, layer: int, size_bytes: int, start_s: float, end_s: float) -> None:
+        super().piece_received(layer, size_bytes, start_s, end_s)
+        assert self.is_open.wait(WITHIN_S)
+
+
 class WrappedTransport(Transport):
     """Another transport whose outgoing connections pass through `wrap(connection, number)`."""
 
