@@ -733,9 +733,12 @@ def test_random_transfers_between_three_nodes(scheme: str, sender: Sender) -> No
             try:
                 if match_all(stores[here], ids).tokens != tokens:
                     store_prompt(stores[here], ids, seed=seed)
-                lease = stores[here].read(match_all(stores[here], ids))
+                match = match_all(stores[here], ids)
+                if not match:
+                    continue
+                lease = stores[here].read(match)
             except (PoolFullError, LeaseGoneError):
-                continue  # What arrives here at the same time may need the room, also between match and read.
+                continue  # What arrives here at the same time may need the room, at any point in between.
             handle = sender.send(LeaseSource(lease), endpoints[there].address)
             if generator.random() < 0.2:
                 handle.cancel()
