@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
 from kvstore.errors import KVStoreError, PeerGoneError, ProtocolError
-from kvstore.limits import MIB
 from kvstore.transfer.messages import Abort, AbortCode
 from kvstore.transfer.offer import Offer, OfferFlag
 from kvstore.transfer.session import Session
+from kvstore.transfer.settings import JOIN_BYTES_MIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kvstore.transfer.report import TransferObserver
 
 LOG = logging.getLogger("kvstore.transfer")
-FETCH_JOIN_BYTES_MIN = 8 * MIB
-"""For fewer missing bytes no further connection is opened. The node takes those that its path to here calls for."""
 
 
 class FetchSession(Session):
@@ -135,7 +133,7 @@ class FetchSession(Session):
     def _branch_out(self, attached: Attached) -> None:
         """Open further connections if that pays; the node sends over them what it has not sent over this one."""
         assert self._greeted is not None
-        if not self._greeted.may_join or attached.incoming.missing_bytes < FETCH_JOIN_BYTES_MIN:
+        if not self._greeted.may_join or attached.incoming.missing_bytes < JOIN_BYTES_MIN:
             return
         # From here on the node may send over connections that this side is about to take up, and then COMMIT.
         attached.incoming.is_joined = True

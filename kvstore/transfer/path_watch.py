@@ -11,7 +11,7 @@ from kvstore.errors import PeerGoneError
 from kvstore.limits import KIB, MIB
 from kvstore.transfer.path import BUFFER_SHARE_MIN, PathChoice, PathMeasurement, choose_path
 from kvstore.transfer.report import PathReport
-from kvstore.transfer.settings import JOIN_BYTES_MIN
+from kvstore.transfer.settings import JOIN_BYTES_MIN, JOIN_UNASKED
 from kvstore.transfer.telemetry import Growth, LinkSample
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class PathWatch:
                 self._growth = found
             self._choice = self._choose(self._measurement(wanted_bytes))
             self._count_since_s, self._half = now_s, None
-            if wanted_bytes < JOIN_BYTES_MIN and not self._is_far_now():
+            is_unasked = self._settings.connections is None and self._route_count == 1
+            if wanted_bytes < JOIN_BYTES_MIN * (JOIN_UNASKED if is_unasked else 1) and not self._is_far_now():
                 self._choice = replace(self._choice, connections=1)
             return self._choice.connections
 

@@ -29,9 +29,11 @@ PRODUCER_SLACK_S = 600.0
 DAMAGED_PIECES_MAX = 64
 """Pieces of one transfer that may arrive damaged and be asked for again before it is given up."""
 
-JOIN_BYTES_MIN = 48 * MIB
-"""On a short path, fewer missing bytes are gone sooner over one connection: a second one and its threads cost a
-millisecond at each end."""
+JOIN_BYTES_MIN = 8 * MIB
+"""Fewer missing bytes are gone before a further connection stands."""
+JOIN_UNASKED = 6
+"""Where nobody has asked for several, and one way leads to a near peer, a second connection and its threads cost more
+than they bring below so many times as much."""
 KEEPALIVE_FRACTION = 0.1
 """Each side lets the other hear from it after this share of the no-progress deadline. What is left of the deadline when
 a path is cut, TCP has for finding out that it is back: by default 4.5 s, so that cuts of 3 s are survived."""
