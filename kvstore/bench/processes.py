@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 END_S = 5.0
+STOP_LOOK_S = 0.0005
 LAST_LINES = 3
 PACKAGE_ROOT = Path(__file__).parents[2]
 _BUSY = """
@@ -90,6 +92,11 @@ class WorkerProcess:
     def pause(self) -> None:
         """Stop it. Should whoever started it die meanwhile, the system ends it: a stopped group without a parent."""
         os.killpg(self._child.pid, signal.SIGSTOP)
+        # Only a group that has stopped by then is ended by the system, and on a busy machine that takes a moment.
+        deadline = Deadline.after(END_S)
+        which = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+        while os.waitid(os.P_PID, self._child.pid, which) is None and not deadline.has_passed:
+            time.sleep(STOP_LOOK_S)
 
     def resume(self) -> None:
         os.killpg(self._child.pid, signal.SIGCONT)
