@@ -94,11 +94,6 @@ class IncomingTransfer:
             )
 
     @property
-    def has_all(self) -> bool:
-        """Whether nothing had to be reserved: every record was here already."""
-        return not len(self._reserved)
-
-    @property
     def largest_piece_bytes(self) -> int:
         return max((int(layout.piece_sizes.max()) for layout in self._reserved.layouts), default=0)
 

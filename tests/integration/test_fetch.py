@@ -54,14 +54,6 @@ def _leaves_nothing() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["tcp", "tcp, python", "memory"])
-def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Pieces move natively over sockets, otherwise in Python; the latter can be forced for sockets, too."""
-    name, _, path = request.param.partition(", ")
-    monkeypatch.setenv("KVSTORE_TRANSFER", path)
-    return str(name)
-
-
 @pytest.fixture
 def there() -> Iterator[kvstore.Store]:
     with kvstore.open(tiny_spec(), dram="8MiB") as store:
