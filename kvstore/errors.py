@@ -74,6 +74,22 @@ class ArenaError(PoolError):
     """The memory of a tier cannot be had: too little room for all of it, or its name belongs to another process."""
 
 
+class ShelfRefusedError(PoolError):
+    """A tier did not take the records that it was given; they stay where they were.
+
+    Attributes:
+        reason: why, in one of few words: a label for counters.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SsdDirectoryError(PoolError):
+    """A directory of an SSD tier cannot be used: another owner, another model, a newer format, or not readable."""
+
+
 class StaleSlotError(PoolError):
     """A descriptor names a slot generation that has been freed."""
 

@@ -41,6 +41,10 @@ RECORD_ALIGN_BYTES = 4096
 RECORD_HEADER_BYTES_MAX = 256 * KIB
 """Schema and batch metadata of a record. A reader refuses more before it parses anything."""
 
+# SSD tier
+FILE_ALIGN_BYTES = 4096
+"""Addresses, offsets and sizes of direct I/O are multiples of this."""
+
 # Arena
 MEMORY_SPARE_FRACTION = 1 / 32
 """Share of the memory that is available which an arena leaves to everything else on the machine."""

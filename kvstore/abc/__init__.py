@@ -4,6 +4,7 @@ Nothing else lives here. Each seam has a conformance kit in `kvstore.testing`.
 """
 
 from kvstore.abc.codec import Codec
+from kvstore.abc.files import FileBatch, FileOperation, Files
 from kvstore.abc.policy import CheckpointPolicy, Evictable, EvictionPolicy
 from kvstore.abc.tier import Slot, SlotRows, SlotViews, Tier
 from kvstore.abc.transport import Availability, Connection, ConnectionInformation, Listener, Transport, TransportOptions
@@ -16,6 +17,9 @@ __all__ = [
     "ConnectionInformation",
     "Evictable",
     "EvictionPolicy",
+    "FileBatch",
+    "FileOperation",
+    "Files",
     "Listener",
     "Slot",
     "SlotRows",

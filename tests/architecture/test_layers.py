@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.registry", "kvstore.record", "kvstore.codec"),
     ("kvstore.tiers",),
     ("kvstore.pool",),
+    ("kvstore.placement",),
     ("kvstore.attached",),
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore",),

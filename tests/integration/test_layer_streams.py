@@ -192,7 +192,7 @@ def test_pieces_arrive_as_they_are_produced(
         assert not handle.done()
         assert match_all(target, ids).tokens == 0
         # A piece is reported as sent after its bytes have left, so perhaps after they have arrived.
-        wait_until(lambda: {each.layer for each in watcher.sent} == set(spec.layers), "every layer was reported as sent")
+        wait_until(lambda: {each.layer for each in watcher.sent} == set(spec.layers), "every layer was reported sent")
         writer.commit()
         report = handle.result(WITHIN_S)
         assert report.total_bytes == watcher.received_bytes == whole_bytes
