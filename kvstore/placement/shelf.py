@@ -65,13 +65,15 @@ class ShelfLoad(ABC):
     def wait(self, count: int, deadline: Deadline) -> Sequence[int]:
         """Block until the first `count` records, in the order asked for, have arrived or failed; those that failed.
 
-        What has arrived is not verified. Raises:
+        They are named by their positions in that order, ascending. What has arrived is not verified.
+
+        Raises:
             DeadlineError: they have not arrived by then; the load goes on.
         """
 
     @abstractmethod
     def cancel(self) -> None:
-        """Load no more. Returns when nothing moves any longer."""
+        """Load no more. Returns when nothing moves any longer: what has not arrived by then has failed. Idempotent."""
 
 
 class ShelfHold(ABC):
@@ -98,7 +100,7 @@ class ShelfHold(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Let the records go. Idempotent."""
+        """Let the records go; loads that still run are cancelled first. Idempotent."""
 
 
 class Shelf(ABC):
@@ -168,7 +170,10 @@ class Shelf(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End what moves and let go of everything. Idempotent. What is durable stays."""
+        """End what moves and let go of everything. Idempotent. What is durable stays.
+
+        Loads that run fail, and so do handles of what was to be kept. From here on nothing is found, held or kept.
+        """
 
     @abstractmethod
     def close_in_child(self) -> None:
