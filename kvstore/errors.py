@@ -140,6 +140,10 @@ class UnavailableError(KVStoreError):
     """Something asked for is not installed or not supported on this machine."""
 
 
+class DeviceError(KVStoreError, RuntimeError):
+    """A device failed, has too little memory, or was given what is not its own."""
+
+
 class DeadlineError(KVStoreError, TimeoutError):
     """A wait reached its deadline."""
 

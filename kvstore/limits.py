@@ -45,6 +45,25 @@ RECORD_HEADER_BYTES_MAX = 256 * KIB
 FILE_ALIGN_BYTES = 4096
 """Addresses, offsets and sizes of direct I/O are multiples of this."""
 
+# Device memory
+DEVICE_POLL_MIN_S = 20e-6
+"""How soon a device is asked again whether it has finished, doubling up to the next."""
+DEVICE_POLL_MAX_S = 1e-3
+DEVICE_SLAB_BYTES_MIN = 64 * KIB
+"""Device memory is divided into slabs of at least this, each for one slot size."""
+STAGING_BUFFER_BYTES = 8 * MIB
+"""A page-locked buffer between host and device."""
+STAGING_BUFFERS = 4
+"""Buffers of one ring: two fill while two travel."""
+DEVICE_WINDOW_BYTES = 32 * MIB
+"""Records that are asked of a copy stream at a time, from memory that is page-locked itself."""
+DEVICE_WINDOWS_MAX = 4
+"""Windows under way at once."""
+DEVICE_KEEPS_MAX = 256
+"""Resume points that wait to be copied to a device; more are refused."""
+DEVICE_COPY_DEADLINE_S = 30.0
+"""How long a caller waits for a device, and after which a copy counts as overdue. Memory that it uses stays taken."""
+
 # Arena
 MEMORY_SPARE_FRACTION = 1 / 32
 """Share of the memory that is available which an arena leaves to everything else on the machine."""

@@ -1,0 +1,1 @@
+"""Tiers in the memory of a device."""
