@@ -168,6 +168,59 @@ class PrefixIndex {
         return events;
     }
 
+    // Which of the records were taken, a byte each.
+    nb::bytes restore(std::uint32_t block_tokens, const nb::tuple& packed_nodes, const AnyArray& table,
+                      const nb::bytes& digests) {
+        const PackedNodes nodes(packed_nodes);
+        if (block_tokens == 0) {
+            throw std::invalid_argument("a block has at least one token");
+        }
+        const std::vector<Row> rows = rows_of(nodes.size(), table, digests, group_count_);
+        std::vector<bool> taken;
+        {
+            const nb::gil_scoped_release released;
+            taken = index_.restore(block_tokens, nodes.nodes(), nodes.roots(), rows);
+        }
+        return flag_bytes(taken);
+    }
+
+    nb::tuple survey(std::uint64_t mask, std::uint64_t value, bool in_order) const {
+        Survey found;
+        {
+            const nb::gil_scoped_release released;
+            found = index_.survey({mask, value}, in_order);
+        }
+        return nb::make_tuple(nodes_to_python(index_, found.nodes), rows_to_python(found.rows));
+    }
+
+    // Which of the records were still there, a byte each. Rows of `moves`: the slot until now, the slot from now on.
+    nb::bytes relocate(const nb::bytes& keys, const AnyArray& moves) {
+        constexpr std::size_t columns = 6;
+        const auto values = uint64_values(moves, columns, "moves");
+        const Digest* digests = digests_of(keys, "the keys");
+        if (size_of(keys) / digest_bytes * columns != values.size()) {
+            throw std::invalid_argument("each record that moves has a key and two slots");
+        }
+        std::vector<bool> moved;
+        for (std::size_t at = 0; at < values.size(); at += columns) {
+            const Slot from{values[at], values[at + 1], narrow<std::uint32_t>(values[at + 2], "slot of bytes")};
+            const Slot to{values[at + 3], values[at + 4], narrow<std::uint32_t>(values[at + 5], "slot of bytes")};
+            moved.push_back(index_.relocate(digests[at / columns], from, to));
+        }
+        return flag_bytes(moved);
+    }
+
+    // The keys of what has left since the last call, and whether each was a node's states, a byte each.
+    nb::tuple take_removals() {
+        std::string keys;
+        std::vector<bool> are_states;
+        for (const Removal& removal : index_.take_removals()) {
+            keys.append(reinterpret_cast<const char*>(removal.key.bytes.data()), digest_bytes);
+            are_states.push_back(removal.is_state);
+        }
+        return nb::make_tuple(nb::bytes(keys.data(), keys.size()), flag_bytes(are_states));
+    }
+
     nb::dict bytes_by_salt() const {
         nb::dict bytes;
         for (const auto& [name, size] : index_.bytes_by_salt()) {
@@ -318,6 +371,18 @@ void bind_index(nb::module_& module) {
                  return slot_table(self.index().condemn(self.live(id), is_state));
              },
              "node"_a, "is_state"_a)
+        .def("condemn_all",
+             [](PrefixIndex& self, std::uint64_t mask, std::uint64_t value) {
+                 return slot_table(self.index().condemn_all({mask, value}));
+             },
+             "mask"_a, "value"_a)
+        .def("touch_path",
+             [](PrefixIndex& self, const nb::tuple& packed) { self.index().touch_path(*PackedPath(packed)); }, "path"_a)
+        .def("restore", &PrefixIndex::restore, "block_tokens"_a, "nodes"_a, "records"_a, "digests"_a)
+        .def("survey", &PrefixIndex::survey, "mask"_a, "value"_a, "in_order"_a = false)
+        .def("relocate", &PrefixIndex::relocate, "keys"_a, "moves"_a)
+        .def("note_removals", [](PrefixIndex& self) { self.index().note_removals(); })
+        .def("take_removals", &PrefixIndex::take_removals)
         .def("has_slot",
              [](const PrefixIndex& self, NodeId id, bool is_state, std::uint64_t slot, std::uint64_t generation,
                 std::uint32_t size_bytes) {

@@ -184,6 +184,122 @@ inline nb::tuple rows_to_python(const std::vector<Row>& rows) {
     return nb::make_tuple(make_table(std::move(values), row_columns), nb::bytes(digests.data(), digests.size()));
 }
 
+inline nb::bytes flag_bytes(const std::vector<bool>& flags) {
+    const std::string bytes(flags.begin(), flags.end());
+    return nb::bytes(bytes.data(), bytes.size());
+}
+
+// Nodes as `restore` takes them and `survey` gives them: keys, parents, numbers [n, 4] (end_tokens, number of the root,
+// first of the tail's ids, how many there are), ids of all tails as 32-bit integers, roots with their salts.
+class PackedNodes {
+    static constexpr std::size_t columns = 4;
+
+  public:
+    explicit PackedNodes(const nb::tuple& packed) {
+        if (packed.size() != 5) {
+            throw std::invalid_argument("packed nodes have five parts");
+        }
+        keys_ = nb::cast<nb::bytes>(packed[0]);
+        parents_ = nb::cast<nb::bytes>(packed[1]);
+        const auto numbers_array = nb::cast<AnyArray>(packed[2]);
+        const auto numbers = uint64_values(numbers_array, columns, "the numbers of nodes");
+        tail_ids_ = numbers_of(nb::cast<nb::bytes>(packed[3]));
+        for (const nb::handle each : nb::cast<nb::list>(packed[4])) {
+            const auto root = nb::cast<nb::tuple>(each);
+            const auto salt = nb::cast<nb::bytes>(root[1]);
+            roots_.push_back({digest_of(nb::cast<nb::bytes>(root[0]), "a root"), std::string(salt.c_str(), salt.size())});
+        }
+        const Digest* keys = digests_of(keys_, "the keys");
+        const Digest* parents = digests_of(parents_, "the parents");
+        const std::size_t count = size_of(keys_) / digest_bytes;
+        if (size_of(parents_) != size_of(keys_) || numbers.size() != count * columns || count >= none) {
+            throw std::invalid_argument("each node has a key, a parent and numbers");
+        }
+        nodes_.reserve(count);
+        for (std::size_t number = 0; number < count; ++number) {
+            const auto row = numbers.subspan(number * columns, columns);
+            if (row[1] >= roots_.size() || row[2] > tail_ids_.size() || row[3] > tail_ids_.size() - row[2]) {
+                throw std::out_of_range("a node names a root or ids of a tail that are not there");
+            }
+            nodes_.push_back({keys + number, parents + number, narrow<std::uint32_t>(row[0], "length"),
+                              static_cast<std::uint32_t>(row[1]), std::span(tail_ids_).subspan(row[2], row[3])});
+        }
+    }
+    PackedNodes(const PackedNodes&) = delete;
+    PackedNodes& operator=(const PackedNodes&) = delete;
+
+    std::size_t size() const { return nodes_.size(); }
+    std::span<const KeptNode> nodes() const { return nodes_; }
+    std::span<const KeptRoot> roots() const { return roots_; }
+
+  private:
+    nb::bytes keys_;
+    nb::bytes parents_;
+    std::vector<std::uint32_t> tail_ids_;
+    std::vector<KeptRoot> roots_;
+    std::vector<KeptNode> nodes_;
+};
+
+// Records of the form that `rows_to_python` gives, whose first column counts `node_count` nodes.
+inline std::vector<Row> rows_of(std::size_t node_count, const AnyArray& table, const nb::bytes& digest_list,
+                                std::size_t group_count) {
+    const auto values = uint64_values(table, row_columns, "records");
+    const Digest* digests = digests_of(digest_list, "the digests");
+    const std::size_t digest_count = size_of(digest_list) / digest_bytes;
+    std::vector<Row> rows;
+    rows.reserve(values.size() / row_columns);
+    for (std::size_t at = 0; at < values.size(); at += row_columns) {
+        const auto row = values.subspan(at, row_columns);
+        if (row[0] >= node_count || row[1] >= group_count || row[3] >= row[4] || row[9] >= digest_count) {
+            throw std::out_of_range("a record is not of these nodes, groups, units and digests");
+        }
+        rows.push_back({static_cast<std::uint32_t>(row[0]), static_cast<std::uint16_t>(row[1]),
+                        narrow<std::uint16_t>(row[2], "span"),
+                        {narrow<std::uint16_t>(row[3], "unit"), narrow<std::uint16_t>(row[4], "unit")},
+                        {row[5], row[6], narrow<std::uint32_t>(row[7], "slot of bytes")},
+                        digests[row[9]],
+                        row[8]});
+    }
+    return rows;
+}
+
+inline nb::tuple nodes_to_python(const Index& index, const std::vector<NodeId>& ids) {
+    const Nodes& nodes = index.nodes();
+    std::string keys;
+    std::string parents;
+    std::string tail_ids;
+    std::vector<std::uint64_t> numbers;
+    std::map<NodeId, std::uint64_t> root_numbers;
+    nb::list roots;
+    keys.reserve(ids.size() * digest_bytes);
+    parents.reserve(ids.size() * digest_bytes);
+    numbers.reserve(ids.size() * 4);
+    const auto append = [](std::string& to, const Digest& digest) {
+        to.append(reinterpret_cast<const char*>(digest.bytes.data()), digest_bytes);
+    };
+    std::uint64_t tail_count = 0;
+    for (const NodeId id : ids) {
+        append(keys, nodes.key(id));
+        append(parents, nodes.key(nodes.parent(id)));
+        const NodeId root = nodes[id].root;
+        const auto [found, is_new] = root_numbers.emplace(root, root_numbers.size());
+        if (is_new) {
+            const std::string& salt = index.salt(id);
+            roots.append(nb::make_tuple(nb::bytes(nodes.key(root).bytes.data(), digest_bytes),
+                                        nb::bytes(salt.data(), salt.size())));
+        }
+        std::span<const std::uint32_t> ids_of_tail;
+        if (nodes.has(id, is_tail)) {
+            ids_of_tail = nodes.tail_ids(id);
+            tail_ids.append(reinterpret_cast<const char*>(ids_of_tail.data()), ids_of_tail.size_bytes());
+        }
+        numbers.insert(numbers.end(), {nodes[id].end_tokens, found->second, tail_count, ids_of_tail.size()});
+        tail_count += ids_of_tail.size();
+    }
+    return nb::make_tuple(nb::bytes(keys.data(), keys.size()), nb::bytes(parents.data(), parents.size()),
+                          make_table(std::move(numbers), 4), nb::bytes(tail_ids.data(), tail_ids.size()), roots);
+}
+
 inline nb::bytes key_bytes(const Digest& key) { return nb::bytes(key.bytes.data(), digest_bytes); }
 
 }  // namespace kvstore::bindings

@@ -259,6 +259,31 @@ std::vector<Slot> Index::condemn(NodeId id, bool is_state) {
     return freed;
 }
 
+std::vector<Slot> Index::condemn_all(SlotRange range) {
+    std::vector<Handle> found;
+    nodes_.each([&](NodeId id) {
+        bool is_lost[2] = {false, false};
+        for (RecordId at = nodes_[id].first_record; at != none; at = records_[at].next) {
+            is_lost[is_state_group_[records_[at].group] ? 1 : 0] |= range.has(records_[at].slot());
+        }
+        for (const bool is_state : {true, false}) {
+            if (is_lost[is_state ? 1 : 0]) {
+                found.push_back(handle_of(id, is_state));
+            }
+        }
+    });
+    std::vector<Slot> freed;
+    for (const Handle handle : found) {
+        const NodeId id = node_of(handle);
+        // What went with an ancestor has no records left. Its id is not used anew meanwhile: nothing is added here.
+        if (nodes_.is_live(id) && nodes_.has(id, kind_of(handle) != 0 ? has_states : has_attention)) {
+            const std::vector<Slot> more = condemn(id, kind_of(handle) != 0);
+            freed.insert(freed.end(), more.begin(), more.end());
+        }
+    }
+    return freed;
+}
+
 std::vector<Slot> Index::remove_unchecked(NodeId id, bool is_state) {
     std::vector<Slot> freed;
     reserve_removal(std::array{handle_of(id, is_state)}, freed);
@@ -279,12 +304,18 @@ void Index::reserve_removal(std::span<const Handle> handles, std::vector<Slot>& 
     if (!keeps_order_) {
         events_.reserve(events_.size() + handles.size());
     }
+    if (notes_removals_) {
+        removals_.reserve(removals_.size() + handles.size());
+    }
 }
 
 // Below attention nothing may be left: whoever removes it has removed that before.
 void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
     if (nodes_.has(id, is_detached) || nodes_.parent(id) == id) {
         return;  // forgotten with what went before
+    }
+    if (notes_removals_ && nodes_.has(id, is_state ? has_states : has_attention)) {
+        removals_.push_back({nodes_.key(id), is_state});
     }
     for (RecordId* link = &nodes_[id].first_record; *link != none;) {
         const RecordId at = *link;

@@ -98,6 +98,38 @@ struct WriteSet {
     std::vector<GridId> grids;  // in use from `enter` on, so that their memory is counted before there is a commit
 };
 
+// Nodes and records that somebody kept elsewhere, to be entered in one step. Borrowed memory.
+struct KeptNode {
+    const Digest* key;
+    const Digest* parent;
+    std::uint32_t end_tokens;
+    std::uint32_t root;  // number among the roots
+    std::span<const std::uint32_t> tail_ids;
+};
+struct KeptRoot {
+    Digest key;
+    std::string salt;
+};
+
+// Records that lie in a part of the tier, with their nodes and all nodes above.
+struct Survey {
+    std::vector<NodeId> nodes;  // parents before children
+    std::vector<Row> rows;      // `node` counts `nodes`
+};
+
+// What is looked for by where it lies: slots whose index has this value under a mask.
+struct SlotRange {
+    std::uint64_t mask;
+    std::uint64_t value;
+    bool has(const Slot& slot) const { return (slot.index & mask) == value; }
+};
+
+// A node's attention or states that left the index.
+struct Removal {
+    Digest key;
+    bool is_state;
+};
+
 // A change of what may be evicted, for a policy outside.
 struct PolicyEvent {
     enum Kind : std::uint8_t { insert, access, remove } kind;
@@ -145,6 +177,20 @@ class Index {
     // What was freed with a tail that came for a hand-over only.
     std::vector<Slot> release(const Held& held);
     bool is_there(const Path& path, const Name& name, bool is_lossy) const;
+    // The path was used, as far as it is here.
+    void touch_path(const Path& path);
+
+    // Restoring, surveying
+    // Enter what was kept, into an empty index: records of nodes that hang together, attention as far as it is contiguous
+    // from the root, states where there is attention if the model has any. Of records of one name the last counts. `rows`
+    // count `nodes`, and come in the order of their use, oldest first. Whether each record was taken.
+    // When this throws, the index is of no more use.
+    std::vector<bool> restore(std::uint32_t block_tokens, std::span<const KeptNode> nodes,
+                              std::span<const KeptRoot> roots, std::span<const Row> rows);
+    // `in_order`: in the order of use, which must be kept here.
+    Survey survey(SlotRange range, bool in_order) const;
+    // The record of this node lies elsewhere from now on. False if it has left the index.
+    bool relocate(const Digest& key, const Slot& from, const Slot& to);
 
     // Writing
     WriteSet plan(const Path& path, std::span<const Name> names, bool is_lossy) const;
@@ -165,6 +211,8 @@ class Index {
     std::vector<Slot> evict(NodeId id, bool states_only);
     // Damaged: the node's states, or its attention with everything below, held or not.
     std::vector<Slot> condemn(NodeId id, bool is_state);
+    // A part of the tier is lost.
+    std::vector<Slot> condemn_all(SlotRange range);
     bool has_slot(NodeId id, bool is_state, const Slot& slot) const;
     std::uint32_t drop_ghosts(std::uint32_t count);
 
@@ -184,6 +232,9 @@ class Index {
     // For the pool to act upon after each call that changes something.
     std::vector<NodeId> take_lost_handovers() { return std::exchange(lost_handovers_, {}); }
     std::vector<PolicyEvent> take_events() { return std::exchange(events_, {}); }
+    // From now on, note what leaves.
+    void note_removals() { notes_removals_ = true; }
+    std::vector<Removal> take_removals() { return std::exchange(removals_, {}); }
 
     // Walks the whole index. What is wrong; empty when nothing is.
     std::string check() const;
@@ -224,6 +275,13 @@ class Index {
     void set_pending(const WriteSet& set, bool is_on);
     void release_nodes(const std::vector<NodeId>& nodes, std::uint32_t made);
     void drop_if_over(NodeId id, std::vector<Slot>& freed);
+
+    // restore.cc
+    std::vector<NodeId> restore_nodes(std::uint32_t block_tokens, std::span<const KeptNode> nodes,
+                                      std::span<const KeptRoot> roots, std::vector<NodeId>& made);
+    bool restore_record(NodeId id, const Row& row, std::uint32_t number, std::vector<std::uint32_t>& rows_of,
+                        std::vector<bool>& taken);
+    void restore_order(const std::vector<NodeId>& made, const std::vector<std::uint32_t>& rows_of);
 
     // evict.cc
     void reserve_removal(std::span<const Handle> handles, std::vector<Slot>& freed);
@@ -274,6 +332,8 @@ class Index {
     std::vector<Handle> pushed_;
     std::size_t next_pushed_ = 0;
     std::vector<PolicyEvent> events_;
+    std::vector<Removal> removals_;
+    bool notes_removals_ = false;
     std::vector<NodeId> lost_handovers_;
     mutable std::vector<std::uint64_t> lacking_;
     mutable std::vector<NodeId> scratch_;

@@ -238,6 +238,22 @@ void Index::hold(const Held& held) {
     touch(held.nodes);
 }
 
+void Index::touch_path(const Path& path) {
+    std::vector<NodeId> nodes;
+    nodes.reserve(path.size());
+    for (std::uint32_t number = 0; number < path.size(); ++number) {
+        const NodeId id = find(path.key(number));
+        if (id == none) {
+            break;
+        }
+        nodes.push_back(id);
+    }
+    if (!keeps_order_) {
+        events_.reserve(events_.size() + nodes.size() + 1);
+    }
+    touch(nodes);
+}
+
 std::vector<Slot> Index::release(const Held& held) {
     std::vector<Slot> freed;
     const NodeId last = held.nodes.back();
