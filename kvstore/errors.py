@@ -81,8 +81,8 @@ class ShelfRefusedError(PoolError):
         reason: why, in one of few words: a label for counters.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: str, message: str | None = None) -> None:
+        super().__init__(reason if message is None else message)
         self.reason = reason
 
 

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <random>
+#include <unordered_map>
 
 #include "bindings.h"
 
@@ -38,6 +39,31 @@ nb::list candidates_to_python(const std::vector<kvstore::index::Candidate>& cand
         }
     }
     return list;
+}
+
+// Keys and parents' keys one after the other, a row for each of them, and the salts that the last column numbers.
+nb::tuple changes_to_python(const Index& index, std::span<const Change> changes) {
+    std::string keys;
+    std::string parents;
+    std::vector<std::uint64_t> values;
+    std::unordered_map<std::uint32_t, std::uint64_t> numbers;
+    nb::list salts;
+    keys.reserve(changes.size() * digest_bytes);
+    parents.reserve(changes.size() * digest_bytes);
+    values.reserve(changes.size() * change_columns);
+    for (const Change& change : changes) {
+        keys.append(reinterpret_cast<const char*>(change.key.bytes.data()), digest_bytes);
+        parents.append(reinterpret_cast<const char*>(change.parent.bytes.data()), digest_bytes);
+        const auto [found, is_new] = numbers.emplace(change.salt, numbers.size());
+        if (is_new) {
+            const std::string& name = index.salt_name(change.salt);
+            salts.append(nb::bytes(name.data(), name.size()));
+        }
+        values.insert(values.end(),
+                      {change.is_added, change.is_state, change.end_tokens, change.size_bytes, found->second});
+    }
+    return nb::make_tuple(nb::bytes(keys.data(), keys.size()), nb::bytes(parents.data(), parents.size()),
+                          make_table(std::move(values), change_columns), salts);
 }
 
 class PrefixIndex {
@@ -221,6 +247,12 @@ class PrefixIndex {
         return nb::make_tuple(nb::bytes(keys.data(), keys.size()), flag_bytes(are_states));
     }
 
+    nb::tuple take_changes() {
+        nb::tuple taken = changes_to_python(index_, index_.changes());
+        index_.drop_changes();
+        return taken;
+    }
+
     nb::dict bytes_by_salt() const {
         nb::dict bytes;
         for (const auto& [name, size] : index_.bytes_by_salt()) {
@@ -314,6 +346,8 @@ void bind_index(nb::module_& module) {
         .def_prop_ro("attention_tokens", [](const Finding& self) { return self.found.attention_tokens; })
         .def_prop_ro("pending_tokens", [](const Finding& self) { return self.found.pending_tokens; })
         .def_prop_ro("evicted_state_tokens", [](const Finding& self) { return self.found.evicted_state_tokens; })
+        .def_prop_ro("evicted_attention_tokens",
+                     [](const Finding& self) { return self.found.evicted_attention_tokens; })
         .def_prop_ro("foreign_state_tokens", [](const Finding& self) { return self.found.foreign_state_tokens; })
         .def_prop_ro("is_other_grid", [](const Finding& self) { return self.found.is_other_grid; });
 
@@ -408,6 +442,11 @@ void bind_index(nb::module_& module) {
         .def("evict_chosen", [](PrefixIndex& self) { return slot_table(self.index().evict_chosen()); })
         .def("drop_choice", [](PrefixIndex& self) { self.index().drop_choice(); })
         .def("take_events", &PrefixIndex::take_events)
+        .def("watch", [](PrefixIndex& self, bool is_watched) { self.index().watch(is_watched); }, "is_watched"_a)
+        .def_prop_ro("change_count", [](const PrefixIndex& self) { return self.index().changes().size(); })
+        .def("take_changes", &PrefixIndex::take_changes)
+        .def("contents",
+             [](const PrefixIndex& self) { return changes_to_python(self.index(), self.index().contents()); })
         .def("take_lost_handovers", [](PrefixIndex& self) { return self.index().take_lost_handovers(); })
         .def("holds_records",
              [](const PrefixIndex& self, NodeId id) { return self.index().holds_records(self.live(id)); }, "node"_a)

@@ -27,6 +27,7 @@ using TokenIds = nb::ndarray<const std::uint32_t, nb::ndim<1>, nb::c_contig, nb:
 constexpr std::size_t row_columns = 10;
 constexpr std::size_t name_columns = 6;
 constexpr std::size_t place_columns = 4;
+constexpr std::size_t change_columns = 5;  // added, states, end tokens, bytes, salt
 
 inline Table make_table(std::vector<std::uint64_t>&& values, std::size_t columns) {
     auto kept = std::make_unique<std::vector<std::uint64_t>>(std::move(values));

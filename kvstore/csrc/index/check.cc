@@ -75,7 +75,7 @@ std::string Index::check() const {
         expect(salts_[number].bytes == salt_bytes[number], "a salt's bytes are miscounted");
         salt_roots += salts_[number].roots;
     }
-    expect(salt_roots == roots, "roots are miscounted");
+    expect(salt_roots == roots + changes_.size(), "roots are miscounted");
     std::uint64_t grid_uses = 0;
     for (GridId grid = 1; grid < grid_users.size(); ++grid) {
         grid_uses += grid_users[grid];

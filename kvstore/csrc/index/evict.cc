@@ -301,6 +301,9 @@ void Index::reserve_removal(std::span<const Handle> handles, std::vector<Slot>& 
     }
     freed.reserve(freed.size() + records);
     lost_handovers_.reserve(lost_handovers_.size() + handles.size());
+    if (is_watched_) {
+        changes_.reserve(changes_.size() + handles.size());
+    }
     if (!keeps_order_) {
         events_.reserve(events_.size() + handles.size());
     }
@@ -317,6 +320,7 @@ void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
     if (notes_removals_ && nodes_.has(id, is_state ? has_states : has_attention)) {
         removals_.push_back({nodes_.key(id), is_state});
     }
+    std::uint64_t size_bytes = 0;
     for (RecordId* link = &nodes_[id].first_record; *link != none;) {
         const RecordId at = *link;
         const Record& record = records_[at];
@@ -326,10 +330,14 @@ void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
         }
         *link = record.next;
         freed.push_back(record.slot());
+        size_bytes += record.slot_bytes;
         committed_bytes_ -= record.slot_bytes;
         salts_[salt_of(id)].bytes -= record.slot_bytes;
         grids_.drop(record.grid);
         records_.remove(at);
+    }
+    if (is_watched_ && nodes_.has(id, is_state ? has_states : has_attention)) {
+        note(id, is_state, size_bytes, false);
     }
     nodes_.clear(id, is_state ? has_states : has_attention);
     unrank(id, is_state);

@@ -43,6 +43,7 @@ struct Found {
     std::uint32_t attention_tokens = 0;
     std::uint32_t pending_tokens = 0;
     std::uint32_t evicted_state_tokens = 0;
+    std::uint32_t evicted_attention_tokens = 0;
     std::uint32_t foreign_state_tokens = 0;
     bool is_other_grid = false;
 };
@@ -138,6 +139,17 @@ struct PolicyEvent {
     Handle handle;
     std::uint64_t size_bytes;
     Digest key;
+};
+
+// What a node has of one kind has appeared or grown, or is gone: for whoever watches the index from outside.
+struct Change {
+    bool is_added;
+    bool is_state;
+    std::uint32_t end_tokens;
+    std::uint32_t salt;  // its number, which stays taken until the changes are dropped
+    std::uint64_t size_bytes;
+    Digest key;
+    Digest parent;
 };
 
 class Index {
@@ -236,6 +248,15 @@ class Index {
     void note_removals() { notes_removals_ = true; }
     std::vector<Removal> take_removals() { return std::exchange(removals_, {}); }
 
+    // Note every change from here on, or none; what was noted is forgotten.
+    void watch(bool is_watched);
+    // In the order of their happening. `drop_changes` after each look: they take memory, and keep salts.
+    std::span<const Change> changes() const { return changes_; }
+    void drop_changes();
+    const std::string& salt_name(std::uint32_t number) const { return salts_[number].name; }
+    // What is there, as if it all were added now; in no order.
+    std::vector<Change> contents() const;
+
     // Walks the whole index. What is wrong; empty when nothing is.
     std::string check() const;
     // For tests of `check`: forget a node's records of one kind, whatever hangs on them.
@@ -282,6 +303,9 @@ class Index {
     bool restore_record(NodeId id, const Row& row, std::uint32_t number, std::vector<std::uint32_t>& rows_of,
                         std::vector<bool>& taken);
     void restore_order(const std::vector<NodeId>& made, const std::vector<std::uint32_t>& rows_of);
+    // watch.cc
+    Change change_of(NodeId id, bool is_state, std::uint64_t size_bytes, bool is_added) const;
+    void note(NodeId id, bool is_state, std::uint64_t size_bytes, bool is_added);
 
     // evict.cc
     void reserve_removal(std::span<const Handle> handles, std::vector<Slot>& freed);
@@ -334,6 +358,8 @@ class Index {
     std::vector<PolicyEvent> events_;
     std::vector<Removal> removals_;
     bool notes_removals_ = false;
+    bool is_watched_ = false;
+    std::vector<Change> changes_;
     std::vector<NodeId> lost_handovers_;
     mutable std::vector<std::uint64_t> lacking_;
     mutable std::vector<NodeId> scratch_;

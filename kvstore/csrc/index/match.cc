@@ -112,8 +112,10 @@ Found Index::match(const Query& query) const {
     const std::uint32_t known = deepest_known(path, whole);
     const std::uint32_t reach = needs.attention ? attention_reach(query, known) : whole;
     found.attention_tokens = reach * path.block_tokens;
-    if (needs.attention && query.grid != nullptr && reach < known) {
-        found.is_other_grid = has_all(node_at(path, reach + 1), needs, false, any_grid);
+    if (needs.attention && reach < known) {
+        const NodeId next = node_at(path, reach + 1);
+        found.is_other_grid = query.grid != nullptr && has_all(next, needs, false, any_grid);
+        found.evicted_attention_tokens = nodes_.has(next, is_ghost) ? (reach + 1) * path.block_tokens : 0;
     }
     const NodeId root = nodes_.find(path.root);
     NodeId id = known != 0 ? node_at(path, known) : root;

@@ -268,6 +268,10 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
     if (!keeps_order_) {
         events_.reserve(events_.size() + 2 * ready.size() + set.nodes.size() + 1);
     }
+    const std::size_t noted = changes_.size();
+    if (is_watched_) {
+        changes_.reserve(noted + ready.size());
+    }
     for (const std::uint32_t number : order) {
         const auto index = static_cast<std::uint32_t>(ready[number]);
         const Row& row = set.missing[index];
@@ -281,8 +285,16 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
         add_record(id, row, costs_us[number], residency);
         const Handle handle = handle_of(id, is_state_group_[row.group]);
         const auto latest = changed.size() > 2 ? changed.end() - 2 : changed.begin();  // a node has two at most
-        if (std::find(latest, changed.end(), handle) == changed.end()) {
+        const auto known = std::find(latest, changed.end(), handle);
+        const std::size_t place = noted + static_cast<std::size_t>(known - changed.begin());
+        if (known == changed.end()) {
             changed.push_back(handle);
+            if (is_watched_) {
+                note(id, kind_of(handle) != 0, 0, true);
+            }
+        }
+        if (is_watched_) {
+            changes_[place].size_bytes += row.slot.size_bytes;
         }
     }
     for (const Handle handle : changed) {

@@ -94,11 +94,13 @@ int until_it_succeeds(const Index& index, Action action, Unchanged unchanged) {
     }
 }
 
-void test_every_allocation(bool keeps_order) {
+void test_every_allocation(bool keeps_order, bool is_watched) {
     Index index({false, true}, 8, keeps_order, 5);
+    index.watch(is_watched);
     int failures = 0;
     const auto counts = [&] {
-        return std::tuple(index.node_count(), index.record_count(), index.committed_bytes(), index.memory_bytes());
+        return std::tuple(index.node_count(), index.record_count(), index.committed_bytes(), index.memory_bytes(),
+                          index.changes().size());
     };
     for (std::uint32_t number = 0; number < 40; ++number) {
         const Case prompt(number, number == 20 ? 1500 : 1 + number % 5);
@@ -120,6 +122,7 @@ void test_every_allocation(bool keeps_order) {
         index.let_go(set);
         check(index.check().empty(), index.check());
         static_cast<void>(index.take_events());
+        index.drop_changes();
         const NodeId first = index.find(prompt.keys[0]);
         if (number % 3 == 0) {
             failures += until_it_succeeds(
@@ -129,6 +132,7 @@ void test_every_allocation(bool keeps_order) {
                 index, [&] { check(index.condemn(first, false).size() == names.size(), "records were lost"); }, counts);
         }
         static_cast<void>(index.take_events());
+        index.drop_changes();
     }
     check(failures > 400, "too few allocations failed: " + std::to_string(failures));
 }
@@ -136,6 +140,8 @@ void test_every_allocation(bool keeps_order) {
 }  // namespace
 
 int main() {
-    test_every_allocation(true);
-    test_every_allocation(false);
+    for (const bool is_watched : {false, true}) {
+        test_every_allocation(true, is_watched);
+        test_every_allocation(false, is_watched);
+    }
 }

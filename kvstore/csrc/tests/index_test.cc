@@ -93,7 +93,10 @@ struct Reader {
 class Machine {
   public:
     Machine(std::uint64_t seed, bool keeps_order)
-        : random_(seed), keeps_order_(keeps_order), index_({false, true}, 20, keeps_order, seed) {
+        : random_(seed),
+          keeps_order_(keeps_order),
+          is_watched_(seed % 4 != 1),
+          index_({false, true}, 20, keeps_order, seed) {
         for (std::uint16_t unit = 0; unit <= unit_count; ++unit) {
             // Whole, then each half.
             Needs needs;
@@ -106,6 +109,7 @@ class Machine {
             needs.attention = needs.states = true;
             needs_.push_back(needs);
         }
+        index_.watch(is_watched_);
     }
 
     void run(int steps) {
@@ -141,7 +145,10 @@ class Machine {
                 default:
                     match();
             }
-            const std::string wrong = index_.check();
+            std::string wrong = index_.check();
+            check(wrong.empty(), wrong);
+            mirror();
+            wrong = index_.check();
             check(wrong.empty(), wrong);
             check(index_.record_count() == total(), "records were lost or invented");
             check(index_.memory_bytes() <= index_.allocated_bytes() + (1 << 20), "memory is miscounted");
@@ -158,6 +165,7 @@ class Machine {
         forget(index_.evict_chosen());
         check(index_.record_count() == 0 && total() == 0, "what nobody holds can be evicted");
         index_.drop_ghosts(1000);
+        mirror();
         check(index_.check().empty() && index_.memory_bytes() == 0, "the empty index holds something");
     }
 
@@ -428,6 +436,32 @@ class Machine {
         }
     }
 
+    // What is told of changes is all that one must know to know what is there.
+    void mirror() {
+        if (!is_watched_) {
+            check(index_.changes().empty(), "changes are noted that nobody asked for");
+            return;
+        }
+        using Key = std::tuple<std::array<std::uint8_t, digest_bytes>, bool>;
+        const auto key_of = [](const Change& change) { return Key{change.key.bytes, change.is_state}; };
+        for (const Change& change : index_.changes()) {
+            check(index_.salt_name(change.salt).empty() || index_.salt_name(change.salt) == "tenant", "a foreign salt");
+            if (change.is_added) {
+                mirrored_[key_of(change)] += change.size_bytes;
+            } else {
+                const auto known = mirrored_.find(key_of(change));
+                check(known != mirrored_.end() && known->second == change.size_bytes, "something unknown was removed");
+                mirrored_.erase(known);
+            }
+        }
+        index_.drop_changes();
+        std::map<Key, std::uint64_t> there;
+        for (const Change& change : index_.contents()) {
+            there[key_of(change)] = change.size_bytes;
+        }
+        check(mirrored_ == there, "the changes do not add up to what is there");
+    }
+
     // What a policy outside would push: everything, in any order.
     void push_all() {
         if (keeps_order_) {
@@ -466,7 +500,9 @@ class Machine {
 
     std::mt19937_64 random_;
     bool keeps_order_;
+    bool is_watched_;
     Index index_;
+    std::map<std::tuple<std::array<std::uint8_t, digest_bytes>, bool>, std::uint64_t> mirrored_;
     std::vector<Needs> needs_;
     std::map<Place, std::vector<std::pair<Units, Slot>>> model_;
     std::vector<Writer> writers_;
