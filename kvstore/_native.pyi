@@ -602,3 +602,61 @@ def send_pieces(
     Raises:
         PeerGoneError, TransportError: the stream is over.
     """
+
+class FileEngine:
+    """Moves bytes between files and memory on threads of its own. Any thread.
+
+    Args:
+        name: one of `file_engines`.
+        depth, urgent_depth: pieces under way at once, and how many more of urgent operations.
+        piece_bytes: operations are begun in parts of at most this; a multiple of 4096.
+
+    Raises:
+        OSError: the system does not give what it needs.
+    """
+
+    BATCH_OPERATIONS_MAX: int
+    OPERATIONS_MAX: int
+    ALIGN_BYTES: int
+
+    def __init__(self, name: str, depth: int, urgent_depth: int, piece_bytes: int) -> None: ...
+    def add_file(self, descriptor: int) -> int:
+        """A number for an open descriptor, which stays the caller's. Numbers do not come again."""
+
+    def remove_file(self, file: int) -> None:
+        """The number ends. Raises `ValueError` while its operations have not ended."""
+
+    def submit(self, operations: NDArray[np.uint64], is_urgent: bool) -> FileEngineBatch:
+        """Rows of `kvstore.abc.files.Files.submit`. Raises `ValueError`; nothing was begun."""
+
+    def cancel(self, batch: FileEngineBatch) -> None:
+        """What has not been begun ends with ECANCELED."""
+
+    def close(self) -> None:
+        """Wait for what has been begun. Idempotent; in a forked child it does nothing."""
+
+class FileEngineBatch:
+    """Operations that were submitted together. Any thread."""
+
+    def __len__(self) -> int: ...
+    def wait(self, count: int, until_s: float) -> int:
+        """How many have ended, once `count` have or the monotonic clock shows `until_s`; no GIL meanwhile."""
+
+    def ended(self) -> bytes:
+        """Numbers of those that have ended, in that order (int64)."""
+
+    def failures(self) -> bytes:
+        """(operation, error number, file, offset, 1 if the file ends there) of those that failed (int64)."""
+
+    @property
+    def descriptor(self) -> int: ...
+
+def file_engines(depth: int) -> list[tuple[str, str]]:
+    """(name, what is missing here for it) of each engine, from best to worst."""
+
+def choose_file_engine(depth: int, forced: str | None = None) -> tuple[str, str]:
+    """(name, why not a better one). Without `forced` the environment variable KVSTORE_IO can force one.
+
+    Raises:
+        RuntimeError: the one that is forced is unknown or cannot run here.
+    """

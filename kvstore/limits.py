@@ -44,6 +44,16 @@ RECORD_HEADER_BYTES_MAX = 256 * KIB
 # SSD tier
 FILE_ALIGN_BYTES = 4096
 """Addresses, offsets and sizes of direct I/O are multiples of this."""
+FILE_PIECE_BYTES = 1 * MIB
+"""Reads and writes are begun in parts of at most this, so that one large read fills the queue of a drive."""
+FILE_DEPTH_DEFAULT = 32
+"""Pieces under way at once in the files of one directory; with the engine `threads` each has a thread."""
+FILE_DEPTH_MAX = 256
+FILE_URGENT_DEPTH = 8
+"""As many more for urgent operations, so that one begins at once behind a queue that is full."""
+FILE_BATCH_OPERATIONS_MAX = 1 << 18
+FILE_OPERATIONS_MAX = 1 << 20
+"""Operations of one directory that have not ended, about 100 bytes each."""
 
 # Device memory
 DEVICE_POLL_MIN_S = 20e-6
@@ -184,6 +194,10 @@ HTTP_DEADLINE_S = 5.0
 
 assert SPAN_BYTES_MAX <= RECORD_BYTES_MAX
 assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
+assert RECORD_ALIGN_BYTES % FILE_ALIGN_BYTES == 0
+assert FILE_PIECE_BYTES % FILE_ALIGN_BYTES == 0
+assert FILE_DEPTH_DEFAULT <= FILE_DEPTH_MAX
+assert FILE_BATCH_OPERATIONS_MAX <= FILE_OPERATIONS_MAX
 assert FRAME_HEADER_BYTES % 16 == 0
 assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
 assert VICTIMS_AHEAD_MIN <= VICTIMS_AHEAD

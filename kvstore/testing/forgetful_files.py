@@ -15,6 +15,7 @@ from kvstore.abc.files import FileBatch, FileOperation, Files
 from kvstore.errors import DeadlineError, StoreClosedError
 from kvstore.limits import FILE_ALIGN_BYTES
 from kvstore.testing.forgetful_disk import Change, Inode, apply
+from kvstore.tiers.ssd.direct_files import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -272,10 +273,3 @@ class _Batch(FileBatch):
 
     def __del__(self) -> None:
         os.close(self._descriptor)
-
-
-def plain_name(name: str) -> str:
-    """The name, if it is one of a file directly in a directory."""
-    if not name or "/" in name or "\0" in name or name in (".", ".."):
-        raise ValueError(f"{name!r} is not the name of a file in a directory")
-    return name

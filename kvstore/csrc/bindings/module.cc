@@ -15,6 +15,7 @@ NB_MODULE(_native, module) {
     kvstore::bindings::bind_cpu(module);
     kvstore::bindings::bind_record(module);
     kvstore::bindings::bind_index(module);
+    kvstore::bindings::bind_io(module);
     kvstore::bindings::bind_net_stream(module);
     kvstore::bindings::bind_net_pieces(module);
 }

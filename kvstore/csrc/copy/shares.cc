@@ -1,7 +1,6 @@
 #include "shares.h"
 
 #include <pthread.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +9,8 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+
+#include "../signals_blocked.h"
 
 namespace kvstore {
 namespace {
@@ -59,22 +60,6 @@ struct SharedWork {
         std::unique_lock lock(mutex);
         all_done.wait(lock, [this] { return done.load() == shares; });
     }
-};
-
-// Threads begin with their creator's mask: signals go to threads that know what to do with them.
-class SignalsBlocked {
-  public:
-    SignalsBlocked() {
-        sigset_t all;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before_);
-    }
-    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-    SignalsBlocked(const SignalsBlocked&) = delete;
-    SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
-  private:
-    sigset_t before_;
 };
 
 }  // namespace
