@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,25 +12,32 @@ import numpy as np
 from kvstore._native import addresses_of, copy_rows
 from kvstore.errors import LeaseError
 from kvstore.record import Record, which_intact
+from kvstore.record.array_view import ArrayView
 from kvstore.record.copy import join_plans, plan_bytes, state_plan, token_plan
 from kvstore.record.rows import local_rows, runs_of
 from kvstore.record.threads import copy_threads
 from kvstore.spec import ReuseRule
+from kvstore.store.device_read import DeviceReads
+from kvstore.store.devices import DeviceCopies, DeviceUse, check_device_tensor
 from kvstore.store.fill import host_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     import numpy.typing as npt
 
+    from kvstore.placement.shelf import ShelfHold
     from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt, RecordArrays, RecordName
     from kvstore.record import RecordLayout
     from kvstore.spec import Coverage, ModelSpec, Shard, TensorSpec
+    from kvstore.store.devices import DeviceLane
 
 
 class Lease:
     """A resume point that stays readable until released. Any thread; a context manager.
+
+    Where copies to a device are under way at its release, the records are let go once these have ended.
 
     Attributes:
         spec: the model.
@@ -37,12 +45,23 @@ class Lease:
         path: the resume point's prefix nodes.
     """
 
-    def __init__(self, spec: ModelSpec, hold: BaseHold, shard: Shard, copied: Callable[[int, float], None]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        hold: BaseHold,
+        shard: Shard,
+        copied: Callable[[int, float], None],
+        devices: DeviceCopies | None = None,
+    ) -> None:
         self.spec = spec
         self.shard = shard
         self.path: NodePath = hold.path
         self._hold = hold
         self._copied = copied
+        self._devices = devices or DeviceCopies()
+        self._device_use = DeviceUse()
+        self._device_reads = DeviceReads()
+        self._is_released = False
 
     @property
     def records(self) -> tuple[HeldRecord, ...]:
@@ -132,6 +151,8 @@ class Lease:
     def check(self) -> None:
         """Raise `LeaseError` if the lease was released, `StoreClosedError` if its store was closed."""
         self._hold.check()
+        if self._is_released:
+            raise LeaseError("the lease was released, and only its copies to a device go on. Read the match again")
 
     def check_current(self) -> None:
         """As `check`; and raise `LeaseGoneError` if a record was found damaged since, by whomever."""
@@ -149,12 +170,19 @@ class Lease:
         return not self.path.tail_ids or prompt.tail_key(blocks, self.tokens) == self.path.tail_key
 
     def release(self) -> None:
-        """Let the records go. Idempotent. Views handed out before must not be used afterwards."""
-        self._hold.release()
+        """Let the records go. Idempotent; does not wait. Views handed out before must not be used afterwards."""
+        self._is_released = True
+        self._device_use.end(partial(_let_go, self._hold, self._device_reads.take_holds()))
 
     def __del__(self) -> None:
         hold = getattr(self, "_hold", None)
-        if hold is not None:
+        reads = getattr(self, "_device_reads", None)
+        if hold is None or reads is None or self._is_released:
+            return
+        holds = reads.take_holds()
+        if holds or self._device_use.is_used:
+            hold.pool.settle_later(partial(self._device_use.end, partial(_let_go, hold, holds)))
+        else:
             hold.release_later()
 
     def _spans(self, group: int, span: int) -> list[_Column]:
@@ -173,6 +201,13 @@ class Lease:
 
     def _account(self, size_bytes: int, seconds: float) -> None:
         self._copied(size_bytes, seconds)
+
+
+def _let_go(hold: BaseHold, holds: Sequence[ShelfHold]) -> None:
+    """End a lease: what it holds of the pool, and of tiers on devices."""
+    for each in holds:
+        each.release()
+    hold.release()
 
 
 class _Column:
@@ -232,16 +267,26 @@ class LayerView:
             return self._lease.tokens
         return cache_group.valid_tokens(self._lease.spec.block_tokens, self._lease.tokens)
 
-    def copy_to(self, **tensors: Any) -> None:
+    def copy_to(self, *, stream: Any = None, **tensors: Any) -> None:
         """Copy tensors of this layer into the caller's arrays, which it may then change freely.
 
+        Tensors of a device are there for what is asked of `stream` afterwards; this call does not wait for the device.
+        Where the records lie in the device's own memory they are copied from there, else through page-locked memory.
+
         Args:
-            tensors: writable host arrays by the spec's tensor names, of the shape that `shape` gives.
+            stream: of the device: a torch.cuda.Stream, or a cudaStream_t as a number; None is the current one.
+            tensors: writable arrays by the spec's tensor names, of the shape that `shape` gives: all on the host, or
+                all on one device.
 
         Raises:
-            LeaseError: the lease was released, or an array has the wrong shape or type or is read-only.
+            LeaseError: the lease was released, or an array has the wrong shape or type or is read-only, or they lie on
+            several devices. DeviceError: the device failed. DeadlineError: it hangs.
         """
         self._lease.check()
+        lane = self._lease._devices.lane_of(tensors, stream, LeaseError)
+        if lane is not None:
+            self._copy_to_device(lane, stream, tensors)
+            return
         plans = []
         for name, array in tensors.items():
             group, index, _ = self._tensor(name)
@@ -256,6 +301,22 @@ class LayerView:
         begin = time.perf_counter()
         copy_rows(plan, threads=copy_threads(size_bytes))
         # Released by another thread meanwhile, the slots may have been reused: what was copied is not trusted.
+        self._lease.check()
+        self._lease._account(size_bytes, time.perf_counter() - begin)
+
+    def _copy_to_device(self, lane: DeviceLane, stream: Any, tensors: dict[str, Any]) -> None:
+        asked = []
+        for name, tensor in tensors.items():
+            group, index, described = self._tensor(name)
+            what = f"the destination for {name!r} of layer {self.number}"
+            cache_group = self._lease.spec.groups[group]
+            check_device_tensor(tensor, cache_group, index, self._lease.shard, self._tokens(group), what, LeaseError)
+            shape = tuple(tensor.shape)
+            size = described.dtype.itemsize
+            strides = tuple(size * prod(shape[axis + 1 :]) for axis in range(len(shape)))
+            asked.append((group, index, ArrayView(0, shape, strides, described.dtype, True, tensor)))
+        begin = time.perf_counter()
+        size_bytes = self._lease._device_reads.copy(self, lane, stream, asked)
         self._lease.check()
         self._lease._account(size_bytes, time.perf_counter() - begin)
 
@@ -302,14 +363,22 @@ class LayerView:
                 return self._lease._spans(group, span.index)
         raise AssertionError("the layer belongs to the group, so it lies in a span")
 
-    def _plan(self, group: int, index: int, view: Any) -> npt.NDArray[np.uint64]:
+    def _plan(
+        self, group: int, index: int, view: Any, addresses_of: Callable[[_Column], npt.NDArray[np.uint64]] | None = None
+    ) -> npt.NDArray[np.uint64]:
+        """How a tensor is copied out of the records.
+
+        Args:
+            addresses_of: where the records of a column lie; by default in host memory.
+        """
         lease = self._lease
         block = lease.spec.block_tokens
         plans = []
         for column in self._columns(group):
             layout = column.layout
+            addresses = column.addresses if addresses_of is None else addresses_of(column)
             if not layout.capacity_tokens:
-                address = int(column.addresses[0])
+                address = int(addresses[0])
                 plans.append(state_plan(layout, self.number, index, lease.shard, view, address))
                 continue
             is_attention = lease.spec.groups[group].rule is ReuseRule.ATTENTION
@@ -321,7 +390,7 @@ class LayerView:
                     index,
                     lease.shard,
                     view,
-                    column.addresses,
+                    addresses,
                     np.zeros_like(column.nodes),
                     view_tokens,
                     column.valid,

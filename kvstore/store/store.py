@@ -19,6 +19,7 @@ from kvstore.store.arguments import (
     check_match,
     check_position,
 )
+from kvstore.store.devices import DeviceCopies
 from kvstore.store.lease import Lease
 from kvstore.store.nodes import NodeOperations
 from kvstore.store.waiters import Waiters
@@ -63,6 +64,8 @@ class Store(NodeOperations):
         self._owner = owner
         self.spec: ModelSpec = pool.spec
         self._waiters = Waiters(pool)
+        self.devices = DeviceCopies()
+        """Copies to and from tensors of devices."""
         self._lock = threading.Lock()
         self._copied_bytes = 0
         self._copied_s = 0.0
@@ -166,7 +169,7 @@ class Store(NodeOperations):
                 if verify:
                     continue
                 raise
-            lease = Lease(self.spec, hold, match.shard, self._copied)
+            lease = Lease(self.spec, hold, match.shard, self._copied, self.devices)
             damaged = lease.verify() if verify else []
             if not damaged:
                 return lease
@@ -326,7 +329,7 @@ class Store(NodeOperations):
             return None
 
         def arrive(path: NodePath, handover: HandOver, grids: Mapping[RecordPlace, bytes], hold: BaseHold) -> Arrival:
-            lease = Lease(self.spec, hold, WHOLE, self._copied)
+            lease = Lease(self.spec, hold, WHOLE, self._copied, self.devices)
             match = self.pool.match(target, cap_tokens=len(target), accept_coverage=accept_coverage)
             chosen = tuple(each for each in match.candidates if each.tokens < len(target) or each.path == path)
             return Arrival(handover, replace(match, candidates=chosen, grids=grids), lease)
@@ -381,11 +384,13 @@ class Store(NodeOperations):
             if self._owner is not None:
                 last.callback(self._owner.close)
             last.callback(self._waiters.close)
+            last.callback(self.devices.close)
             for end in reversed(self._end_transfers()):
                 last.callback(end)
 
     def _close_in_child(self) -> None:
         self._lock = threading.Lock()
+        self.devices.forget()
         self._forget_transfers()
         self._waiters = Waiters(self.pool)
         if self._owner is not None:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kvstore.errors import DeadlineError, WriteError
+from kvstore.errors import DeadlineError, KVStoreError, WriteError
 from kvstore.handle import Handle
 from kvstore.limits import JOINT_COMMIT_DEADLINE_S, TRANSFER_PRIORITY_DEFAULT
 from kvstore.spec import ReuseRule
+from kvstore.store.device_put import DevicePuts, TensorRange, token_parts
+from kvstore.store.devices import check_device_tensor
 from kvstore.store.fill import (
     TensorPlace,
     TensorPut,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from kvstore.pool import BaseTransaction, HandOver, Prompt
     from kvstore.record.array_view import ArrayView
     from kvstore.spec import Coverage, ModelSpec, Shard
+    from kvstore.store.devices import DeviceLane
     from kvstore.store.lease import Lease
     from kvstore.store.store import Store
     from kvstore.transfer import TransferObserver, TransferReport
@@ -93,6 +96,7 @@ class Writer:
         self._whole_pieces = np.zeros(len(transaction.records), np.int64)
         self._costs_s = np.zeros(len(transaction.records))
         self._listeners: list[WriteListener] = []
+        self._device_puts = DevicePuts(transaction, self.abort)
         # Records, and the pieces that became whole in each of them at once.
         self._whole: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
 
@@ -115,26 +119,35 @@ class Writer:
         """Bytes reserved by this writer, headers included."""
         return sum(record.slot.size_bytes for record in self.transaction.records)
 
-    def put(self, layer: int, *, tokens: slice, cost_s: float = 0.0, **tensors: Any) -> None:
+    def put(self, layer: int, *, tokens: slice, cost_s: float = 0.0, stream: Any = None, **tensors: Any) -> None:
         """Store attention tensors of one layer for a range of tokens. One native call copies all of them.
 
         All arrays are checked before the first is copied: after an error nothing has been put. Blocks that the
-        store has already are skipped. The arrays may be reused when this returns.
+        store has already are skipped. The arrays may be reused when this returns; tensors of a device, by what is
+        asked of `stream` afterwards. These are on their way then, and `commit` waits for them. This call waits only
+        while all staging buffers are in use.
 
         Args:
             layer: model layer number.
             tokens: the range, counted from the start of the prompt; no step. Of a layer that does not hold all of
                 them (`coverage=`), the arrays have those that it holds alone, in their order.
             cost_s: seconds of prefill that these tokens of this layer took, if known.
-            tensors: arrays by the spec's tensor names, each `[rows, tokens, *inner]`, on the host.
+            stream: of the device that computed them: a torch.cuda.Stream, or a cudaStream_t as a number; None is the
+                current one.
+            tensors: arrays by the spec's tensor names, each `[rows, tokens, *inner]`: all on the host, or all on one
+                device.
 
         Raises:
             WriteError: a range twice, outside or overlapping; a wrong shape or type; the writer has ended.
-            SpecError: the layer has no such tensor.
+            SpecError: the layer has no such tensor. DeviceError: the device failed. DeadlineError: it hangs.
         """
         start, stop = self._range(tokens)
         mask = self._masks.get(layer)
         count = stop - start if mask is None else int(np.count_nonzero(mask[start:stop]))
+        lane = self._store.devices.lane_of(tensors, stream, WriteError)
+        if lane is not None:
+            self._put_from_device(lane, stream, layer, start, stop, count, cost_s, tensors)
+            return
         with self.transaction.moving():
             checked = []
             for name, array in tensors.items():
@@ -146,42 +159,120 @@ class Writer:
             if count:
                 self._put_tokens(self._reserved(layer, checked), start, stop, cost_s / max(1, len(checked)))
 
-    def put_state(self, layer: int, *, at: int, cost_s: float = 0.0, **tensors: Any) -> None:
+    def _put_from_device(
+        self,
+        lane: DeviceLane,
+        stream: Any,
+        layer: int,
+        start: int,
+        stop: int,
+        count: int,
+        cost_s: float,
+        tensors: dict[str, Any],
+    ) -> None:
+        checked = []
+        with self.transaction.moving():
+            for name, tensor in tensors.items():
+                group, index = self._tensor(layer, name, ReuseRule.ATTENTION)
+                what = f"{name!r} of layer {layer}, tokens {start} to {stop},"
+                check_device_tensor(tensor, self.spec.groups[group], index, self.shard, count, what, WriteError)
+                checked.append((group, index, tensor, what))
+            callers = lane.device.stream_of(stream)
+            self._claim(layer, [(group, index, what) for group, index, _, what in checked], start, stop)
+            if not count:
+                return
+            ranges = []
+            for group, index, tensor, what in checked:
+                described = self.spec.groups[group].tensors[index]
+                # What holds a part of the tokens only has them closed up; it is not cut.
+                parts = (
+                    token_parts(start, stop, self.spec.block_tokens, tensor.nbytes // count, lane.ring.buffer_bytes)
+                    if layer not in self._masks
+                    else [(start, stop)]
+                )
+                for first, end in parts:
+                    if not self._lacks(layer, group, first, end):
+                        continue
+                    part = tensor if len(parts) == 1 else tensor[:, first - start : end - start]
+
+                    def landed(
+                        view: ArrayView,
+                        group: int = group,
+                        index: int = index,
+                        first: int = first,
+                        end: int = end,
+                        what: str = what,
+                    ) -> None:
+                        share_s = cost_s / len(checked) * (end - first) / (stop - start)
+                        self._put_tokens(self._reserved(layer, [(group, index, view, what)]), first, end, share_s)
+
+                    ranges.append(TensorRange(part, described.dtype, landed))
+            self._device_puts.begin(lane, callers, ranges)
+
+    def _lacks(self, layer: int, group: int, first: int, stop: int) -> bool:
+        """Whether anything of a range of tokens is reserved here: else the store has it."""
+        block = self.spec.block_tokens
+        spans = self._spans.get((group, self.spec.span_of_layer[group, layer]), ())
+        return any(span.reserved(first // block, -(-stop // block)).size for span in spans)
+
+    def put_state(self, layer: int, *, at: int, cost_s: float = 0.0, stream: Any = None, **tensors: Any) -> None:
         """Store state tensors of one layer after exactly `at` tokens.
 
         Args:
             layer: model layer number.
             at: the length, one of `resume_at`.
             cost_s: seconds of prefill that having this state saves, if known.
+            stream: as for `put`.
             tensors: arrays by the spec's tensor names: `[rows, *inner]`; of a window `[rows, valid, *inner]`,
-                the last `min(at, window)` tokens, oldest first.
+                the last `min(at, window)` tokens, oldest first. On the host or on a device, as for `put`.
 
         Raises:
-            WriteError: not a checkpoint of this writer, or as `put`. SpecError: as `put`.
+            WriteError: not a checkpoint of this writer, or as `put`. SpecError, DeviceError, DeadlineError: as `put`.
         """
         node = self.transaction.path.node_at(at)
         if at not in self.resume_at or node is None:
             lengths = ", ".join(str(length) for length in self.resume_at) or "none"
             raise WriteError(f"this writer takes no states at {at} tokens; its resume_at is: {lengths}")
+        lane = self._store.devices.lane_of(tensors, stream, WriteError)
         with self.transaction.moving():
-            checked = []
+            checked: list[tuple[int, int, Any, str]] = []
             for name, array in tensors.items():
                 group, index = self._tensor(layer, name, ReuseRule.STATE)
                 valid = self.spec.groups[group].valid_tokens(self.spec.block_tokens, at)
                 what = f"{name!r} of layer {layer} at {at} tokens"
-                view = host_view(array, self.spec.groups[group], index, self.shard, valid, what, WriteError)
-                checked.append((group, index, view, what))
+                if lane is None:
+                    view = host_view(array, self.spec.groups[group], index, self.shard, valid, what, WriteError)
+                    checked.append((group, index, view, what))
+                else:
+                    check_device_tensor(array, self.spec.groups[group], index, self.shard, valid, what, WriteError)
+                    checked.append((group, index, array, what))
+            callers = None if lane is None else lane.device.stream_of(stream)
             with self._lock:
                 for group, index, _, what in checked:
                     if (layer, group, index, at) in self._claimed_states:
                         raise WriteError(f"{what} was put before; each state is put once")
                 self._claimed_states.update((layer, group, index, at) for group, index, _, _ in checked)
-            puts = [put for put in self._reserved(layer, checked) if put.span.index[node] >= 0]
-            gather_states(puts, self.shard, node)
-            with self._lock:
-                for put in puts:
-                    self._costs_s[put.span.index[node]] += cost_s / len(checked)
-                    self._pieces_arrived(put, put.span.index[[node]])
+            share_s = cost_s / max(1, len(checked))
+            if lane is None or callers is None:
+                self._put_states(layer, checked, node, share_s)
+                return
+            ranges = []
+            for group, index, tensor, what in checked:
+
+                def landed(view: ArrayView, group: int = group, index: int = index, what: str = what) -> None:
+                    self._put_states(layer, [(group, index, view, what)], node, share_s)
+
+                ranges.append(TensorRange(tensor, self.spec.groups[group].tensors[index].dtype, landed))
+            self._device_puts.begin(lane, callers, ranges)
+
+    def _put_states(self, layer: int, checked: list[tuple[int, int, ArrayView, str]], node: int, cost_s: float) -> None:
+        """Copy states that have been claimed; report their pieces. `cost_s` is that of each tensor."""
+        puts = [put for put in self._reserved(layer, checked) if put.span.index[node] >= 0]
+        gather_states(puts, self.shard, node)
+        with self._lock:
+            for put in puts:
+                self._costs_s[put.span.index[node]] += cost_s
+                self._pieces_arrived(put, put.span.index[[node]])
 
     def _range(self, tokens: slice) -> tuple[int, int]:
         try:
@@ -361,15 +452,19 @@ class Writer:
     ) -> None:
         """Make what was written visible, all or nothing. With a length, only what ends there or before.
 
-        A party of a joint commit waits here for the others, and commits its whole prompt.
+        A party of a joint commit waits here for the others, and commits its whole prompt. What was put from a device
+        is waited for.
 
         Args:
-            deadline_s: how long a party waits; then it gives up, and with it all parties.
+            deadline_s: how long a party waits; then it gives up, and with it all parties. And how long a device is
+                waited for.
 
         Raises:
             WriteError: something within the range was not put, or the writer has ended; or a hand-over whose prompt's
             end is no checkpoint. JointCommitError: a party gave up, died or was late; nothing became visible.
+            DeadlineError: a device hangs; the writer stays open.
         """
+        self._device_puts.wait(deadline_s)
         if self.transaction.joint is not None:
             if upto_tokens is not None and upto_tokens < self.transaction.path.tokens:
                 raise WriteError("a party of a joint commit commits its whole prompt, not a part of it")
@@ -400,11 +495,24 @@ class Writer:
         joint = self.transaction.joint
         what = f"the joint commit {joint.name!r}" if joint is not None else "the commit"
         handle: Handle[None] = Handle(what, self.abort)
-        if joint is None:
+        if self._device_puts.when_landed(partial(self._commit_landed, handover, handle)):
+            return handle
+        self._commit_into(handover, handle)
+        return handle
+
+    def _commit_landed(self, handover: HandOver | None, handle: Handle[None]) -> None:
+        """What was put from a device has landed."""
+        try:
+            self._commit_into(handover, handle)
+        except KVStoreError as error:
+            handle.fail(error)
+
+    def _commit_into(self, handover: HandOver | None, handle: Handle[None]) -> None:
+        if self.transaction.joint is None:
             self.transaction.commit(None, handover)
             self._committed(None, handover)
             handle.resolve(None)
-            return handle
+            return
 
         def ended(error: BaseException | None) -> None:
             if error is None:
@@ -415,7 +523,6 @@ class Writer:
                 handle.fail(error)
 
         self.transaction.commit_jointly(handover, ended)
-        return handle
 
     def _check_handover(self, handover: HandOver | None) -> None:
         if handover is not None and len(self.prompt) not in self.resume_at:
