@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,7 +132,8 @@ class _CudaStream(Stream):
     def mark(self) -> Mark:
         import torch
 
-        event = torch.cuda.Event()
+        cuda: Any = torch.cuda  # partly without types
+        event = cuda.Event()
         with _device_errors("an event on the device"):
             event.record(self._stream)
         return _CudaMark(event)
@@ -181,32 +182,33 @@ class CudaDevice(Device):
         import torch
 
         address, size_bytes = _extent(memory)
+        cuda: Any = torch.cuda
         with torch.cuda.device(self._device):
-            code = int(torch.cuda.cudart().cudaHostRegister(address, size_bytes, HOST_REGISTER_PORTABLE))
+            code = int(cuda.cudart().cudaHostRegister(address, size_bytes, HOST_REGISTER_PORTABLE))
             if not code:
                 return Pinning(True, "")
             # CUDA keeps the code of a failed call, and torch would blame the next kernel for it: one that matters to
             # nobody takes it.
-            try:
+            with suppress(RuntimeError):
                 torch.empty(1, device=self._device).fill_(0)
-            except RuntimeError:
-                pass
         return Pinning(False, f"cudaHostRegister of {size_bytes} bytes failed with CUDA error {code}")
 
     def unpin(self, memory: memoryview) -> None:
         import torch
 
         address, _ = _extent(memory)
+        cuda: Any = torch.cuda
         with torch.cuda.device(self._device):
-            code = int(torch.cuda.cudart().cudaHostUnregister(address))
+            code = int(cuda.cudart().cudaHostUnregister(address))
         if code:
             raise DeviceError(f"cudaHostUnregister failed with CUDA error {code}")
 
     def stream(self) -> Stream:
         import torch
 
+        cuda: Any = torch.cuda
         with _device_errors(f"a stream of {self.name}"):
-            return _CudaStream(torch.cuda.Stream(device=self._device))
+            return _CudaStream(cuda.Stream(device=self._device))
 
     def stream_of(self, given: Any) -> Stream:
         import torch
@@ -214,7 +216,8 @@ class CudaDevice(Device):
         if given is None:
             return _CudaStream(torch.cuda.current_stream(self._device))
         if isinstance(given, int) and not isinstance(given, bool):
-            given = torch.cuda.ExternalStream(given, device=self._device)
+            cuda: Any = torch.cuda
+            given = cuda.ExternalStream(given, device=self._device)
         if not isinstance(given, torch.cuda.Stream) or given.device != self._device:
             raise DeviceError(
                 f"{given!r} is no stream of {self.name}; pass a torch.cuda.Stream of it or a cudaStream_t as a number"
