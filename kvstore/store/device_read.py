@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.placement.gpu.slab_hold import SlabHold
     from kvstore.record.array_view import ArrayView
     from kvstore.store.devices import DeviceLane
-    from kvstore.store.lease import _Column, LayerView, Lease
+    from kvstore.store.lease import LayerView, Lease, _Column
     from kvstore.tiers.gpu.device import Stream
 
 Asked = tuple[int, int, "ArrayView"]

@@ -17,7 +17,7 @@ from kvstore.placement.gpu.slab_shelf import SlabShelf
 from kvstore.spec import Coverage, ReuseRule, Shard
 from kvstore.store import Lease, Store, Writer, open_store
 from kvstore.store.device_put import token_parts
-from kvstore.testing.lagging_device import LaggingDevice, LaggingMark
+from kvstore.testing.lagging_device import LaggingDevice, LaggingMark, LaggingStream
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.testing.specs import (
     check_lease,
@@ -297,8 +297,12 @@ def test_a_put_lands_only_when_the_device_is_done() -> None:
         with pytest.raises(DeadlineError, match="have not come from their device"):
             writer.commit(deadline_s=0.01)
         assert not any(writer.transaction.is_sealed(number) for number in range(len(writer.transaction.records)))
-        device.is_held = False
-        device.drain()
+        copying = lane_of(store).stream
+        assert isinstance(copying, LaggingStream)
+        copying.is_held = True
+        device.drain()  # everything else goes as far as it may
+        assert stream.queue, "the tensors were overwritten before they were copied"
+        copying.is_held = device.is_held = False
         for layer, names in tensors_of(spec, ReuseRule.ATTENTION)[2:]:
             values = {name: token_values(spec, writer.prompt, layer, name, 0, 40) for name in names}
             writer.put(layer, tokens=slice(0, 40), **values)
@@ -464,6 +468,26 @@ def test_the_device_has_the_bytes_when_its_stream_has_come_so_far(bench: Bench) 
             callers.run(lambda: seen.copy_(into))
             callers.mark().wait(Deadline.after(TEST_S), "the copy")
             assert bench.values(seen) == token_values(spec, store.prompt(IDS), 0, "keys", 0, 40).tobytes()
+
+
+def test_a_copy_waits_for_what_the_caller_asked_before() -> None:
+    device = LaggingDevice()
+    bench = Bench(device)
+    spec = dense()
+    with opened(spec, bench) as store:
+        with store.write(IDS) as writer:
+            put_all(writer)
+            writer.commit()
+        with store.read(store.match([*IDS, 1])) as lease:
+            into = bench.empty((2, 40, 4), described(spec, 0, "keys"))
+            callers = device.stream()
+            callers.is_held = True
+            callers.run(lambda: into.zero_())
+            lease.layer(0).copy_to(keys=into, stream=callers)
+            device.drain()
+            callers.is_held = False
+            device.drain()
+            assert bench.values(into) == token_values(spec, store.prompt(IDS), 0, "keys", 0, 40).tobytes()
 
 
 @pytest.mark.parametrize("is_resident", [False, True])
