@@ -142,12 +142,15 @@ class DeviceCopies:
         return tuple(lane.statistics() for lane in lanes)
 
     def close(self) -> None:
-        """Wait until no copy is under way.
+        """Wait until no copy is under way; raises as `wait`."""
+        self.wait(Deadline.after(DEVICE_COPY_DEADLINE_S))
+
+    def wait(self, deadline: Deadline) -> None:
+        """Block until every put has landed, and every lease that ended has let its records go.
 
         Raises:
-            DeadlineError: a device hangs.
+            DeadlineError: a device is busy or hangs.
         """
-        deadline = Deadline.after(DEVICE_COPY_DEADLINE_S)
         with self._lock:
             lanes = tuple(self._lanes)
         for lane in lanes:

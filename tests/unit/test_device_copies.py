@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu_copy import main as benchmark
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, DeviceError, LeaseError, WriteError
 from kvstore.limits import STAGING_BUFFERS
@@ -36,6 +38,7 @@ from kvstore.tiers.gpu.torch_device import open_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -672,3 +675,13 @@ def test_marks_in_order() -> None:
     assert not first.mark().is_done()
     device.drain()
     assert seen == ["first", "second", "late"]
+
+
+def test_the_benchmark_needs_a_device_and_runs_with_any(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        assert benchmark([]) == 2
+        assert "finds no CUDA" in capsys.readouterr().err
+    output = tmp_path / "rows.json"
+    small = ["--rounds", "1", "--mebibytes", "1", "--blocks", "64", "--output", str(output)]
+    assert benchmark(["--device", "cpu", *small]) == 0
+    assert len(json.loads(output.read_text())["rows"]) == 5
