@@ -124,7 +124,7 @@ def test_nothing_is_read_before_it_has_arrived(shelf: SlabShelf, device: Lagging
 
 
 def test_no_place_is_reused_while_a_load_reads_it(shelf: SlabShelf, source: Store) -> None:
-    """Released, condemned, and the shelf filled with others: what is on its way arrives as it was."""
+    """Condemned, and the shelf filled with others: what is on its way arrives as it was."""
     original = write(source, range(40))
     shelf.keep(original.path, original.salt, original.placed).result(TEST_S)
     hold = shelf.hold(original.path, shard=WHOLE)
@@ -134,7 +134,6 @@ def test_no_place_is_reused_while_a_load_reads_it(shelf: SlabShelf, source: Stor
     assert isinstance(reading, LaggingStream)
     reading.is_held = True
     load = hold.load(np.arange(len(hold.rows)), landing.addresses)
-    hold.release()
     shelf.condemn(original.path.key(0), is_state=False)
     assert found(shelf, source, range(40)) == 0
     assert shelf._tier.quarantined_bytes == original.placed.slots.size_bytes
@@ -149,6 +148,30 @@ def test_no_place_is_reused_while_a_load_reads_it(shelf: SlabShelf, source: Stor
     reading.is_held = False
     assert list(load.wait(len(hold.rows), Deadline.after(TEST_S))) == []
     assert all(landing.holds(number, original) for number in range(len(hold.rows)))
+    hold.release()
+    assert shelf._tier.quarantined_bytes == 0
+
+
+def test_a_release_ends_loads_first(shelf: SlabShelf, source: Store) -> None:
+    original = write(source, range(21))
+    shelf.keep(original.path, original.salt, original.placed).result(TEST_S)
+    hold = shelf.hold(original.path, shard=WHOLE)
+    assert hold is not None
+    landing = Landing(hold.rows)
+    reading = shelf._out._stream
+    assert isinstance(reading, LaggingStream)
+    reading.is_held = True
+    hold.load(np.arange(len(hold.rows)), landing.addresses)
+    until = Deadline.after(TEST_S)
+    while not reading.queue:
+        until.check("the load to be asked of the device")
+    releasing = Background(hold.release)
+    assert shelf.evict(original.path.key(0)) == 0
+    assert releasing.is_running, "it returned while the device could still write"
+    reading.is_held = False
+    releasing.result(TEST_S)
+    assert not reading.queue
+    assert shelf.evict(original.path.key(0)) > 0
 
 
 def test_cancel_returns_when_nothing_moves(shelf: SlabShelf, device: LaggingDevice, source: Store) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SlabHold(ShelfHold):
-    """Records that stay where they are on the device until released, and until loads of them have ended.
+    """Records that stay where they are on the device until released.
 
     Attributes:
         path, salt, rows: as `ShelfHold`.
@@ -54,7 +54,7 @@ class SlabHold(ShelfHold):
         self.held = held
         self._shelf = shelf
         self._lock = threading.Lock()
-        self._loads = 0
+        self._loads: list[SlabLoad] = []
         self._is_released = False
 
     @property
@@ -66,29 +66,24 @@ class SlabHold(ShelfHold):
         chosen = np.asarray(numbers, np.int64)
         sizes = self.rows.table[chosen, SLOT_BYTES].astype(np.int64)
         copies = RecordCopies(self.locations[chosen], np.asarray(addresses).astype(np.int64), sizes)
+        load = SlabLoad(len(chosen))
         with self._lock:
             if self._is_released:
                 raise ValueError("the hold was released; its records may have gone")
-            self._loads += 1
-        load = SlabLoad(len(chosen))
-        self._shelf.begin_load(copies, load, self._load_ended)
+            self._loads = [each for each in self._loads if not each.has_ended]
+            self._loads.append(load)
+        self._shelf.begin_load(copies, load)
         return load
-
-    def _load_ended(self) -> None:
-        with self._lock:
-            self._loads -= 1
-            is_last = self._is_released and not self._loads
-        if is_last:
-            self._shelf.let_go(self)
 
     def release(self) -> None:
         with self._lock:
             if self._is_released:
                 return
             self._is_released = True
-            is_last = not self._loads
-        if is_last:
-            self._shelf.let_go(self)
+            loads, self._loads = self._loads, []
+        for load in loads:
+            load.cancel()
+        self._shelf.let_go(self)
 
 
 class SlabLoad(ShelfLoad):
@@ -122,6 +117,11 @@ class SlabLoad(ShelfLoad):
             self._is_cancelled = True
             while not self._has_ended:
                 self._changed.wait()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing moves any longer."""
+        return self._has_ended
 
     @property
     def is_cancelled(self) -> bool:

@@ -37,7 +37,7 @@ from kvstore.tiers.gpu.torch_device import open_device
 from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from kvstore._native import Finding, WriteSet
     from kvstore.abc import Slot, SlotRows
@@ -185,8 +185,8 @@ class SlabShelf(Shelf):
                 self._tier.unpin_all(hold.slots)
                 self._room.freed(self._index.release(hold.held))
 
-    def begin_load(self, copies: RecordCopies, load: SlabLoad, ended: Callable[[], None]) -> None:
-        """For a hold: move records into host memory; `ended` is called when nothing moves any longer."""
+    def begin_load(self, copies: RecordCopies, load: SlabLoad) -> None:
+        """For a hold: move records into host memory."""
 
         def moved() -> bool:
             return self._out.copy_out(copies, lambda: load.is_cancelled or self._is_closed, landed)
@@ -198,12 +198,9 @@ class SlabShelf(Shelf):
             load.landed(count)
 
         def job() -> None:
-            try:
-                error = load.run(moved)
-                if error is not None:
-                    self._fail(error)
-            finally:
-                ended()
+            error = load.run(moved)
+            if error is not None:
+                self._fail(error)
 
         arrived = [0]
         self._out_worker.submit(job)

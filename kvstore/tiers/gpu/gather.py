@@ -97,6 +97,7 @@ def gather_resident(memory: Any, runs: ByteRuns, tensor: Any, stream: Stream) ->
         if contiguous is not tensor:
             tensor.copy_(contiguous)
 
+    stream.uses(memory)  # also if the tier is closed meanwhile
     stream.run(work)
 
 
