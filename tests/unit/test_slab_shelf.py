@@ -233,6 +233,7 @@ def test_a_failed_device(shelf: SlabShelf, device: LaggingDevice, source: Store)
     load.cancel()
     hold.release()
     assert shelf.hold(first.path, shard=WHOLE) is None
+    assert found(shelf, source, range(21)) == 0
     assert "off the bus" in shelf.statistics().trouble
     with pytest.raises(ShelfRefusedError, match="takes nothing more"):
         shelf.keep(second.path, second.salt, second.placed).result(TEST_S)

@@ -109,6 +109,7 @@ class SlabShelf(Shelf):
         self._lock = threading.RLock()
         ghosts_max = min(GHOSTS_MAX, int(capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
         self._index = PrefixIndex(spec, None, ghosts_max)
+        self._nothing = PrefixIndex(spec).native
         self._counts = PoolStatistics()
         self._room = Room(self._tier, self._index, self._counts)
         self._is_closed = False
@@ -146,7 +147,8 @@ class SlabShelf(Shelf):
 
     def find(self, query: Query) -> Finding:
         with self._lock:
-            return search(self._index.native, query)
+            # What a device that has failed holds cannot be had.
+            return search(self._nothing if self._failure else self._index.native, query)
 
     def hold(
         self,
