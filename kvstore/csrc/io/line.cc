@@ -28,17 +28,22 @@ Line::Lane* Line::choose() {
     const bool has_urgent = !lanes_[urgent].empty();
     const bool has_reads = may_others && !lanes_[reads].empty();
     const bool has_writes = may_others && !lanes_[writes].empty();
+    // A run is counted while somebody waits for its end.
     if (has_urgent && !((has_reads || has_writes) && urgent_run_ + 1 >= rules_.floor_share)) {
-        urgent_run_ = has_reads || has_writes ? urgent_run_ + 1 : 0;
+        urgent_run_ += has_reads || has_writes ? 1 : 0;
         return &lanes_[urgent];
     }
-    urgent_run_ = 0;
     if (has_reads && !(has_writes && read_run_ + 1 >= rules_.floor_share)) {
-        read_run_ = has_writes ? read_run_ + 1 : 0;
+        urgent_run_ = 0;
+        read_run_ += has_writes ? 1 : 0;
         return &lanes_[reads];
     }
-    read_run_ = 0;
-    return has_writes ? &lanes_[writes] : nullptr;
+    if (has_writes) {
+        urgent_run_ = 0;
+        read_run_ = 0;
+        return &lanes_[writes];
+    }
+    return nullptr;
 }
 
 void Line::skip_stopped(Lane& lane) {
