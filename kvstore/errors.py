@@ -108,6 +108,10 @@ class LeaseGoneError(LeaseError):
     retryable = True
 
 
+class LoadFailedError(LeaseGoneError):
+    """Records could not be loaded from another tier: damaged there, not readable, or nothing came. Match again."""
+
+
 class StoreClosedError(KVStoreError):
     """The store was closed, or belongs to the process that forked this one."""
 

@@ -110,6 +110,30 @@ HANDOVERS_PER_PROMPT_MAX = 64
 OPEN_WAITS_MAX = 4096
 """Handles of one store that wait for a hand-over or a resume point."""
 
+# Further tiers
+SHELVES_MAX = 8
+"""Tiers beside the pool's memory: each match asks all of them."""
+LOADS_MAX = 64
+"""Resume points that are loaded from other tiers at once; each has a thread."""
+LOAD_BATCH_BYTES = 16 * MIB
+"""Records of a load are verified together up to this many bytes, while later ones still come."""
+LOAD_DEADLINE_S = 60.0
+"""How long a read waits by default for what has to be loaded."""
+LOAD_PROGRESS_DEADLINE_S = 30.0
+"""A load of which nothing comes for this long has failed."""
+FLUSH_DEADLINE_S = 60.0
+"""How long a flush waits by default."""
+KEEP_QUEUE_MAX = 4096
+"""Resume points that wait to be kept in other tiers, about 300 bytes each besides their keys; then the oldest goes."""
+KEEP_PINNED_FRACTION_MAX = 0.25
+"""Share of the pool's memory that may be pinned while it is kept elsewhere; a single resume point may be more."""
+KEPT_KNOWN_MAX = 1 << 14
+"""Resume points that are remembered as kept, so that a hit on them asks nothing."""
+KEEP_AGAIN_S = 60.0
+"""What a tier has refused is offered to it again after this long, if somebody reads it."""
+KEEP_CLOSE_DEADLINE_S = 10.0
+"""How long closing a store waits for what was committed to be kept in other tiers."""
+
 # Attached processes
 ATTACHED_PROCESSES_MAX = 256
 """Processes attached to one owner, those counted that have gone silent and still have memory mapped."""
@@ -123,6 +147,8 @@ ATTACHED_LEASES_MAX = 4096
 """Leases that one attached process holds at once."""
 ATTACHED_WRITERS_MAX = 1024
 """Writers that one attached process has open at once."""
+ATTACHED_WAITS_MAX = 64
+"""Loads and flushes that the owner does for one attached process at once; each has a thread."""
 ATTACH_DEADLINE_S = 5.0
 """How long an attached process waits for its owner's answer before it takes the owner for gone."""
 ATTACHED_SILENCE_S = 10.0

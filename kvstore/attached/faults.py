@@ -32,6 +32,7 @@ _CODES: dict[int, type[errors.KVStoreError]] = {
     18: errors.OwnerGoneError,
     19: errors.JointCommitError,
     20: errors.ArenaError,
+    21: errors.LoadFailedError,
 }
 _NUMBERS = {kind: number for number, kind in _CODES.items()}
 

@@ -34,6 +34,7 @@ from kvstore.limits import (
     EXTRA_BYTES_MAX,
     PROMPT_TOKENS_MAX,
     SALT_BYTES_MAX,
+    SHELVES_MAX,
 )
 from kvstore.pool import Candidate, HandOver, Match, Missing, NodePath, Prompt
 from kvstore.wire import clipped_utf8
@@ -51,7 +52,12 @@ _PROMPT = struct.Struct("<IIIIB3x")
 _EXTRA = struct.Struct("<II")
 _MATCHED = struct.Struct("<IIIIII")
 NUMBER_AND_TERM = struct.Struct("<QQ")
-_CANDIDATE_ROW = np.dtype([("path", "<u4"), ("blocks", "<u4"), ("tail_tokens", "<u4")])
+_CANDIDATE_ROW = np.dtype(
+    [("path", "<u4"), ("blocks", "<u4"), ("tail_tokens", "<u4"), ("tier", "<u2"), ("is_durable", "<u2")]
+)
+_TIER = struct.Struct("<d")
+_WAIT = struct.Struct("<I")
+WAIT_MS_MAX = 0xFFFFFFFF
 
 assert NO_LENGTH > PROMPT_TOKENS_MAX
 
@@ -118,11 +124,22 @@ def _check_shard(reader: MessageReader, spec: ModelSpec, shard: Shard) -> None:
 def pack_match(match: Match) -> bytes:
     """The answer to `MatchRequest`.
 
-    A candidate's path is the beginning of the request's own exact path or of one in a list, by number from 1.
+    A candidate's path is the beginning of the request's own exact path or of one in a list, by number from 1; its tier
+    is one in a list, by number from 0.
     """
     paths: list[NodePath] = []
+    tiers: dict[str, int] = {}
     rows = np.array(
-        [(_path_number(c.path, paths), len(c.path.keys), len(c.path.tail_ids)) for c in match.candidates],
+        [
+            (
+                _path_number(c.path, paths),
+                len(c.path.keys),
+                len(c.path.tail_ids),
+                tiers.setdefault(c.tier, len(tiers)),
+                c.is_durable,
+            )
+            for c in match.candidates
+        ],
         _CANDIDATE_ROW,
     )
     reasons = [clipped_utf8(reason, ATTACH_TEXT_BYTES_MAX) for reason in match.missing.reasons[:REASONS_MAX]]
@@ -134,10 +151,12 @@ def pack_match(match: Match) -> bytes:
         len(reasons),
         len(match.suggested),
     )
-    tier = pack_bytes((match.tier or "").encode())
+    rates = match.load_seconds_per_byte or {}
+    tier_rows = [pack_bytes(name.encode()) + _TIER.pack(rates.get(name, 0.0)) for name in tiers]
     suggested = np.array(match.suggested, "<u4").tobytes()
     packed_paths = struct.pack("<I", len(paths)) + b"".join(map(pack_path, paths))
-    return b"".join((fixed, tier, rows.tobytes(), suggested, *map(pack_bytes, reasons), packed_paths))
+    packed_tiers = struct.pack("<I", len(tiers)) + b"".join(tier_rows)
+    return b"".join((fixed, packed_tiers, rows.tobytes(), suggested, *map(pack_bytes, reasons), packed_paths))
 
 
 def _path_number(path: NodePath, paths: list[NodePath]) -> int:
@@ -157,13 +176,13 @@ def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Mat
     cap, attention_tokens, pending_tokens, candidate_count, reason_count, suggested_count = reader.fixed(_MATCHED)
     if candidate_count > CANDIDATES_MAX or reason_count > REASONS_MAX or suggested_count > PROMPT_TOKENS_MAX:
         raise reader.fail(f"has {candidate_count} candidates, {reason_count} reasons, {suggested_count} suggestions")
-    tier = reader.text(reader.count(ATTACH_TEXT_BYTES_MAX, "bytes of a name"))
+    tiers = [_read_tier(reader) for _ in range(reader.count(SHELVES_MAX + 1, "tiers"))]
     rows = reader.rows(_CANDIDATE_ROW, candidate_count).tolist()
     suggested = tuple(reader.rows(np.dtype("<u4"), suggested_count).tolist())
     reasons = tuple(reader.text(reader.count(ATTACH_TEXT_BYTES_MAX, "bytes of a reason")) for _ in range(reason_count))
     paths = [read_path(reader, spec) for _ in range(reader.count(CANDIDATES_MAX, "paths"))]
     reader.finish()
-    candidates = tuple(_candidate(reader, request, spec, row, paths, tier) for row in rows)
+    candidates = tuple(_candidate(reader, request, spec, row, paths, tiers) for row in rows)
     lengths = [candidate.tokens for candidate in candidates]
     may_repeat = any(not candidate.is_exact for candidate in candidates)
     if lengths != sorted(lengths if may_repeat else set(lengths), reverse=True) or max(cap, *suggested, 0) > len(
@@ -178,22 +197,34 @@ def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Mat
         suggested=suggested,
         shard=request.shard,
         grid=request.grid,
+        load_seconds_per_byte={name: rate for name, rate in tiers if rate},
     )
+
+
+def _read_tier(reader: MessageReader) -> tuple[str, float]:
+    """A tier's name, and what loading from it costs."""
+    name = reader.text(reader.count(ATTACH_TEXT_BYTES_MAX, "bytes of a name"))
+    (rate,) = reader.fixed(_TIER)
+    if not 0.0 <= rate < float("inf"):
+        raise reader.fail(f"says that loading a byte takes {rate} s")
+    return name, rate
 
 
 def _candidate(
     reader: MessageReader,
     request: MatchRequest,
     spec: ModelSpec,
-    row: tuple[int, int, int],
+    row: tuple[int, int, int, int, int],
     paths: list[NodePath],
-    tier: str,
+    tiers: list[tuple[str, float]],
 ) -> Candidate:
-    number, blocks, tail = row
+    number, blocks, tail, tier, is_durable = row
     prompt, block = request.prompt.exact, spec.block_tokens
     tokens = blocks * block + tail
     if not 0 < tokens <= len(prompt) or tail >= block or number > len(paths):
         raise reader.fail(f"has a candidate of {tokens} tokens on path {number}, the prompt {len(prompt)}")
+    if tier >= len(tiers) or is_durable > 1:
+        raise reader.fail(f"has a candidate in tier {tier} of {len(tiers)}, or with a flag of {is_durable}")
     path = prompt.path
     if number:
         path = paths[number - 1]
@@ -204,7 +235,7 @@ def _candidate(
     elif tokens != path.tokens:
         ids = tuple(prompt.token_ids[blocks * block : tokens].tolist())
         path = path.with_tail(blocks, prompt.tail_key(blocks, tokens), ids)
-    return Candidate(tokens, path, spec.bytes_by_group(tokens, request.shard), tier)
+    return Candidate(tokens, path, spec.bytes_by_group(tokens, request.shard), tiers[tier][0], bool(is_durable))
 
 
 # Holding
@@ -212,19 +243,26 @@ def _candidate(
 
 @dataclass(frozen=True)
 class HoldRequest:
-    """Keep the records of a resume point in place."""
+    """Keep the records of a resume point in place.
+
+    Attributes:
+        wait_ms: how long the answer may wait for what lies in another tier; loading it goes on afterwards.
+    """
 
     path: NodePath
     shard: Shard
     grid: ChunkGrid | None = None
     grids: Mapping[RecordPlace, bytes] | None = None
+    wait_ms: int = 0
 
     def pack(self) -> bytes:
-        return pack_shard(self.shard) + pack_chunks(self.grid) + pack_grids(self.grids) + pack_path(self.path)
+        wait = _WAIT.pack(min(self.wait_ms, WAIT_MS_MAX))
+        return wait + pack_shard(self.shard) + pack_chunks(self.grid) + pack_grids(self.grids) + pack_path(self.path)
 
     @classmethod
     def parse(cls, data: memoryview, spec: ModelSpec) -> HoldRequest:
         reader = MessageReader(data, "HOLD")
+        (wait_ms,) = reader.fixed(_WAIT)
         shard, grid, grids, path = (
             read_shard(reader),
             read_chunks(reader),
@@ -233,7 +271,7 @@ class HoldRequest:
         )
         reader.finish()
         _check_shard(reader, spec, shard)
-        return cls(path, shard, grid, grids)
+        return cls(path, shard, grid, grids, wait_ms)
 
 
 @dataclass(frozen=True)

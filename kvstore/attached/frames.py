@@ -10,7 +10,7 @@ from kvstore.errors import AttachProtocolError
 from kvstore.limits import ATTACH_MESSAGE_BYTES_MAX
 
 MAGIC = b"KVAT"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<4sHHQII")
 HEADER_BYTES = _HEADER.size
 
@@ -38,6 +38,7 @@ class Kind(enum.IntEnum):
     BEAT = 18
     BYE = 19
     INSPECT = 20
+    FLUSH = 21
     ERROR = 32
     """Instead of an answer, or of a welcome."""
     CHANGED = 33

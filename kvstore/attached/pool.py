@@ -23,13 +23,14 @@ from kvstore.attached.writing import BeginRequest, Begun, MissingRequest, parse_
 from kvstore.clock import Deadline
 from kvstore.errors import (
     AttachProtocolError,
+    DeadlineError,
     KVStoreError,
     LeaseGoneError,
     OwnerGoneError,
     SpecError,
     StoreClosedError,
 )
-from kvstore.limits import ATTACH_DEADLINE_S
+from kvstore.limits import ATTACH_DEADLINE_S, LOAD_DEADLINE_S
 from kvstore.pool import BasePool, HeldRecord, TransactionRecord
 from kvstore.pool.plan import grid_digest
 from kvstore.spec.shard import WHOLE
@@ -75,6 +76,8 @@ class AttachedPool(BasePool):
         self._lock = threading.Lock()
         self._watch_lock = threading.Lock()
         self._open: set[int] = set()
+        """Leases and writers by the owner's numbers, and what this process waits for, by numbers below 0."""
+        self._last_wait = 0
         self._transactions: WeakValueDictionary[int, AttachedTransaction] = WeakValueDictionary()
         self._listeners: list[Callable[[], None]] = []
         self._dropped: deque[Callable[[], None]] = deque()
@@ -152,6 +155,22 @@ class AttachedPool(BasePool):
         """Ask the owner; raises what it raised, or `OwnerGoneError`."""
         self.check_open()
         return self._connection.request(kind, message, self.deadline_s)
+
+    def _request_long(self, kind: Kind, message: bytes, wait_s: float) -> memoryview:
+        """As `request`, of what the owner may take `wait_s` longer for; it is asked meanwhile whether it lives."""
+        self.check_open()
+        with self._lock:
+            self._last_wait -= 1
+            wait = self._last_wait
+        self._opened(wait)
+        try:
+            return self._connection.request(kind, message, wait_s + self.deadline_s)
+        finally:
+            self.forget(wait)
+
+    def flush(self, deadline_s: float) -> None:
+        self._settle()
+        parse_empty(self._request_long(Kind.FLUSH, pack_number(int(deadline_s * 1000)), deadline_s), "FLUSH")
 
     def ask(self, kind: Kind, message: bytes, end: Callable[[memoryview | None, KVStoreError | None], None]) -> None:
         """Ask the owner something that may take long; `end` is called by the connection's reader."""
@@ -235,9 +254,19 @@ class AttachedPool(BasePool):
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
         grids: ByPlace[RecordPlace, bytes] | None = None,
+        layered: bool = False,
+        deadline: Deadline | None = None,
     ) -> AttachedHold:
+        """As `BasePool.hold`. `layered` changes nothing: the owner answers once everything is there."""
         self._settle()
-        answer = self.request(Kind.HOLD, HoldRequest(path, shard, grid, grids).pack())
+        deadline = deadline or Deadline.after(LOAD_DEADLINE_S)
+        try:
+            answer = self.request(Kind.HOLD, HoldRequest(path, shard, grid, grids).pack())
+        except DeadlineError:
+            # It must be loaded, which the owner has begun. An owner that is stopped would have been noticed by now.
+            wait_s = deadline.remaining_s()
+            request = HoldRequest(path, shard, grid, grids, int(wait_s * 1000))
+            answer = self._request_long(Kind.HOLD, request.pack(), wait_s)
         return self._held(path, self._understood(lambda: Held.parse(answer, self.spec, path, self._arena_bytes)))
 
     def _held(self, path: NodePath, held: Held) -> AttachedHold:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvstore.attached import messages
 from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldRequest, MatchRequest, pack_match, parse_path
 from kvstore.attached.frames import Kind
 from kvstore.attached.tables import PlacedRecord
+from kvstore.attached.waits import Waits
 from kvstore.attached.writing import AbortRequest, BeginRequest, Begun, CommitRequest, MissingRequest, pack_numbers
+from kvstore.clock import Deadline
 from kvstore.errors import AttachProtocolError, LeaseError, LeaseGoneError, PoolError, StaleSlotError, WriteError
 from kvstore.limits import ATTACHED_LEASES_MAX, ATTACHED_WRITERS_MAX
+from kvstore.pool import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Slot
     from kvstore.attached.term import TermPage
-    from kvstore.pool import HeldRecord, Hold, Pool, Transaction, TransactionRecord
+    from kvstore.pool import BaseHold, HeldRecord, Pool, Transaction, TransactionRecord
 
 
 class Answer(Protocol):
@@ -100,6 +103,7 @@ class Requests:
         self._numbers = count(1)
         self._holds: dict[int, Hold] = {}
         self._writers: dict[int, _Writing] = {}
+        self._waits = Waits(later)
         self.is_watching = False
 
     @property
@@ -124,6 +128,12 @@ class Requests:
         if kind is Kind.COMMIT:
             self._commit(CommitRequest.parse(message), answer)
             return
+        if kind is Kind.HOLD:
+            self._hold(HoldRequest.parse(message, self._spec), answer)
+            return
+        if kind is Kind.FLUSH:
+            self._flush(messages.parse_number(message, "FLUSH"), answer)
+            return
         act = _ACTIONS.get(kind)
         if act is None:
             raise AttachProtocolError(f"{kind.name} is not expected here")
@@ -142,12 +152,32 @@ class Requests:
         )
         return pack_match(found)
 
-    def _hold(self, message: memoryview) -> bytes:
-        request = HoldRequest.parse(message, self._spec)
+    def _hold(self, request: HoldRequest, answer: Answer) -> None:
+        """Hold a resume point; what must be loaded first is waited for in another thread, and answered later."""
         self._check_leases()
-        return self._held(
-            self._pool.hold(request.path, shard=request.shard, grid=request.grid, grids=request.grids)
-        ).pack()
+        asked: dict[str, Any] = {"shard": request.shard, "grid": request.grid, "grids": request.grids}
+        try:
+            hold = self._pool.hold_now(request.path, **asked)
+        except LeaseGoneError:
+            if not self._pool.may_load:
+                raise
+        else:
+            answer(self._held(hold).pack(), None)
+            return
+        deadline = Deadline.after(request.wait_ms / 1000)
+
+        def load() -> BaseHold:
+            return self._pool.hold(request.path, **asked, deadline=deadline)
+
+        def loaded(hold: BaseHold) -> bytes:
+            assert isinstance(hold, Hold)
+            self._check_leases()
+            return self._held(hold).pack()
+
+        self._waits.begin(load, loaded, answer, undo=lambda hold: hold.release())
+
+    def _flush(self, wait_ms: int, answer: Answer) -> None:
+        self._waits.begin(lambda: self._pool.flush(wait_ms / 1000), lambda _: b"", answer, undo=lambda _: None)
 
     def _check_leases(self) -> None:
         if len(self._holds) >= ATTACHED_LEASES_MAX:
@@ -367,6 +397,8 @@ class Requests:
         The process sees the new term before anything that it held can be reused.
         """
         term = self._page.end_last_term() if is_last else self._page.end_term()
+        if is_last:
+            self._waits.close()
         holds, self._holds = self._holds, {}
         for hold in holds.values():
             hold.release()
@@ -383,7 +415,6 @@ class Requests:
 
 _ACTIONS: dict[Kind, Callable[[Requests, memoryview], bytes]] = {
     Kind.MATCH: Requests._match,
-    Kind.HOLD: Requests._hold,
     Kind.RELEASE: Requests._release,
     Kind.CHECK: Requests._check,
     Kind.ACCEPT: Requests._accept,

@@ -22,13 +22,15 @@ class Candidate(LazyFields):
         tokens: its length r: every group can be restored at exactly r.
         path: its prefix nodes, root first; the last one ends at r.
         bytes_by_group: bytes that restoring moves, by group name.
-        tier: the slowest tier that any of it lies in.
+        tier: the fastest tier that has all of it.
+        is_durable: whether a tier has all of it whose content is there again after a crash.
     """
 
     tokens: int
     path: NodePath
     bytes_by_group: Mapping[str, int]
     tier: str
+    is_durable: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -38,6 +40,12 @@ class Candidate(LazyFields):
     def is_exact(self) -> bool:
         """Whether every layer holds every token."""
         return self.path.is_exact
+
+    def placed(self, *, is_durable: bool) -> Candidate:
+        """The same candidate, with what is known of it; nothing is computed for it."""
+        candidate = Candidate.__new__(Candidate)
+        candidate.__dict__.update(self.__dict__, is_durable=is_durable)
+        return candidate
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Match(LazyFields):
         grid: the chunk boundaries that were asked for; None if any would do.
         grids: chunk grid digests of the records that a hand-over consists of; None otherwise.
         seconds_per_byte: what copying has cost in this store; None before any.
+        load_seconds_per_byte: what loading from each other tier has cost, of those that were loaded from.
 
     Candidates, what is missing and the suggestions are computed when they are first looked at.
     """
@@ -82,16 +91,21 @@ class Match(LazyFields):
     grid: ChunkGrid | None = None
     grids: Mapping[RecordPlace, bytes] | None = field(default=None, compare=False)
     seconds_per_byte: float | None = field(default=None, compare=False)
+    load_seconds_per_byte: Mapping[str, float] | None = field(default=None, compare=False)
 
     def __bool__(self) -> bool:
         return self.tokens > 0
 
     @property
     def expected_load_s(self) -> float | None:
-        """Time to copy the deepest candidate out, from what copying has cost in this store; None before any."""
+        """Time to read the deepest candidate, from what copying and loading have cost in this store.
+
+        None before any was copied. A tier that nothing was loaded from yet is taken to cost nothing.
+        """
         if self.seconds_per_byte is None or self.best is None:
             return None
-        return self.best.size_bytes * self.seconds_per_byte
+        load_s = (self.load_seconds_per_byte or {}).get(self.best.tier, 0.0)
+        return self.best.size_bytes * (self.seconds_per_byte + load_s)
 
     def timed(self, seconds_per_byte: float) -> Match:
         """The same answer, with what copying costs; nothing is computed for it."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from kvstore._native import HeldRows, WriteSet
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
+    from kvstore.clock import Deadline
     from kvstore.pool.held import HeldRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -144,14 +145,20 @@ class Pool(BasePool):
             self._statistics.matches += 1
             self._statistics.hits += any(found.tokens > 0 for found in findings)
 
-        def suggest(resume_tokens: int, branch_points: Sequence[int]) -> tuple[int, ...]:
-            with self._lock:
-                return self._checkpoints.suggest(len(prompt), resume_tokens, branch_points, self.spec.block_tokens)
-
+        suggest = self._suggest(len(prompt))
         if len(queries) == 1 and not accept_coverage:
             return answer(queries[0], findings[0], self._tier.name, suggest)
         with self._lock:  # the coverages of tails are looked up when the answers are made
             return joined([answer(*each, self._tier.name, suggest) for each in zip(queries, findings, strict=True)])
+
+    def _suggest(self, prompt_tokens: int) -> Callable[[int, Sequence[int]], tuple[int, ...]]:
+        """Checkpoints for a prompt, from a resume point's length and known branch points."""
+
+        def suggest(resume_tokens: int, branch_points: Sequence[int]) -> tuple[int, ...]:
+            with self._lock:
+                return self._checkpoints.suggest(prompt_tokens, resume_tokens, branch_points, self.spec.block_tokens)
+
+        return suggest
 
     def hold(
         self,
@@ -160,7 +167,36 @@ class Pool(BasePool):
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
         grids: Mapping[RecordPlace, bytes] | None = None,
+        layered: bool = False,
+        deadline: Deadline | None = None,
+    ) -> BaseHold:
+        return self.hold_now(path, shard=shard, grid=grid, grids=grids)
+
+    @property
+    def may_load(self) -> bool:
+        """Whether `hold` may have to wait for what lies elsewhere."""
+        return False
+
+    def hold_now(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
     ) -> Hold:
+        """As `hold`, without loading anything: `LeaseGoneError` unless all of it lies in this pool's own tier."""
+        return self.hold_here(path, shard=shard, grid=grid, grids=grids)
+
+    def hold_here(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
+    ) -> Hold:
+        """As `hold_now`, which this pool does for itself: nobody else has asked for it."""
         self._settle()
         if grid is not None and grids is None and self.spec.state_groups:
             grid.digest_at(path.tokens)  # states exist at boundaries only

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from kvstore._native import addresses_of
-from kvstore.errors import WriteError
+from kvstore.errors import UnavailableError, WriteError
 from kvstore.limits import JOINT_NAME_BYTES_MAX, JOINT_PARTIES_MAX
 from kvstore.pool.arrays import RecordArrays
 from kvstore.spec.shard import WHOLE
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvstore.abc import Slot
+    from kvstore.clock import Deadline
     from kvstore.pool.held import HeldRecord, TransactionRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -104,6 +105,14 @@ class BaseHold(ABC):
         Raises:
             StoreClosedError: the pool is closed. LeaseError: the hold was released. LeaseGoneError: it expired.
         """
+
+    def wait_for(self, layer: int | None, deadline: Deadline) -> None:
+        """Block until a layer's records, or all of them, are in memory and verified; at once unless taken layered.
+
+        Raises:
+            LoadFailedError: they could not be loaded. DeadlineError: they are still being loaded. Otherwise as `check`.
+        """
+        self.check()
 
     @abstractmethod
     def release(self) -> None:
@@ -247,15 +256,21 @@ class BasePool(ABC):
         shard: Shard = WHOLE,
         grid: ChunkGrid | None = None,
         grids: Mapping[RecordPlace, bytes] | None = None,
+        layered: bool = False,
+        deadline: Deadline | None = None,
     ) -> BaseHold:
-        """Keep every record of a resume point in place until the hold is released.
+        """Keep every record of a resume point in place until the hold is released. What another tier has is loaded.
 
         Args:
             grid: the chunk boundaries that the records must have been computed with.
             grids: their digests by record, instead of `grid`, where only those are known (a hand-over).
+            layered: return once there is space for what must be loaded; see `BaseHold.wait_for`.
+            deadline: for loading.
 
         Raises:
-            LeaseGoneError: a record is not there any more; nothing is held.
+            LeaseGoneError: a record is not there any more; nothing is held. LoadFailedError: it could not be loaded.
+            PoolFullError: it must be loaded, and there is no room. DeadlineError: it is still being loaded, which goes
+            on.
         """
 
     @abstractmethod
@@ -333,6 +348,15 @@ class BasePool(ABC):
         Args:
             slot: where the damaged record lies; if it has left the index meanwhile, nothing happens.
         """
+
+    def flush(self, deadline_s: float) -> None:
+        """Wait until everything that was committed before is durable.
+
+        Raises:
+            UnavailableError: nothing here outlives a crash. DeadlineError: it is not durable yet. ShelfRefusedError:
+            something was not kept; the message counts why. StoreClosedError: closed.
+        """
+        raise UnavailableError("nothing here outlives a crash; open the store with ssd=")
 
     @abstractmethod
     def subscribe(self, listener: Callable[[], None]) -> None:

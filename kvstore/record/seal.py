@@ -47,11 +47,20 @@ def which_intact(
         addresses: where each record lies, `[n]`; the caller keeps the memory alive.
         headers: what each record must say, its cost included.
     """
+    return which_intact_rows(layout, addresses, *_packed_fields(headers, [header.cost_us for header in headers]))
+
+
+def which_intact_rows(
+    layout: RecordLayout,
+    addresses: npt.NDArray[np.uint64],
+    digests: bytes | memoryview,
+    numbers: npt.NDArray[np.uint64],
+) -> npt.NDArray[np.bool_]:
+    """As `which_intact`, from arrays; see `seal_rows`."""
     record_class, gaps = layout.framing
-    fields = _packed_fields(headers, [header.cost_us for header in headers])
-    threads = copy_threads(layout.record_bytes * len(headers))
+    threads = copy_threads(layout.record_bytes * len(addresses))
     return intact_records(
-        layout.header_template, record_class, gaps, layout.piece_ranges, addresses, *fields, threads=threads
+        layout.header_template, record_class, gaps, layout.piece_ranges, addresses, digests, numbers, threads=threads
     )
 
 

@@ -6,7 +6,7 @@ import operator
 import os
 from typing import TYPE_CHECKING
 
-from kvstore.errors import AttachError, LeaseError, SpecError, WriteError
+from kvstore.errors import AttachError, KVStoreError, LeaseError, SpecError, WriteError
 from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
 from kvstore.pool import Match
 from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
@@ -98,7 +98,7 @@ def check_joint(name: str | None) -> None:
         raise WriteError(f"joint={name!r} is no name; pass a str that all parties share, such as 'request-17'")
 
 
-def check_deadline(deadline_s: float) -> None:
-    """Raises `AttachError` for anything else than a positive number of seconds."""
+def check_deadline(deadline_s: float, kind: type[KVStoreError] = AttachError) -> None:
+    """Raises `kind` for anything else than a positive number of seconds."""
     if not isinstance(deadline_s, int | float) or not deadline_s > 0:
-        raise AttachError(f"deadline_s={deadline_s!r} is no positive number of seconds; give one, such as 5.0")
+        raise kind(f"deadline_s={deadline_s!r} is no positive number of seconds; give one, such as 5.0")

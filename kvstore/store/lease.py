@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore._native import addresses_of, copy_rows
+from kvstore.clock import Deadline
 from kvstore.errors import LeaseError
+from kvstore.limits import LOAD_DEADLINE_S
 from kvstore.record import Record, which_intact
 from kvstore.record.array_view import ArrayView
 from kvstore.record.copy import join_plans, plan_bytes, state_plan, token_plan
@@ -52,6 +54,8 @@ class Lease:
         shard: Shard,
         copied: Callable[[int, float], None],
         devices: DeviceCopies | None = None,
+        *,
+        wait_s: float = LOAD_DEADLINE_S,
     ) -> None:
         self.spec = spec
         self.shard = shard
@@ -62,15 +66,20 @@ class Lease:
         self._device_use = DeviceUse()
         self._device_reads = DeviceReads()
         self._is_released = False
+        self._wait_s = wait_s
 
     @property
     def records(self) -> tuple[HeldRecord, ...]:
-        """The records of the resume point, by group, span and node; made when they are first looked at."""
+        """The records of the resume point, by group, span and node; made when they are first looked at.
+
+        Of a lease that was read layered, the bytes of a record are there once its layers are.
+        """
         return self._hold.records
 
     @property
     def arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
-        """As `records`, as arrays, and the address of each one's first byte."""
+        """As `records`, as arrays, and the address of each one's first byte; waits for what is still being loaded."""
+        self.wait()
         return self._hold.arrays
 
     def __enter__(self) -> Lease:
@@ -116,17 +125,24 @@ class Lease:
         return sum(record.layout.record_bytes for record in self.records)
 
     def layer(self, number: int) -> LayerView:
-        """One layer's part.
+        """One layer's part; waits for this layer if the lease was read layered.
 
         Raises:
-            LeaseError: the lease was released. SpecError: the model has no cache in this layer.
+            LeaseError: the lease was released. SpecError: the model has no cache in this layer. LoadFailedError: a
+            record was damaged in the tier that it came from, or could not be read; release the lease and match again.
+            DeadlineError: the layer has not come within the `deadline_s` of the read.
         """
-        self.check()
-        return LayerView(self, number)
+        view = LayerView(self, number)
+        self._hold.wait_for(number, Deadline.after(self._wait_s))
+        return view
+
+    def wait(self) -> None:
+        """Block until all layers are there, of a lease that was read layered; raises as `layer`."""
+        self._hold.wait_for(None, Deadline.after(self._wait_s))
 
     def record(self, held: HeldRecord) -> Record:
         """A held record to look into. Its views and its Arrow form keep the lease alive."""
-        self.check()
+        self.wait()
         leased: Any = np.asarray(_LeasedMemory(self, np.frombuffer(held.memory, np.uint8)))
         return Record(held.layout, memoryview(leased))
 
@@ -136,7 +152,7 @@ class Lease:
         Raises:
             LeaseError: the lease was released, or expired meanwhile.
         """
-        self.check()
+        self.wait()
         by_layout: dict[RecordLayout, list[HeldRecord]] = {}
         for held in self.records:
             by_layout.setdefault(held.layout, []).append(held)
@@ -156,7 +172,7 @@ class Lease:
 
     def check_current(self) -> None:
         """As `check`; and raise `LeaseGoneError` if a record was found damaged since, by whomever."""
-        self.check()
+        self.wait()
         self._hold.pool.check_current(self._hold)
 
     def continues_in(self, pool: BasePool, prompt: Prompt) -> bool:

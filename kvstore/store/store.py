@@ -9,11 +9,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kvstore.errors import LeaseGoneError, SpecError, StoreClosedError, WriteError
+from kvstore.clock import Deadline
+from kvstore.errors import (
+    KVStoreError,
+    LeaseError,
+    LeaseGoneError,
+    LoadFailedError,
+    PoolError,
+    PoolFullError,
+    SpecError,
+    StoreClosedError,
+    WriteError,
+)
+from kvstore.limits import FLUSH_DEADLINE_S, LOAD_DEADLINE_S
 from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.arguments import (
     check_coverage,
+    check_deadline,
     check_joint,
     check_lease,
     check_match,
@@ -150,26 +163,50 @@ class Store(NodeOperations):
         found = self.pool.match(target, shard=shard, grid=grid, accept_coverage=accept_coverage)
         return found if self._copied_s == 0.0 else found.timed(self._copied_s / self._copied_bytes)
 
-    def read(self, match: Match, *, verify: bool = False) -> Lease:
-        """Pin the records of a match and read them.
+    def read(
+        self, match: Match, *, verify: bool = False, layered: bool = False, deadline_s: float = LOAD_DEADLINE_S
+    ) -> Lease:
+        """Pin the records of a match and read them. What another tier has is loaded and verified first.
+
+        If that fails (damaged there, or not readable), or there is no room in memory for it, the next best candidate
+        of the match is read instead: look at the lease's `tokens`.
 
         Args:
-            verify: recompute every checksum first. Damaged records leave the index, and the next best
-                candidate of the match is read instead: look at the lease's `tokens`.
+            verify: recompute every checksum of what lies in memory, too. Damaged records leave the index, and the next
+                best candidate is read instead.
+            layered: return as soon as there is space for what must be loaded; `lease.layer` and iteration wait for
+                the layer, and raise `LoadFailedError` if it does not come. In an attached process everything is loaded
+                first.
+            deadline_s: for loading; with `layered` for each layer.
 
         Raises:
-            LeaseGoneError: it was evicted since (or, verifying, nothing undamaged is left); match again.
-            LeaseError: the match is a miss, or is none.
+            LeaseGoneError: it was evicted since; match again. LoadFailedError: nothing of the match could be loaded.
+            PoolFullError: what lies in other tiers finds no room in memory, since what is there is leased or being
+            written; end leases, or open the store with more memory. DeadlineError: it is still being loaded, which goes
+            on; read again. LeaseError: the match is a miss, or is none.
         """
         check_match(match)
-        for candidate in match.candidates if verify else match.candidates[:1]:
+        check_deadline(deadline_s, LeaseError)
+        deadline = Deadline.after(deadline_s)
+        refusal: KVStoreError | None = None
+        for candidate in match.candidates:
             try:
-                hold = self.pool.hold(candidate.path, shard=match.shard, grid=match.grid, grids=match.grids)
+                hold = self.pool.hold(
+                    candidate.path,
+                    shard=match.shard,
+                    grid=match.grid,
+                    grids=match.grids,
+                    layered=layered and not verify,
+                    deadline=deadline,
+                )
+            except (LoadFailedError, PoolFullError) as error:
+                refusal = refusal or error
+                continue
             except LeaseGoneError:
-                if verify:
+                if verify or refusal is not None:
                     continue
                 raise
-            lease = Lease(self.spec, hold, match.shard, self._copied, self.devices)
+            lease = Lease(self.spec, hold, match.shard, self._copied, self.devices, wait_s=deadline_s)
             damaged = lease.verify() if verify else []
             if not damaged:
                 return lease
@@ -177,7 +214,7 @@ class Store(NodeOperations):
             for held in damaged:
                 is_state = self.spec.groups[held.name.group].rule is ReuseRule.STATE
                 self.pool.condemn(candidate.path.key(held.name.node), is_state=is_state, slot=held.slot)
-        raise LeaseGoneError("every resume point of this match was damaged or evicted; match again")
+        raise refusal or LeaseGoneError("every resume point of this match was damaged or evicted; match again")
 
     def _copied(self, size_bytes: int, seconds: float) -> None:
         with self._lock:
@@ -372,6 +409,19 @@ class Store(NodeOperations):
     def statistics(self) -> PoolStatistics:
         """Counters, and what the budget is used for."""
         return self.pool.statistics()
+
+    def flush(self, deadline_s: float = FLUSH_DEADLINE_S) -> None:
+        """Wait until everything that was committed before is durable: there again after a crash of this machine.
+
+        What was handed over with a tail, and what a sparse prefill wrote, is not kept by design.
+
+        Raises:
+            UnavailableError: no tier of this store is durable; open it with `ssd=`. DeadlineError: not by then; it goes
+            on. ShelfRefusedError: something that was committed since the last flush was not kept; the message counts
+            why. StoreClosedError: closed.
+        """
+        check_deadline(deadline_s, PoolError)
+        self.pool.flush(deadline_s)
 
     def close(self) -> None:
         """Cancel transfers, close endpoints, end waits, release memory. Idempotent.

@@ -16,7 +16,7 @@ from kvstore.abc import Slot
 from kvstore.attached import messages
 from kvstore.attached.faults import pack_error, parse_error
 from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldRequest, MatchRequest, pack_match, parse_match
-from kvstore.attached.frames import FrameHeader, Kind, frame, parse_header
+from kvstore.attached.frames import VERSION, FrameHeader, Kind, frame, parse_header
 from kvstore.attached.messages import Hello, Welcome
 from kvstore.attached.writing import (
     AbortRequest,
@@ -126,8 +126,9 @@ def test_errors_keep_their_kind_where_the_other_side_can_act_on_it() -> None:
     for kind in vars(errors).values():
         if not (isinstance(kind, type) and issubclass(kind, KVStoreError)):
             continue
-        found = parse_error(memoryview(pack_error(kind("the very words"))))
-        assert isinstance(kind("x"), type(found)), "an error turned into another one"
+        words = ("full", "the very words") if kind is errors.ShelfRefusedError else ("the very words",)
+        found = parse_error(memoryview(pack_error(kind(*words))))
+        assert isinstance(kind(*words), type(found)), "an error turned into another one"
         assert str(found) == "the very words"
     assert type(parse_error(memoryview(pack_error(errors.PoolFullError("x"))))) is errors.PoolFullError
     assert "AssertionError: what" in str(parse_error(memoryview(pack_error(AssertionError("what")))))
@@ -145,8 +146,12 @@ def test_frames() -> None:
     too_large = bytearray(packed)
     struct.pack_into("<I", too_large, 16, ATTACH_MESSAGE_BYTES_MAX + 1)
     other_version = bytearray(packed)
-    struct.pack_into("<H", other_version, 4, 2)
-    for wrong, why in ((too_large, "the limit is"), (other_version, "version 2"), (b"\0" * 24, "no frame")):
+    struct.pack_into("<H", other_version, 4, VERSION + 1)
+    for wrong, why in (
+        (too_large, "the limit is"),
+        (other_version, f"version {VERSION + 1}"),
+        (b"\0" * 24, "no frame"),
+    ):
         with pytest.raises(AttachProtocolError, match=why):
             parse_header(bytes(wrong))
     with pytest.raises(AttachProtocolError, match="limit"):

@@ -1,0 +1,322 @@
+"""Write-behind: what the pool commits is kept on the shelves behind the writer's back."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, KVStoreError, LeaseGoneError, ShelfRefusedError
+from kvstore.handle import Handle
+from kvstore.limits import KEEP_AGAIN_S, KEEP_QUEUE_MAX, KEPT_KNOWN_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from kvstore.placement.shelf import Shelf
+    from kvstore.pool import Hold, NodePath
+    from kvstore.spec import Shard
+
+NOT_LOST = frozenset(("sparse", "transient"))
+"""Reasons for which a resume point is not kept by design: `flush` does not speak of them."""
+
+
+_NEVER = Deadline(0.0)
+
+
+@dataclass(frozen=True)
+class KeepStatistics:
+    """What was kept on shelves.
+
+    Attributes:
+        waiting: resume points that wait to be kept.
+        pinned_bytes: records that stay in the pool while they are being kept.
+        kept: resume points that were taken by a shelf; `kept_bytes` of them were lacking there.
+        dropped: resume points that were not kept, by reason: the shelf's, or `evicted` (from the pool before their
+            turn), `queue` (too many waited), `failed`.
+    """
+
+    waiting: int = 0
+    pinned_bytes: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    number: int
+    path: NodePath
+    shard: Shard
+
+    @property
+    def key(self) -> tuple[bytes, Shard]:
+        return self.path.key(len(self.path) - 1), self.shard
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """An offer that shelves are taking; its records are pinned until all of them have."""
+
+    offer: _Offer
+    hold: Hold
+    handles: Sequence[tuple[Shelf, Handle[int]]]
+    size_bytes: int
+
+
+class Keeper:
+    """One thread offers resume points to the shelves, oldest first. Any thread may call; no call waits but `flush`.
+
+    Args:
+        hold: holds a resume point in the pool's own tier; raises `LeaseGoneError`.
+        shelves: each is offered everything.
+        pinned_bytes_max: what may be pinned at once; a single resume point may be more.
+    """
+
+    def __init__(
+        self, hold: Callable[[NodePath, Shard], Hold], shelves: Sequence[Shelf], pinned_bytes_max: int
+    ) -> None:
+        self._hold = hold
+        self._shelves = tuple(shelves)
+        self._pinned_bytes_max = pinned_bytes_max
+        self._changed = threading.Condition()
+        self._queue: deque[_Offer] = deque()
+        self._queued: set[tuple[bytes, Shard]] = set()
+        self._known: OrderedDict[tuple[bytes, Shard], Deadline | None] = OrderedDict()
+        """What need not be offered: what all shelves have, and for a while what one has refused."""
+        self._evicted_before = 0
+        self._keeping: list[_Keeping] = []
+        self._last_number = 0
+        self._busy: set[int] = set()
+        self._pinned_bytes = 0
+        self._kept = 0
+        self._kept_bytes = 0
+        self._dropped: dict[str, int] = {}
+        self._lost: dict[str, int] = {}
+        self._is_stopping = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="kvstore-keeper", daemon=True)
+        self._thread.start()
+
+    # Offering
+
+    def offer(self, path: NodePath, shard: Shard) -> None:
+        """A resume point is in the pool: keep what the shelves lack of it."""
+        with self._changed:
+            if self._is_stopping:
+                return
+            offer = _Offer(self._last_number + 1, path, shard)
+            if offer.key in self._queued or self._is_known(offer.key):
+                return
+            self._last_number = offer.number
+            self._queue.append(offer)
+            self._queued.add(offer.key)
+            self._busy.add(offer.number)
+            if len(self._queue) > KEEP_QUEUE_MAX:
+                self._drop(self._queue.popleft(), "queue")
+            os.eventfd_write(self._wake, 1)
+
+    def _is_known(self, key: tuple[bytes, Shard]) -> bool:
+        until = self._known.get(key, _NEVER)
+        return until is None or not until.has_passed
+
+    def refuse(self, reason: str) -> None:
+        """Count a resume point that is not offered."""
+        with self._changed:
+            self._count_dropped(reason)
+
+    def _drop(self, offer: _Offer, reason: str) -> None:
+        """With the lock."""
+        self._queued.discard(offer.key)
+        self._busy.discard(offer.number)
+        self._count_dropped(reason)
+        self._changed.notify_all()
+
+    def _count_dropped(self, reason: str, *, is_lost: bool = True) -> None:
+        self._dropped[reason] = self._dropped.get(reason, 0) + 1
+        if is_lost and reason not in NOT_LOST:
+            self._lost[reason] = self._lost.get(reason, 0) + 1
+
+    # The thread
+
+    def _run(self) -> None:
+        while True:
+            self._reap()
+            with self._changed:
+                if self._is_stopping and not self._keeping:
+                    return
+                may_begin = bool(self._queue) and self._has_room() and not self._is_stopping
+                offer = self._queue.popleft() if may_begin else None
+            if offer is None or not self._begin(offer):
+                self._wait()
+
+    def _has_room(self) -> bool:
+        return not self._pinned_bytes or self._pinned_bytes < self._pinned_bytes_max
+
+    def _begin(self, offer: _Offer) -> bool:
+        """Have the shelves take it; False if there is no room to pin it now."""
+        lacking = [shelf for shelf in self._shelves if not _has(shelf, offer)]
+        if not lacking:
+            self._done(offer, 0, 0)
+            return True
+        try:
+            hold = self._hold(offer.path, offer.shard)
+        except KVStoreError as error:
+            with self._changed:
+                self._drop(offer, "evicted" if isinstance(error, LeaseGoneError) else "failed")
+            return True
+        size_bytes = hold.placed.slots.size_bytes
+        with self._changed:
+            fits = not self._pinned_bytes or self._pinned_bytes + size_bytes <= self._pinned_bytes_max
+            if fits:
+                self._pinned_bytes += size_bytes
+            else:
+                self._queue.appendleft(offer)
+        if not fits:
+            hold.release()
+            return False
+        handles = [(shelf, _keep(shelf, offer.path, hold)) for shelf in lacking]
+        self._keeping.append(_Keeping(offer, hold, handles, size_bytes))
+        return True
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        for keeping in self._keeping:
+            unanswered = next((handle for _, handle in keeping.handles if not handle.done()), None)
+            if unanswered is None:
+                return  # it has ended since the last look
+            poll.register(unanswered.fileno(), select.POLLIN)
+        if any(descriptor == self._wake for descriptor, _ in poll.poll()):
+            os.eventfd_read(self._wake)
+
+    def _reap(self) -> None:
+        """End what all shelves have answered."""
+        ended = [each for each in self._keeping if all(handle.done() for _, handle in each.handles)]
+        for keeping in ended:
+            self._keeping.remove(keeping)
+            keeping.hold.release()
+            kept_bytes, refusals = 0, 0
+            for shelf, handle in keeping.handles:
+                try:
+                    kept_bytes += handle.result(0.0)
+                except KVStoreError as error:
+                    refusals += 1
+                    reason = error.reason if isinstance(error, ShelfRefusedError) else "failed"
+                    with self._changed:
+                        self._count_dropped(reason, is_lost=shelf.is_durable)
+            with self._changed:
+                self._pinned_bytes -= keeping.size_bytes
+                self._kept += len(keeping.handles) > refusals
+            self._done(keeping.offer, kept_bytes, refusals)
+        if ended:
+            self._forget_evicted()
+
+    def _done(self, offer: _Offer, kept_bytes: int, refusals: int) -> None:
+        with self._changed:
+            self._queued.discard(offer.key)
+            self._known[offer.key] = Deadline.after(KEEP_AGAIN_S) if refusals else None
+            self._known.move_to_end(offer.key)
+            while len(self._known) > KEPT_KNOWN_MAX:
+                self._known.popitem(last=False)
+            self._kept_bytes += kept_bytes
+            self._busy.discard(offer.number)
+            self._changed.notify_all()
+
+    def _forget_evicted(self) -> None:
+        """What a shelf has lost may be offered anew."""
+        found = [shelf.statistics() for shelf in self._shelves]
+        evicted = sum(each.evicted_records + each.damaged_records for each in found)
+        if evicted != self._evicted_before:
+            self._evicted_before = evicted
+            self.forget_known()
+
+    def forget_known(self) -> None:
+        """Ask the shelves again for whatever is offered next."""
+        with self._changed:
+            self._known.clear()
+
+    # The rest
+
+    def flush(self, deadline: Deadline) -> None:
+        """Wait until everything that was offered before has been taken or refused.
+
+        Raises:
+            DeadlineError: not by then. ShelfRefusedError: some of what was offered since the last call is not kept.
+        """
+        with self._changed:
+            last = self._last_number
+
+            def is_over() -> bool:
+                return self._is_stopping or not any(number <= last for number in self._busy)
+
+            if not self._changed.wait_for(is_over, deadline.remaining_s()):
+                left = sum(number <= last for number in self._busy)
+                raise DeadlineError(
+                    f"{left} resume points are still to be kept in other tiers; the deadline has passed, and it goes on"
+                )
+            lost, self._lost = self._lost, {}
+            if self._is_stopping and self._busy:
+                lost["closed"] = len(self._busy)
+        if lost:
+            reasons = ", ".join(f"{count} {reason!r}" for reason, count in sorted(lost.items()))
+            raise ShelfRefusedError(
+                next(iter(sorted(lost))),
+                f"not all resume points that were committed since the last flush could be kept: {reasons}; see "
+                "docs/tiers.md for what each reason asks for",
+            )
+
+    def statistics(self) -> KeepStatistics:
+        """A copy."""
+        with self._changed:
+            return KeepStatistics(
+                len(self._queue), self._pinned_bytes, self._kept, self._kept_bytes, dict(self._dropped)
+            )
+
+    def stop(self, deadline_s: float) -> None:
+        """Give what waits so long to be kept, then begin nothing more.
+
+        What shelves are taking must have ended before the pool's memory goes: close them between this and `join`.
+        """
+        deadline = Deadline.after(deadline_s)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy, deadline.remaining_s())
+            self._is_stopping = True
+            self._changed.notify_all()
+            os.eventfd_write(self._wake, 1)
+
+    def join(self, deadline_s: float) -> None:
+        """Wait for the thread; after `stop`, and after the shelves were closed."""
+        self._thread.join(deadline_s)
+        if not self._thread.is_alive():
+            os.close(self._wake)
+
+    def close_in_child(self) -> None:
+        """After a fork, in the child."""
+        self._changed = threading.Condition()
+        self._is_stopping = True
+        os.close(self._wake)
+
+
+def _keep(shelf: Shelf, path: NodePath, hold: Hold) -> Handle[int]:
+    """As `Shelf.keep`, which must not end this thread whatever happens there."""
+    try:
+        return shelf.keep(path, hold.salt, hold.placed)
+    except Exception as error:
+        failed: Handle[int] = Handle(f"keeping {path.tokens} tokens in the {shelf.name} tier")
+        failed.fail(
+            ShelfRefusedError("failed", f"the {shelf.name} tier failed to take {path.tokens} tokens: {error!r}")
+        )
+        return failed
+
+
+def _has(shelf: Shelf, offer: _Offer) -> bool:
+    held = shelf.hold(offer.path, shard=offer.shard)
+    if held is None:
+        return False
+    held.release()
+    return True

@@ -1,0 +1,114 @@
+"""Holding a resume point that is still being loaded."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kvstore.errors import LeaseError, StoreClosedError
+from kvstore.pool.arrays import RecordArrays
+from kvstore.pool.seam import BaseHold
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvstore.clock import Deadline
+    from kvstore.placement.load import Load
+    from kvstore.pool import BasePool, HeldRecord, Hold
+    from kvstore.pool.held import PlacedRows
+    from kvstore.pool.pool import Pool
+
+
+class LayeredHold(BaseHold):
+    """Records of which some are still on their way; `wait_for` says when a layer's are there. Any thread.
+
+    It keeps the slots of the load's transaction pinned, before and after its commit.
+
+    Attributes:
+        placed: its records as arrays, loaded or not.
+
+    Args:
+        pinned: what `Load.pinned` gave.
+        hold_here: holds the same records once they are committed.
+    """
+
+    def __init__(self, pool: Pool, load: Load, pinned: ExitStack, hold_here: Callable[[], Hold]) -> None:
+        self.path = load.path
+        self.salt = load.salt
+        self.handover = None
+        self._pool = pool
+        self._load = load
+        self._lock = threading.Lock()
+        self._is_released = False
+        self._pinned = pinned
+        self._hold_here = hold_here
+        self._own: Hold | None = None
+        self.placed: PlacedRows = load.placed()
+
+    @property
+    def records(self) -> tuple[HeldRecord, ...]:
+        return self._records if self._own is None else self._own.records
+
+    @cached_property
+    def _records(self) -> tuple[HeldRecord, ...]:
+        return self.placed.held()
+
+    @property
+    def arrays(self) -> tuple[RecordArrays, npt.NDArray[np.uint64]]:
+        if self._own is not None:
+            return self._own.arrays
+        return RecordArrays.of_rows(self.placed.rows), self.placed.addresses
+
+    @property
+    def own(self) -> Hold | None:
+        """An ordinary hold on the same records, once all of them have come."""
+        return self._own
+
+    @property
+    def pool(self) -> BasePool:
+        return self._pool
+
+    @property
+    def is_released(self) -> bool:
+        return self._is_released
+
+    def check(self) -> None:
+        """As `BaseHold.check`; `LoadFailedError` when the load has failed."""
+        if self._pool.is_closed:
+            raise StoreClosedError("the store was closed, and its leases with it; open it again")
+        if self._is_released:
+            raise LeaseError("the lease was released; its views are no longer valid. Read the match again")
+        if (error := self._load.error) is not None:
+            raise type(error)(str(error)) from error
+
+    def wait_for(self, layer: int | None, deadline: Deadline) -> None:
+        self.check()
+        self._load.wait(layer, deadline)
+        if layer is None:
+            self._take_hold()
+        self.check()
+
+    def _take_hold(self) -> None:
+        """What was loaded is committed: other writers may build on it now."""
+        with self._lock:
+            if self._own is None and not self._is_released:
+                self._own = self._hold_here()
+
+    def release(self) -> None:
+        with self._lock:
+            if self._is_released:
+                return
+            self._is_released = True
+            own = self._own
+        if own is not None:
+            own.release()
+        self._pinned.close()
+
+    def release_later(self) -> None:
+        if not self._is_released:
+            self._pool.settle_later(self.release)

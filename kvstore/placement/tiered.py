@@ -1,0 +1,354 @@
+"""A pool with other tiers beside its memory: what lies in one of them is found, and loaded when it is read."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, LeaseGoneError, PoolError, UnavailableError
+from kvstore.limits import KEEP_CLOSE_DEADLINE_S, KEEP_PINNED_FRACTION_MAX, LOAD_DEADLINE_S, SHELVES_MAX
+from kvstore.placement.joining import joined_tiers
+from kvstore.placement.keeper import Keeper, KeepStatistics
+from kvstore.placement.layered import LayeredHold
+from kvstore.placement.loads import Loads, LoadStatistics
+from kvstore.pool.pool import Pool
+from kvstore.pool.rows import GROUP, NODE
+from kvstore.pool.search import Query, answer
+from kvstore.pool.statistics import PoolStatistics
+from kvstore.spec.shard import WHOLE, Shard
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping, Sequence
+
+    from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
+    from kvstore.placement.load import Load
+    from kvstore.placement.shelf import Shelf, ShelfStatistics
+    from kvstore.pool import BaseHold, Hold, NodePath, Prompt
+    from kvstore.pool.match import Match
+    from kvstore.pool.path import RecordPlace
+    from kvstore.pool.rows import Rows
+    from kvstore.pool.transaction import PreparedCommit
+    from kvstore.spec import ChunkGrid, ModelSpec
+
+
+@dataclass
+class TieredStatistics(PoolStatistics):
+    """Of a pool with further tiers. What is inherited is of the pool's own tier.
+
+    Attributes:
+        shelves: of each further tier.
+        loading: what was loaded from them.
+        keeping: what was kept in them.
+    """
+
+    shelves: tuple[ShelfStatistics, ...] = ()
+    loading: LoadStatistics = field(default_factory=LoadStatistics)
+    keeping: KeepStatistics = field(default_factory=KeepStatistics)
+
+
+class TieredPool(Pool):
+    """A pool whose resume points may also lie on shelves. Any thread may call any method.
+
+    What is committed, and what is read from the pool's own memory, is kept on the shelves behind the caller's back.
+    Who holds what only a shelf has loads it: into reserved slots, verified and committed like a transfer that arrives.
+
+    Args:
+        spec, tier, eviction, checkpoints: as `Pool`.
+        shelves: the other tiers, the fastest first; the pool closes them.
+        close_deadline_s: how long `close` waits for what was committed to be kept.
+
+    Raises:
+        PoolError: more than `SHELVES_MAX` shelves. RecordTooLargeError: as `Pool`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tier: Tier,
+        shelves: Sequence[Shelf],
+        *,
+        eviction: EvictionPolicy | None = None,
+        checkpoints: CheckpointPolicy | None = None,
+        close_deadline_s: float = KEEP_CLOSE_DEADLINE_S,
+    ) -> None:
+        if len(shelves) > SHELVES_MAX:
+            raise PoolError(f"{len(shelves)} tiers beside the memory are over the limit of {SHELVES_MAX}")
+        super().__init__(spec, tier, eviction=eviction, checkpoints=checkpoints)
+        self.shelves = tuple(shelves)
+        self._tier_names = (tier.name, *(shelf.name for shelf in shelves))
+        self._are_durable = (False, *(shelf.is_durable for shelf in shelves))
+        self._close_deadline_s = close_deadline_s
+        self._close_lock = threading.Lock()
+        self._keeper = Keeper(
+            self._hold_to_keep,
+            self.shelves,
+            int(tier.capacity_bytes * KEEP_PINNED_FRACTION_MAX),
+        )
+        self._loads = Loads(self, self._keeper.forget_known)
+
+    # Reading
+
+    def match(
+        self,
+        prompt: Prompt,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        cap_tokens: int | None = None,
+        accept_coverage: bool = False,
+    ) -> Match:
+        own = super().match(prompt, shard=shard, grid=grid, cap_tokens=cap_tokens, accept_coverage=accept_coverage)
+        exact = prompt.exact
+        cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
+        query = Query(self.spec, exact, exact.path, cap, shard, grid)
+        matches = [own]
+        for shelf in self.shelves:
+            matches.append(answer(query, shelf.find(query), shelf.name, self._suggest(len(prompt))))
+        found = joined_tiers(
+            matches,
+            self._are_durable,
+            self._loads.seconds_per_byte,
+            may_be_sparse=accept_coverage or exact is not prompt,
+        )
+        if found.tokens and not own.tokens:
+            with self._lock:
+                self._statistics.hits += 1
+        return found
+
+    def hold(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
+        layered: bool = False,
+        deadline: Deadline | None = None,
+    ) -> BaseHold:
+        try:
+            return self.hold_now(path, shard=shard, grid=grid, grids=grids)
+        except LeaseGoneError as error:
+            gone = error
+        deadline = deadline or Deadline.after(LOAD_DEADLINE_S)
+        with closing(self.begin_loads(path, shard=shard, grid=grid, grids=grids)) as loads:
+            for load in loads:
+                try:
+                    return self._held(load, deadline, layered, shard, grid, grids)
+                except LeaseGoneError as error:
+                    gone = error
+        raise gone
+
+    @property
+    def may_load(self) -> bool:
+        return bool(self.shelves)
+
+    def hold_now(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
+    ) -> Hold:
+        hold = self.hold_here(path, shard=shard, grid=grid, grids=grids)
+        if path.is_exact:
+            self._keeper.offer(path, shard)
+        return hold
+
+    def _held(
+        self,
+        load: Load,
+        deadline: Deadline,
+        layered: bool,
+        shard: Shard,
+        grid: ChunkGrid | None,
+        grids: Mapping[RecordPlace, bytes] | None,
+    ) -> BaseHold:
+        with ExitStack() as undoing:
+            pinned = load.pinned()
+            if pinned is not None:
+                # What was loaded must not be evicted before it is held.
+                undoing.callback(pinned.close)
+                if layered:
+                    hold = LayeredHold(
+                        self, load, pinned, lambda: self.hold_here(load.path, shard=shard, grid=grid, grids=grids)
+                    )
+                    undoing.pop_all()
+                    return hold
+            try:
+                load.wait(None, deadline)
+            except DeadlineError:
+                load.go_on()
+                raise
+            return self.hold_here(load.path, shard=shard, grid=grid, grids=grids)
+
+    def begin_loads(
+        self,
+        path: NodePath,
+        *,
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        grids: Mapping[RecordPlace, bytes] | None = None,
+    ) -> Generator[Load]:
+        """Loads of a resume point, one for each shelf that has it, begun or joined when it is asked for.
+
+        A load is wanted for as long as this iterator stands at it.
+
+        Raises:
+            PoolFullError: there is no room for it in the pool's own tier. PoolError: too many loads are under way.
+            LeaseGoneError: what it continues from has gone.
+        """
+        key = (path.key(len(path) - 1), shard, grid, None if grids is None else frozenset(grids.items()))
+        for shelf in self.shelves:
+            load = self._loads.begin(
+                (shelf.name, *key),
+                shelf,
+                lambda shelf=shelf: shelf.hold(path, shard=shard, grid=grid, grids=grids),  # type: ignore[misc]
+            )
+            if load is not None:
+                try:
+                    yield load
+                finally:
+                    load.leave()
+
+    def check_current(self, hold: BaseHold) -> None:
+        super().check_current(hold.own if isinstance(hold, LayeredHold) and hold.own is not None else hold)
+
+    # Writing
+
+    def _commit(self, commits: Sequence[PreparedCommit]) -> None:
+        super()._commit(commits)
+        for commit in commits:
+            self._offer(commit)
+
+    def _offer(self, commit: PreparedCommit) -> None:
+        """Have the shelves keep the resume points that a commit has made, the shortest first."""
+        transaction = commit.transaction
+        path, rows = transaction.path, transaction.placed.rows
+        if not path.is_exact:
+            self._keeper.refuse("sparse")
+            return
+        ready = commit.ready.astype(np.int64)
+        nodes = set(_resume_nodes(self.spec, rows, ready))
+        if commit.is_final:
+            held = transaction.placed_held.rows
+            nodes.update(_resume_nodes(self.spec, held, np.arange(len(held))))
+        is_leaving = commit.is_final and transaction.is_transient and path.tail_key is not None
+        if is_leaving:
+            # The tail goes with the hand-over; what leads to it stays.
+            self._keeper.refuse("transient")
+            nodes.discard(len(path) - 1)
+            if not self.spec.state_groups and len(path) > 1:
+                nodes.add(len(path) - 2)
+        shard = _shard_of(self.spec, rows)
+        for node in sorted(nodes):
+            self._keeper.offer(path.prefix(node + 1), shard)
+
+    def _hold_to_keep(self, path: NodePath, shard: Shard) -> Hold:
+        """All of it; or one worker's share, where nobody stores the others' here."""
+        try:
+            return self.hold_here(path)
+        except LeaseGoneError:
+            if shard == WHOLE:
+                raise
+            return self.hold_here(path, shard=shard)
+
+    def flush(self, deadline_s: float) -> None:
+        """Wait until everything that was committed before is durable.
+
+        Hand-overs' tails and what a sparse prefill wrote are not kept by design, and not waited for.
+
+        Raises:
+            DeadlineError: it is not yet. ShelfRefusedError: something was not kept; the message counts why.
+            UnavailableError: no tier of this pool is durable. StoreClosedError: closed.
+        """
+        self._check_open()
+        if not any(self._are_durable):
+            raise UnavailableError("nothing here outlives a crash; open the store with ssd=")
+        self._settle()
+        self._keeper.flush(Deadline.after(deadline_s))
+
+    # Removing
+
+    def evict(self, key: bytes, *, states_only: bool = False) -> int:
+        """As `Pool.evict`, in every tier."""
+        freed_bytes = super().evict(key, states_only=states_only)
+        for shelf in self.shelves:
+            freed_bytes += shelf.evict(key, states_only=states_only)
+        self._keeper.forget_known()
+        return freed_bytes
+
+    def evict_here(self, key: bytes, *, states_only: bool = False) -> int:
+        """As `Pool.evict`, in the pool's own tier only."""
+        return super().evict(key, states_only=states_only)
+
+    def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
+        """As `Pool.condemn`; with a slot only the record that lies there, in the pool's own tier."""
+        super().condemn(key, is_state=is_state, slot=slot)
+        if slot is None:
+            for shelf in self.shelves:
+                shelf.condemn(key, is_state=is_state)
+        self._keeper.forget_known()
+
+    # The pool itself
+
+    def statistics(self) -> TieredStatistics:
+        own = super().statistics()
+        return TieredStatistics(
+            **vars(own),
+            shelves=tuple(shelf.statistics() for shelf in self.shelves),
+            loading=self._loads.statistics(),
+            keeping=self._keeper.statistics(),
+        )
+
+    def check(self) -> None:
+        super().check()
+        for shelf in self.shelves:
+            shelf.check()
+
+    def close(self) -> None:
+        """Wait a while for what was committed to be kept, end what moves, close the shelves, release the tier."""
+        with self._close_lock:
+            if self.is_closed:
+                return
+            self._loads.close(self._close_deadline_s)
+            self._keeper.stop(self._close_deadline_s)
+            for shelf in self.shelves:
+                shelf.close()
+            self._keeper.join(self._close_deadline_s)
+            super().close()
+
+    def close_in_child(self) -> None:
+        super().close_in_child()
+        self._close_lock = threading.Lock()
+        self._loads.close_in_child()
+        self._keeper.close_in_child()
+        for shelf in self.shelves:
+            shelf.close_in_child()
+
+
+def _resume_nodes(spec: ModelSpec, rows: Rows, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[int]:
+    """Nodes at which these records may complete a resume point: those with states, or the last one without any."""
+    table = rows.table[numbers]
+    if not len(table):
+        return []
+    if not spec.state_groups:
+        return [int(table[:, NODE].max())]
+    has_state = np.isin(table[:, GROUP].astype(np.int64), np.array(spec.state_groups))
+    nodes: list[int] = np.unique(table[has_state, NODE]).astype(np.int64).tolist()
+    return nodes
+
+
+def _shard_of(spec: ModelSpec, rows: Rows) -> Shard:
+    """Whose share was written: that of the tensor-parallel position which records of split groups name."""
+    shard = WHOLE
+    for group, _, start, stop in rows.record_names.classes[0]:
+        count = spec.groups[group].unit_count // (stop - start)
+        if count > shard.count:
+            shard = Shard(start // (stop - start), count)
+    return shard
