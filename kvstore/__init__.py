@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvstore.abc import TransportOptions
     from kvstore.errors import KVStoreError
     from kvstore.keys import ExtraInput
+    from kvstore.placement.gpu.slab_shelf import GpuOptions
     from kvstore.pool import Candidate, HandOver, Match, Prompt
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
     from kvstore.store import Arrival, Lease, Store, Writer
@@ -31,6 +32,7 @@ _HOMES = {
     "ChunkGrid": "kvstore.spec",
     "Coverage": "kvstore.spec",
     "ExtraInput": "kvstore.keys",
+    "GpuOptions": "kvstore.placement.gpu.slab_shelf",
     "HandOver": "kvstore.pool",
     "KVStoreError": "kvstore.errors",
     "Lease": "kvstore.store",
@@ -52,6 +54,7 @@ __all__ = [
     "ChunkGrid",
     "Coverage",
     "ExtraInput",
+    "GpuOptions",
     "HandOver",
     "KVStoreError",
     "Lease",

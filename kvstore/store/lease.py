@@ -132,12 +132,14 @@ class Lease:
             record was damaged in the tier that it came from, or could not be read; release the lease and match again.
             DeadlineError: the layer has not come within the `deadline_s` of the read.
         """
+        self.check()
         view = LayerView(self, number)
         self._hold.wait_for(number, Deadline.after(self._wait_s))
         return view
 
     def wait(self) -> None:
         """Block until all layers are there, of a lease that was read layered; raises as `layer`."""
+        self.check()
         self._hold.wait_for(None, Deadline.after(self._wait_s))
 
     def record(self, held: HeldRecord) -> Record:

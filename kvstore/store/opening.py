@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from kvstore.attached import AttachedPool, Owner
 from kvstore.errors import AttachError
 from kvstore.limits import ATTACH_DEADLINE_S, ATTACHED_SILENCE_S
+from kvstore.placement.tiered import TieredPool
 from kvstore.pool import Pool
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
 from kvstore.store.arguments import check_deadline, check_spec, socket_path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy
+    from kvstore.placement.gpu.slab_shelf import GpuOptions, SlabShelf
+    from kvstore.placement.shelf import Shelf
     from kvstore.spec import ModelSpec
 
 DRAM_DEFAULT = "1GiB"
@@ -27,6 +31,7 @@ DRAM_DEFAULT = "1GiB"
 def open_store(
     spec: ModelSpec,
     *,
+    gpu: int | str | GpuOptions | None = None,
     dram: int | str = DRAM_DEFAULT,
     eviction: EvictionPolicy | None = None,
     checkpoints: CheckpointPolicy | None = None,
@@ -40,6 +45,8 @@ def open_store(
 
     Args:
         spec: the model whose cache is kept.
+        gpu: bytes of device memory for records, `"2GiB"`, or `GpuOptions` to name the device: for an embedder without a
+            paged cache of its own. Needs torch.
         dram: bytes of host memory for records, headers and an estimate of the index: `"8GiB"`. All of it is
             allocated here.
         eviction: ranks what may go; least recently used by default.
@@ -54,7 +61,8 @@ def open_store(
         ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
         one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
         argument says how processes attach.
-        ValueError: `dram` is not a size. SpecError: `spec` is none.
+        ValueError: `dram` or `gpu` is not a size. SpecError: `spec` is none. UnavailableError, DeviceError: there is no
+        such device, or it has too little memory.
     """
     check_spec(spec)
     path = None if socket is None else socket_path(socket)
@@ -64,14 +72,33 @@ def open_store(
         raise AttachError("allow_uids=, silence_s= and verify= are for attached processes; pass socket= as well")
     sizes = slot_sizes_bytes(spec)
     tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=sizes)
-    try:
-        pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
-        if path is None:
-            return Store(pool)
-        return Store(pool, Owner(pool, tier, path, allow_uids=allow_uids, silence_s=silence_s, verify=verify))
-    except BaseException:
-        tier.close()
-        raise
+    with ExitStack() as undoing:
+        undoing.callback(tier.close)
+        slabs = None if gpu is None else _open_gpu(spec, gpu, tier)
+        shelves: list[Shelf] = [] if slabs is None else [slabs]  # the fastest first
+        for shelf in shelves:
+            undoing.callback(shelf.close)
+        if shelves:
+            pool: Pool = TieredPool(spec, tier, shelves, eviction=eviction, checkpoints=checkpoints)
+        else:
+            pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
+        undoing.pop_all()
+        undoing.callback(pool.close)
+        owner = None
+        if path is not None:
+            owner = Owner(pool, tier, path, allow_uids=allow_uids, silence_s=silence_s, verify=verify)
+        store = Store(pool, owner)
+        if slabs is not None:
+            store.devices.add(slabs.device, slabs)
+        undoing.pop_all()
+    return store
+
+
+def _open_gpu(spec: ModelSpec, gpu: int | str | GpuOptions, tier: ArenaTier) -> SlabShelf:
+    from kvstore.placement.gpu.slab_shelf import GpuOptions, open_slabs
+
+    options = gpu if isinstance(gpu, GpuOptions) else GpuOptions(gpu)
+    return open_slabs(spec, options, arena_memory=tier.memory)
 
 
 def attach_store(

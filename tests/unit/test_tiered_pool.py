@@ -22,6 +22,7 @@ from kvstore.errors import (
     StoreClosedError,
     UnavailableError,
 )
+from kvstore.placement.gpu.slab_shelf import GpuOptions
 from kvstore.placement.tiered import TieredPool, TieredStatistics
 from kvstore.pool import HandOver
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
@@ -643,3 +644,26 @@ def test_evicting_is_in_every_tier(tiers: Tiers) -> None:
     tiers.write()
     tiers.store.pool.condemn(key, is_state=False)
     assert not tiers.store.match(MORE)
+
+
+# A device
+
+
+def test_a_device_is_a_tier() -> None:
+    pytest.importorskip("torch")
+    with open_store(hybrid(B), dram="2MiB", gpu=GpuOptions("4MiB", device="cpu")) as store:
+        pool = store.pool
+        assert isinstance(pool, TieredPool)
+        with store.write(IDS) as writer:
+            put_all(writer)
+            writer.commit()
+        pool._keeper.flush(Deadline.after(TEST_S))
+        assert pool.evict_here(store.prompt(IDS).path.key(0)) > 0
+        found = store.match(MORE)
+        assert (found.tokens, found.tier) == (22, pool.shelves[0].name)
+        assert not found.best.is_durable  # type: ignore[union-attr]
+        with store.read(found) as lease:
+            check_lease(lease, store.prompt(IDS))
+        with pytest.raises(UnavailableError, match="ssd="):
+            store.flush()
+        pool.check()
