@@ -73,6 +73,17 @@ DEVICE_KEEPS_MAX = 256
 """Resume points that wait to be copied to a device; more are refused."""
 DEVICE_COPY_DEADLINE_S = 30.0
 """How long a caller waits for a device, and after which a copy counts as overdue. Memory that it uses stays taken."""
+PAGES_MAX = 1 << 26
+"""Pages of one of an engine's tensors: 64 million pages of 16 tokens are a billion tokens."""
+PAGE_STAGING_BYTES = 32 * MIB
+"""Memory through which one copy between pages and records goes at a time, on the device and on the host each, and each
+twice: one part is filled while the other is emptied. A single larger part takes what it needs."""
+PAGE_COPIES_MAX = 2
+"""Copies between pages and records that move at once; others wait."""
+PAGE_LOCATIONS_MAX = 4
+"""Places in pages that are remembered of one record, where several requests have computed the same prefix."""
+PAGE_FORGET_DEADLINE_S = 5.0
+"""How long an engine waits by default for copies from pages that it wants to reuse."""
 
 # Arena
 MEMORY_SPARE_FRACTION = 1 / 32
