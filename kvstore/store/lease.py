@@ -12,7 +12,7 @@ import numpy as np
 from kvstore._native import addresses_of, copy_rows
 from kvstore.clock import Deadline
 from kvstore.errors import LeaseError
-from kvstore.limits import LOAD_DEADLINE_S
+from kvstore.limits import DEVICE_COPY_DEADLINE_S, LOAD_DEADLINE_S
 from kvstore.record import Record, which_intact
 from kvstore.record.array_view import ArrayView
 from kvstore.record.copy import join_plans, plan_bytes, state_plan, token_plan
@@ -24,7 +24,7 @@ from kvstore.store.devices import DeviceCopies, DeviceUse, check_device_tensor
 from kvstore.store.fill import host_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     import numpy.typing as npt
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvstore.record import RecordLayout
     from kvstore.spec import Coverage, ModelSpec, Shard, TensorSpec
     from kvstore.store.devices import DeviceLane
+    from kvstore.tiers.gpu.pages import Pages
 
 
 class Lease:
@@ -148,6 +149,48 @@ class Lease:
         leased: Any = np.asarray(_LeasedMemory(self, np.frombuffer(held.memory, np.uint8)))
         return Record(held.layout, memoryview(leased))
 
+    def copy_to_pages(
+        self,
+        pages: Pages,
+        page_ids: Mapping[str, Any] | Any,
+        *,
+        tokens: slice | None = None,
+        layers: Iterable[int] | None = None,
+        first_token: int = 0,
+        stream: Any = None,
+        deadline_s: float = DEVICE_COPY_DEADLINE_S,
+    ) -> None:
+        """Copy the resume point into an engine's registered pages, layer by layer.
+
+        When this returns the lease is needed no more, and whatever the stream is asked next sees the bytes; the device
+        may still be copying.
+
+        Args:
+            page_ids: by name of the group: of attention and windows the ids of the pages of the prompt, -1 for those
+                that nothing is copied into; of other states the id of the page that takes it. State groups that are not
+                named are left out. A list instead holds the pages of every attention group.
+            tokens: which tokens of attention groups are copied; all by default.
+            layers: those that are copied; all that are registered by default.
+            first_token: the token with which the first page of each list begins.
+            stream: the copy begins behind what it was asked so far. None is the one that is current.
+
+        Raises:
+            LeaseError: the lease was released; too few pages, or a page twice; pages of another model or worker.
+            SpecError: page ids that do not exist. DeadlineError, DeviceError: some pages may have been written.
+        """
+        from kvstore.store.paged import copy_to_pages
+
+        copy_to_pages(
+            self,
+            pages,
+            page_ids,
+            tokens=tokens,
+            layers=layers,
+            first_token=first_token,
+            stream=stream,
+            deadline_s=deadline_s,
+        )
+
     def verify(self) -> list[HeldRecord]:
         """Recompute every checksum; the records that are damaged.
 
@@ -202,6 +245,10 @@ class Lease:
             hold.pool.settle_later(partial(self._device_use.end, partial(_let_go, hold, holds)))
         else:
             hold.release_later()
+
+    def columns(self, group: int, layer: int) -> list[_Column]:
+        """The records of a group that a layer lies in."""
+        return self._spans(group, self.spec.span_of_layer[group, layer])
 
     def _spans(self, group: int, span: int) -> list[_Column]:
         return self._columns.get((group, span), [])

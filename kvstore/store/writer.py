@@ -11,7 +11,7 @@ import numpy as np
 
 from kvstore.errors import DeadlineError, KVStoreError, WriteError
 from kvstore.handle import Handle
-from kvstore.limits import JOINT_COMMIT_DEADLINE_S, TRANSFER_PRIORITY_DEFAULT
+from kvstore.limits import DEVICE_COPY_DEADLINE_S, JOINT_COMMIT_DEADLINE_S, TRANSFER_PRIORITY_DEFAULT
 from kvstore.spec import ReuseRule
 from kvstore.store.device_put import DevicePuts, TensorRange, token_parts
 from kvstore.store.devices import check_device_tensor
@@ -28,6 +28,7 @@ from kvstore.store.fill import (
 from kvstore.store.intervals import IntervalSet
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from types import TracebackType
 
     import numpy.typing as npt
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from kvstore.store.devices import DeviceLane
     from kvstore.store.lease import Lease
     from kvstore.store.store import Store
+    from kvstore.tiers.gpu.pages import Pages
     from kvstore.transfer import TransferObserver, TransferReport
 
 
@@ -273,6 +275,97 @@ class Writer:
             for put in puts:
                 self._costs_s[put.span.index[node]] += cost_s
                 self._pieces_arrived(put, put.span.index[[node]])
+
+    def put_pages(
+        self,
+        pages: Pages,
+        page_ids: Mapping[str, Any] | Any,
+        *,
+        tokens: slice,
+        layers: Iterable[int] | None = None,
+        first_token: int = 0,
+        cost_s: float = 0.0,
+        stream: Any = None,
+        deadline_s: float = DEVICE_COPY_DEADLINE_S,
+    ) -> None:
+        """As `put`, out of an engine's registered pages; they may be reused when this returns.
+
+        Blocks that the store has already are not copied. After an error part of the layers may have been put.
+
+        Args:
+            page_ids: ids of the pages of the prompt, by name for each attention group, or one list for all.
+            tokens: the range, counted from the start of the prompt; no step.
+            layers: those that are put; all that are registered by default.
+            first_token: the token with which the first page of each list begins.
+            cost_s: seconds of prefill that these tokens took, if known.
+            stream: whose work fills the pages: they are read behind it. None is the one that is current.
+
+        Raises:
+            WriteError: as `put`; too few pages, or pages of another model or worker. SpecError: page ids that do not
+                exist. DeadlineError, DeviceError: the device did not copy them.
+        """
+        from kvstore.store.paged import put_pages
+
+        put_pages(
+            self,
+            pages,
+            page_ids,
+            *self._range(tokens),
+            layers=layers,
+            first_token=first_token,
+            cost_s=cost_s,
+            stream=stream,
+            deadline_s=deadline_s,
+        )
+
+    def put_state_pages(
+        self,
+        pages: Pages,
+        page_ids: Mapping[str, Any],
+        *,
+        at: int,
+        layers: Iterable[int] | None = None,
+        first_token: int = 0,
+        cost_s: float = 0.0,
+        stream: Any = None,
+        deadline_s: float = DEVICE_COPY_DEADLINE_S,
+    ) -> None:
+        """As `put_state`, out of an engine's registered pages; they may be reused when this returns.
+
+        Args:
+            page_ids: by name of each state group that is put: the id of the page that holds the state; of a window the
+                ids of the pages of the prompt, -1 where the engine has given one up.
+            at: the length, one of `resume_at`.
+            layers, first_token, cost_s, stream: as `put_pages`.
+
+        Raises:
+            WriteError, SpecError, DeadlineError, DeviceError: as `put_state` and `put_pages`.
+        """
+        from kvstore.store.paged import put_state_pages
+
+        put_state_pages(
+            self,
+            pages,
+            page_ids,
+            at=at,
+            layers=layers,
+            first_token=first_token,
+            cost_s=cost_s,
+            stream=stream,
+            deadline_s=deadline_s,
+        )
+
+    def first_reserved(self, group: int, start: int, stop: int) -> int:
+        """The first of the tokens `[start, stop)` whose block this writer has to fill in a group; `stop` if none."""
+        block = self.spec.block_tokens
+        nodes: list[int] = [
+            node * block
+            for (number, _), spans in self._spans.items()
+            if number == group
+            for span in spans
+            for node in span.reserved(start // block, -(-stop // block))[:1].tolist()
+        ]
+        return max(start, min(nodes, default=stop))
 
     def _range(self, tokens: slice) -> tuple[int, int]:
         try:
