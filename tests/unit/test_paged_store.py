@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from kvstore.errors import LeaseError, SpecError, WriteError
+from kvstore.clock import Deadline
+from kvstore.errors import DeviceError, LeaseError, SpecError, WriteError
 from kvstore.spec import Coverage, Shard
 from kvstore.store import open_store
 from kvstore.testing.specs import check_lease, dense, hybrid, latent, pure_state, put_all, put_states, token_values
 
 torch = pytest.importorskip("torch")
 
+from kvstore.testing.lagging_device import LaggingDevice  # noqa: E402
 from kvstore.testing.pages import STYLES, EnginePages  # noqa: E402
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from kvstore.store import Store, Writer
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA"))
+TEST_S = 30.0
 SPECS = {spec.model: spec for spec in (dense(4), hybrid(4), latent(4), pure_state(4))}
 
 
@@ -279,3 +282,87 @@ def test_misuse_of_a_lease() -> None:
             lease.copy_to_pages(pages, [0, 1, 2])
         for allocation, was in zip(engine.allocations, before, strict=True):
             assert torch.equal(allocation.view(torch.uint8), was.view(torch.uint8))
+
+
+# Order
+
+
+@pytest.fixture
+def lagging() -> LaggingDevice:
+    return LaggingDevice()
+
+
+def test_pages_are_read_behind_what_fills_them(lagging: LaggingDevice) -> None:
+    """The engine's kernels may still be running when its pages are put; after `put_pages` they may be reused."""
+    spec = dense(4)
+    engine = EnginePages.alike(spec, pages=9, page_tokens=4, device=lagging)
+    pages = engine.register()
+    with open_store(spec, dram="4MiB") as store:
+        for first in (0, 100):  # the second time staging is there, and waits for nothing of its own
+            prompt = store.prompt(range(first, first + 12))
+            lagging.stream_of(None).run(lambda prompt=prompt: engine.put_prompt(prompt, [3, 2, 1]))  # type: ignore[misc]
+            with store.write(prompt) as writer:
+                writer.put_pages(pages, [3, 2, 1], tokens=slice(0, 12))
+                engine.put_prompt(store.prompt(range(900, 912)), [3, 2, 1])
+                writer.commit()
+            with store.read(store.match([*range(first, first + 12), 0])) as lease:
+                check_lease(lease, prompt)
+
+
+@pytest.mark.parametrize("is_early", [False, True], ids=["copies last", "copies first"])
+def test_a_lease_ends_before_its_pages_are_written(lagging: LaggingDevice, is_early: bool) -> None:
+    """The records are let go, and may be reused, while the device has not begun; what is asked next sees the pages."""
+    spec = hybrid(4)
+    engine = EnginePages.alike(spec, pages=12, page_tokens=4, device=lagging)
+    pages = engine.register()
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.append(engine.array(1, "keys"))
+
+    with open_store(spec, dram="4MiB") as store:
+        for first in (0, 100):
+            ids = range(first, first + 12)
+            prompt = store.prompt(ids)
+            with store.write(prompt) as writer:
+                put_all(writer)
+                writer.commit()
+            seen.clear()
+            # What the engine has asked for before still sees its own bytes, what it asks for afterwards the new ones.
+            engine.put_prompt(store.prompt(range(900, 912)), [3, 2, 1], {12: {"state": 7}})
+            engine_stream = lagging.stream_of(None)
+            engine_stream.run(look)
+            with store.read(store.match([*ids, 0])) as lease:
+                lease.copy_to_pages(pages, {"attention": [3, 2, 1], "window": [3, 2, 1], "state": 7})
+            assert store.pool.evict(prompt.path.key(0))
+            with store.write(store.prompt(range(500, 512))) as writer:
+                put_all(writer)
+            engine_stream.run(look)
+            # The copies as early as they may and the engine's own work last, or the copies only when it needs them.
+            for stream in reversed(lagging.streams) if is_early else [engine_stream]:
+                stream.mark().wait(Deadline.after(TEST_S), "work of the device")
+            assert seen[0].tobytes() != seen[1].tobytes()
+            assert seen[1].tobytes() == engine.array(1, "keys").tobytes()
+            engine.check_prompt(prompt, [3, 2, 1], 0, 12, {12: {"state": 7}})
+            before = EnginePages.alike(spec, pages=12, page_tokens=4)
+            before.write(1, "keys", seen[0])
+            wanted = token_values(spec, store.prompt(range(900, 912)), 1, "keys", 0, 12)
+            assert before.tokens(1, "keys", [3, 2, 1], 0, 12).tobytes() == wanted.tobytes()
+
+
+def test_a_device_that_fails_is_an_error(lagging: LaggingDevice) -> None:
+    spec = dense(4)
+    engine = EnginePages.alike(spec, pages=9, page_tokens=4, device=lagging)
+    pages = engine.register()
+    with open_store(spec, dram="4MiB") as store:
+        prompt = store.prompt(range(12))
+        engine.put_prompt(prompt, [3, 2, 1])
+        lagging.failure = "the device was told to fail"
+        with store.write(prompt) as writer, pytest.raises(DeviceError, match="told to fail"):
+            writer.put_pages(pages, [3, 2, 1], tokens=slice(0, 12))
+        lagging.failure = None
+        with store.write(prompt) as writer:
+            writer.put_pages(pages, [3, 2, 1], tokens=slice(0, 12))
+            writer.commit()
+        with store.read(store.match([*range(12), 0])) as lease:
+            check_lease(lease, prompt)
