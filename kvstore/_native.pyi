@@ -283,8 +283,8 @@ class PrefixIndex:
     Paths are `NodePath.packed`, grids `ChunkGrid.packed`; nodes are numbers that stay valid while something holds
     them. Tables of slots are uint64 of shape [n, 3]: index, generation, bytes. Names are uint64 of shape [n, 6]:
     node, group, span, first unit, unit after the last, number of the chunk grid digest. Packed nodes are keys, parents,
-    numbers of shape [n, 4] (end_tokens, number of the root, first of the tail's ids, how many there are), the ids of all
-    tails as 32-bit integers, and roots with their salts.
+    numbers of shape [n, 4] (end_tokens, number of the root, first of the tail's ids, how many there are), the ids of
+    all tails as 32-bit integers, and roots with their salts.
     """
 
     NODE_BYTES: int

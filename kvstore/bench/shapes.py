@@ -51,8 +51,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 512, "qk_rope_head_dim": 64, "linear_num_heads": 32, "linear_head_dim": 128,
         "linear_conv_kernel_dim": 4, "layer_types": _at(27, (3, 7, 11, 15, 19, 23, 26), "linear_attention"),
     },
-    # 15 latent layers of 1152 bytes a token, and states of 173.7 MiB: within .1 % of what the Prefill-as-a-Service paper
-    # prints of its hybrid of 1T parameters, whose configuration is not public.
+    # 15 latent layers of 1152 bytes a token, and states of 173.7 MiB: within .1 % of what the Prefill-as-a-Service
+    # paper prints of its hybrid of 1T parameters, whose configuration is not public.
     "paper-1t": {
         "model_type": "kimi_linear", "num_hidden_layers": 60, "hidden_size": 7168, "num_attention_heads": 56,
         "kv_lora_rank": 512, "qk_rope_head_dim": 64, "linear_num_heads": 59, "linear_head_dim": 128,
