@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -654,6 +655,29 @@ def test_puts_and_reads_beside_each_other(bench: Bench) -> None:
         for each in running:
             each.result(TEST_S)
         store.pool.check()
+
+
+def test_a_forked_child_has_no_devices() -> None:
+    """Copies that are under way are the parent's, and so are the threads that wait for them."""
+    device = LaggingDevice()
+    bench = Bench(device)
+    spec = dense()
+    with opened(spec, bench) as store:
+        with store.write(IDS) as writer:
+            put_all(writer)
+            writer.commit()
+        device.is_held = True
+        with store.read(store.match([*IDS, 1])) as lease:
+            lease.layer(0).copy_to(keys=bench.empty((2, 40, 4), described(spec, 0, "keys")))
+        child = os.fork()
+        if child == 0:
+            store.close()
+            os._exit(0 if store.is_closed and store.devices.statistics() == () else 1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert store.devices.statistics()[0].waiting == 1
+        device.is_held = False
+        lane_of(store).releases.wait(Deadline.after(TEST_S), "the release")
 
 
 def test_marks_in_order() -> None:
