@@ -11,7 +11,7 @@ from kvstore import registry
 from kvstore.cli.finding import Finding
 from kvstore.cli.machine import read_text
 from kvstore.errors import KVStoreError
-from kvstore.limits import COPY_THREADS_MAX
+from kvstore.limits import COPY_THREADS_MAX, FILE_DEPTH_DEFAULT, FILE_PIECE_BYTES, FILE_URGENT_DEPTH
 from kvstore.units import format_bytes
 
 PACKAGES = {
@@ -44,6 +44,7 @@ CONGESTION_CONTROLS = ("cubic", "bbr")
 def part_findings() -> list[Finding]:
     return [
         *_native(),
+        *_file_engines(),
         *_transports(),
         *_congestion_controls(),
         *_socket_buffers(),
@@ -103,6 +104,38 @@ def _paths(job: str, features: dict[str, str | bool | int]) -> list[Finding]:
         )
         is_worse = is_worse or name == used
     return findings
+
+
+FILE_ENGINES = {
+    "io_uring": "reads and writes of an SSD tier by io_uring, driven by one thread",
+    "threads": "reads and writes of an SSD tier by pread and pwrite, each in a thread",
+}
+
+
+def _file_engines() -> list[Finding]:
+    """Every engine of file I/O, from best to worst."""
+    try:
+        from kvstore._native import file_engines
+        from kvstore.tiers.ssd.engine import choose_engine
+    except ImportError:
+        return []  # the finding `native` says why
+    forced = os.environ.get("KVSTORE_IO", "")
+    depth = f"{FILE_DEPTH_DEFAULT} at once, {FILE_URGENT_DEPTH} more if urgent, of {format_bytes(FILE_PIECE_BYTES)}"
+    try:
+        choice = choose_engine()
+    except KVStoreError as error:
+        return [Finding(f"io.{forced}", False, "", why_not_better=str(error), is_demanded=True)]
+    return [
+        Finding(
+            f"io.{name}",
+            not missing,
+            FILE_ENGINES[name],
+            in_use=depth if name == choice.name else "",
+            why_not_better=missing or ("" if name == choice.name else choice.why_not_better or "io_uring can be used"),
+            is_demanded=forced == name,
+        )
+        for name, missing in file_engines(FILE_DEPTH_DEFAULT + FILE_URGENT_DEPTH)
+    ]
 
 
 def _transports() -> list[Finding]:

@@ -99,7 +99,8 @@ def test_doctor_shows_every_finding() -> None:
     for name in (
         "python", "cpu", "memory", "shm", "arena", "hugepages", "limit.memlock", "limit.nofile", "native",
         "crc32c.avx512", "crc32c.sse42", "crc32c.portable", "copy.avx512", "copy.avx2", "copy.portable",
-        "copy.checksum", "copy.streaming", "copy.threads", "transport.memory", "transport.tcp", "transport.ucx",
+        "copy.checksum", "copy.streaming", "copy.threads", "io.io_uring", "io.threads",
+        "transport.memory", "transport.tcp", "transport.ucx",
         "congestion.cubic", "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers",
         "cuda",
     ):  # fmt: skip
@@ -109,6 +110,8 @@ def test_doctor_shows_every_finding() -> None:
 
     assert used == [f"crc32c.{cpu_features()['crc32c']}"]
     assert findings[f"copy.{cpu_features()['copy']}"]["in_use"] == "yes"
+    assert findings["io.threads"]["is_available"]
+    assert sum(bool(findings[name]["in_use"]) for name in ("io.io_uring", "io.threads")) == 1
     assert not findings["transport.ucx"]["is_available"]
     assert "no UCX transport" in findings["transport.ucx"]["why_not_better"]
     assert findings["transport.tcp"]["is_available"]

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
@@ -46,10 +45,8 @@ Ring::Mapping::~Mapping() {
 
 Ring::Ring(unsigned entries) {
     abi::Parameters parameters;
-    // From the newest kernel to the oldest: completions only when this thread asks for them, then without interrupts.
-    constexpr std::array<std::uint32_t, 3> flag_sets{abi::setup_single_issuer | abi::setup_defer_taskrun,
-                                                     abi::setup_coop_taskrun, 0};
-    for (const std::uint32_t flags : flag_sets) {
+    // This thread need not be interrupted for what has ended, where the kernel (5.19 on) can leave it be.
+    for (const std::uint32_t flags : {abi::setup_coop_taskrun, std::uint32_t{0}}) {
         descriptor_ = set_up(entries, flags, parameters);
         if (descriptor_ >= 0 || errno != EINVAL) {
             break;

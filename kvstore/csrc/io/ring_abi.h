@@ -12,8 +12,6 @@ inline constexpr long enter_call = 426;
 inline constexpr long register_call = 427;
 
 inline constexpr std::uint32_t setup_coop_taskrun = 1U << 8;
-inline constexpr std::uint32_t setup_single_issuer = 1U << 12;
-inline constexpr std::uint32_t setup_defer_taskrun = 1U << 13;
 inline constexpr std::uint32_t feature_single_mmap = 1U << 0;
 inline constexpr std::uint32_t feature_nodrop = 1U << 1;
 inline constexpr std::uint32_t enter_getevents = 1U << 0;
