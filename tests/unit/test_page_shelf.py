@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -480,3 +481,28 @@ def test_close_ends_everything(engine: EnginePages) -> None:
         hold.load(np.arange(1), np.zeros(1, np.uint64))
     hold.release()
     shelf.close()
+
+
+def test_a_forked_child_touches_nothing(shelf: PageShelf, engine: EnginePages) -> None:
+    """Not even while a hold of the parent and its lock are taken."""
+    prompt = computed(engine, range(12), [1, 2, 3])
+    shelf.note(prompt, [1, 2, 3])
+    hold = held(shelf, prompt)
+    with shelf._changed:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                shelf.close_in_child()
+                assert lengths(shelf, range(12)) == []
+                assert shelf.hold(prompt.path, shard=WHOLE) is None
+                hold.release()
+                shelf.close()
+                with pytest.raises(StoreClosedError):
+                    shelf.note(prompt, [1, 2, 3])
+                code = 0
+            finally:
+                os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    hold.release()
+    check_loads(shelf, prompt)

@@ -167,6 +167,7 @@ class PageShelf(Shelf):
             WriteError: lengths that cannot be resume points, or too few pages. SpecError: page ids that do not exist.
             ShelfRefusedError: a sparse prompt. StoreClosedError: the shelf was closed.
         """
+        self._check_open()
         if prompt.masks:
             raise self._refuse("sparse", "what a sparse prefill computed is not noted: pages do not say what they lack")
         ready = self.pages.device.stream_of(stream).mark()
@@ -177,8 +178,7 @@ class PageShelf(Shelf):
     def note_records(self, named: PagedPath, salt: bytes) -> int:
         """As `note`, of records that are named one by one."""
         with self._changed:
-            if self._is_closed:
-                raise StoreClosedError(f"the tier {self._name!r} is closed; open the store again")
+            self._check_open()
             native, path = self._index.native, named.path
             writes = native.plan(path.packed, named.table, named.digests)
             if writes.is_wrong_path or writes.gap_node is not None:
@@ -190,6 +190,10 @@ class PageShelf(Shelf):
             for slot, place in {slot.index: (slot, place) for place, slot in places}.values():
                 self._table.add_location(slot, named.locations[place[0], place[1]])
             return self._enter(named, salt, rows, writes) if len(rows) else 0
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosedError(f"the tier {self._name!r} is closed; open the store again")
 
     def _enter(self, named: PagedPath, salt: bytes, rows: Rows, writes: WriteSet) -> int:
         """Make records findable; the lock is held."""

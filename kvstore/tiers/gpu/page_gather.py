@@ -36,7 +36,7 @@ class PageGather(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """`triton` or `index`."""
+        """`triton`, `native` or `index`."""
 
     @abstractmethod
     def pack(self, layers: Sequence[LayerPages], packing: Packing, places: PagePlaces, packed: Any) -> None:

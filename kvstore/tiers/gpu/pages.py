@@ -24,6 +24,7 @@ import numpy as np
 from kvstore.errors import SpecError, UnavailableError
 from kvstore.spec.shard import WHOLE
 from kvstore.tiers.gpu.gather_index import IndexGather
+from kvstore.tiers.gpu.gather_native import NativeGather
 from kvstore.tiers.gpu.layout import STATE_AXES, TOKEN, TOKEN_AXES, PageLayout, TensorPages
 from kvstore.tiers.gpu.packing import check_pages
 from kvstore.tiers.gpu.page_copies import PageCopier
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from kvstore.tiers.gpu.page_gather import PageGather
 
 GATHER_VARIABLE = "KVSTORE_PAGE_GATHER"
-"""Forces `triton` or `index`."""
+"""Forces `triton`, `native` or `index`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +96,14 @@ class Pages:
         tensors: by layer and name; all of a layer's group, or none of them.
         shard: whose rows the tensors have.
         pools: name of the numbering of page ids, by group name, where groups do not share one.
-        gather: `triton` or `index`; None takes the faster that there is, or what `KVSTORE_PAGE_GATHER` says.
+        gather: `triton`, `native` or `index`; None takes the fastest, or what `KVSTORE_PAGE_GATHER` says.
         device: where they lie; None opens it through torch.
 
     Attributes:
         layout: where everything lies in them.
         device: where they lie.
         copier: moves bytes between them and host memory.
-        why_not_better: why pages are not gathered by Triton; empty if they are.
+        why_not_better: why pages are not gathered in a faster way; empty if there is none.
 
     Raises:
         SpecError: as `PageLayout.of`. UnavailableError: the device, or the gather that was asked for, cannot be used.
@@ -145,7 +146,7 @@ class Pages:
 
     @property
     def gather_name(self) -> str:
-        """How pages are gathered: `triton` or `index`."""
+        """How pages are gathered: `triton`, `native` or `index`."""
         return self._gather.name
 
     @property
@@ -241,13 +242,17 @@ def choose_gather(device_type: str, asked: str | None = None) -> tuple[PageGathe
         UnavailableError: what was asked for cannot run.
     """
     asked = asked or os.environ.get(GATHER_VARIABLE) or None
-    if asked not in (None, "triton", "index"):
-        raise UnavailableError(f"there is no gather {asked!r}; choose 'triton' or 'index'")
+    if asked not in (None, "triton", "native", "index"):
+        raise UnavailableError(f"there is no gather {asked!r}; choose 'triton', 'native' or 'index'")
+    if asked == "index":
+        return IndexGather(), f"{GATHER_VARIABLE} or the caller asked for it"
+    if asked == "native" or (asked is None and device_type == "cpu"):
+        if device_type != "cpu":
+            raise UnavailableError(f"pages on device {device_type} cannot be gathered by the host's native copy")
+        return NativeGather(), ""
     missing = _why_no_triton(device_type, asked)
     if asked == "triton" and missing:
         raise UnavailableError(f"pages cannot be gathered by Triton: {missing}")
-    if asked == "index":
-        return IndexGather(), f"{GATHER_VARIABLE} or the caller asked for it"
     return (IndexGather(), missing) if missing else (_triton_gather(), "")
 
 
