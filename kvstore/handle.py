@@ -110,7 +110,7 @@ class Handle(Generic[T]):
     async def _wait_async(self) -> T:
         try:
             if not self.done():
-                await _readable(self.fileno())
+                await readable(self.fileno())
             return self.result(0.0)
         finally:
             del self
@@ -143,7 +143,7 @@ class Handle(Generic[T]):
             os.close(descriptor)
 
 
-async def _readable(descriptor: int) -> None:
+async def readable(descriptor: int) -> None:
     """Wait until a descriptor is readable; several tasks and loops may wait for one."""
     loop = asyncio.get_running_loop()
     woken = loop.create_future()

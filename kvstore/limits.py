@@ -145,6 +145,15 @@ KEEP_AGAIN_S = 60.0
 KEEP_CLOSE_DEADLINE_S = 10.0
 """How long closing a store waits for what was committed to be kept in other tiers."""
 
+# Events
+EVENTS_CAPACITY_MAX = 1 << 20
+"""Events that one stream keeps for a subscriber that does not take them."""
+EVENTS_CAPACITY_DEFAULT = 4096
+EVENT_BLOCKS_MAX = 4096
+"""Blocks that one event names, about 110 bytes each; a change of more comes as several events."""
+GONE_KEYS_MAX = 1024
+"""Nodes of which the index remembers that damage or age took them."""
+
 # Attached processes
 ATTACHED_PROCESSES_MAX = 256
 """Processes attached to one owner, those counted that have gone silent and still have memory mapped."""

@@ -27,6 +27,7 @@ from kvstore.attached.tables import (
     read_shard,
 )
 from kvstore.errors import SpecError
+from kvstore.events import MissReason
 from kvstore.keys import ExtraInput
 from kvstore.limits import (
     ATTACH_TEXT_BYTES_MAX,
@@ -155,7 +156,7 @@ def pack_match(match: Match) -> bytes:
     tier_rows = [pack_bytes(name.encode()) + _TIER.pack(rates.get(name, 0.0)) for name in tiers]
     suggested = np.array(match.suggested, "<u4").tobytes()
     packed_paths = struct.pack("<I", len(paths)) + b"".join(map(pack_path, paths))
-    packed_tiers = struct.pack("<I", len(tiers)) + b"".join(tier_rows)
+    packed_tiers = struct.pack("<I", len(tiers)) + b"".join(tier_rows) + pack_bytes(match.missing.reason.encode())
     return b"".join((fixed, packed_tiers, rows.tobytes(), suggested, *map(pack_bytes, reasons), packed_paths))
 
 
@@ -177,6 +178,7 @@ def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Mat
     if candidate_count > CANDIDATES_MAX or reason_count > REASONS_MAX or suggested_count > PROMPT_TOKENS_MAX:
         raise reader.fail(f"has {candidate_count} candidates, {reason_count} reasons, {suggested_count} suggestions")
     tiers = [_read_tier(reader) for _ in range(reader.count(SHELVES_MAX + 1, "tiers"))]
+    reason = _read_reason(reader)
     rows = reader.rows(_CANDIDATE_ROW, candidate_count).tolist()
     suggested = tuple(reader.rows(np.dtype("<u4"), suggested_count).tolist())
     reasons = tuple(reader.text(reader.count(ATTACH_TEXT_BYTES_MAX, "bytes of a reason")) for _ in range(reason_count))
@@ -192,7 +194,7 @@ def parse_match(data: memoryview, request: MatchRequest, spec: ModelSpec) -> Mat
     return Match(
         tokens=lengths[0] if lengths else 0,
         candidates=candidates,
-        missing=Missing(cap, attention_tokens, reasons),
+        missing=Missing(cap, attention_tokens, reason, reasons),
         pending_tokens=pending_tokens,
         suggested=suggested,
         shard=request.shard,
@@ -208,6 +210,14 @@ def _read_tier(reader: MessageReader) -> tuple[str, float]:
     if not 0.0 <= rate < float("inf"):
         raise reader.fail(f"says that loading a byte takes {rate} s")
     return name, rate
+
+
+def _read_reason(reader: MessageReader) -> MissReason:
+    word = reader.text(reader.count(ATTACH_TEXT_BYTES_MAX, "bytes of a reason"))
+    try:
+        return MissReason(word)
+    except ValueError as error:
+        raise reader.fail(f"misses for a reason that is unknown here, {word!r}") from error
 
 
 def _candidate(

@@ -15,13 +15,20 @@ from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldReques
 from kvstore.attached.frames import Kind
 from kvstore.attached.hold import AttachedHold
 from kvstore.attached.mapping import Mapping
-from kvstore.attached.messages import pack_key, pack_number, parse_empty, parse_number, parse_statistics
+from kvstore.attached.messages import (
+    pack_key,
+    pack_number,
+    parse_empty,
+    parse_number,
+    parse_statistics,
+)
 from kvstore.attached.tables import pack_path
 from kvstore.attached.term import TERM_CLOSED, TermView
 from kvstore.attached.transaction import AttachedTransaction
 from kvstore.attached.writing import BeginRequest, Begun, MissingRequest, parse_numbers
 from kvstore.clock import Deadline
 from kvstore.errors import (
+    AttachError,
     AttachProtocolError,
     DeadlineError,
     KVStoreError,
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Slot
     from kvstore.attached.tables import PlacedRecord
+    from kvstore.events import Changes, Tell
     from kvstore.pool import BaseHold, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt, RecordName
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
@@ -447,6 +455,12 @@ class AttachedPool(BasePool):
         self._beat_s = None
 
     # The pool itself
+
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        raise AttachError(
+            "what is stored and removed is told where the index is; take events in the process that opened the store, "
+            "or only kinds=(Hit, Missed) here, which are this process's own"
+        )
 
     def statistics(self) -> PoolStatistics:
         self._settle()

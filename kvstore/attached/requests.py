@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -143,6 +144,7 @@ class Requests:
 
     def _match(self, message: memoryview) -> bytes:
         request = MatchRequest.parse(message, self._spec)
+        began_s = time.perf_counter()
         found = self._pool.match(
             request.prompt,
             shard=request.shard,
@@ -150,6 +152,7 @@ class Requests:
             cap_tokens=request.cap_tokens,
             accept_coverage=request.accept_coverage,
         )
+        self._pool.observer.matched(request.prompt, found, time.perf_counter() - began_s)
         return pack_match(found)
 
     def _hold(self, request: HoldRequest, answer: Answer) -> None:

@@ -5,65 +5,41 @@ Labels have few values: the addresses that the node listens on, outcomes, uses o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvstore.errors import UnavailableError
+from kvstore.metrics import COUNTER, EXTRA, GAUGE, STORE_METRICS, Metric, family_of, one
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kvstore.cluster.snapshot import NodeSnapshot, ReceiverSnapshot
-    from kvstore.pool import PoolStatistics
+    from kvstore.metrics import Sample, StoreMetrics
 
-    Sample = tuple[tuple[str, ...], float]
+NodeMetric: TypeAlias = "Metric[NodeSnapshot]"
 
-EXTRA = "metrics need prometheus-client: pip install 'kvstore[metrics]'"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The form that every scraper reads; no name here needs a later one."""
-COUNTER, GAUGE = "counter", "gauge"
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One metric family.
-
-    Attributes:
-        name: with its unit; a counter's ends with `_total`.
-        kind: `counter` or `gauge`.
-        text: what it counts.
-        labels: their names.
-        samples: label values and value of each, from a snapshot.
-    """
-
-    name: str
-    kind: str
-    text: str
-    labels: tuple[str, ...]
-    samples: Callable[[NodeSnapshot], Iterable[Sample]]
+def _of_node(name: str, kind: str, text: str, value: Callable[[NodeSnapshot], float]) -> NodeMetric:
+    return one(name, kind, text, value)
 
 
-def _of_node(name: str, kind: str, text: str, value: Callable[[NodeSnapshot], float]) -> Metric:
-    return Metric(name, kind, text, (), lambda node: [((), value(node))])
+def _of_store(metric: Metric[StoreMetrics]) -> NodeMetric:
+    """A metric of the node's store: the same name and numbers as in any other process."""
+
+    def samples(node: NodeSnapshot) -> Iterable[Sample]:
+        return [] if node.store is None else metric.samples(node.store)
+
+    return Metric(metric.name, metric.kind, metric.text, metric.labels, samples)
 
 
-def _of_pool(name: str, kind: str, text: str, value: Callable[[PoolStatistics], float]) -> Metric:
-    return Metric(name, kind, text, (), lambda node: [] if node.pool is None else [((), value(node.pool))])
-
-
-def _of_receivers(name: str, kind: str, text: str, value: Callable[[ReceiverSnapshot], float]) -> Metric:
+def _of_receivers(name: str, kind: str, text: str, value: Callable[[ReceiverSnapshot], float]) -> NodeMetric:
     def samples(node: NodeSnapshot) -> Iterable[Sample]:
         return [((receiver.address,), value(receiver)) for receiver in node.receivers]
 
     return Metric(name, kind, text, ("address",), samples)
-
-
-def _pool_bytes(node: NodeSnapshot) -> Iterable[Sample]:
-    if node.pool is not None:
-        yield ("committed",), node.pool.committed_bytes
-        yield ("reserved",), node.pool.reserved_bytes
-        yield ("quarantined",), node.pool.quarantined_bytes
-        yield ("index",), node.pool.index_bytes
 
 
 def _received_transfers(node: NodeSnapshot) -> Iterable[Sample]:
@@ -84,7 +60,7 @@ def _sent_transfers(node: NodeSnapshot) -> Iterable[Sample]:
         yield ("failed",), node.sent.failed
 
 
-METRICS: tuple[Metric, ...] = (
+NODE_METRICS: tuple[NodeMetric, ...] = (
     Metric(
         "kvstore_build_info", GAUGE, "The version that runs; always 1.", ("version",), lambda n: [((n.version,), 1)]
     ),
@@ -92,18 +68,6 @@ METRICS: tuple[Metric, ...] = (
     _of_node("kvstore_node_draining", GAUGE, "1 while the node drains.", lambda n: n.state == "draining"),
     _of_node("kvstore_node_uptime_seconds", GAUGE, "Since the node was started.", lambda n: n.uptime_s),
     _of_node("kvstore_attached_processes", GAUGE, "Processes on the pool.", lambda n: n.attached_processes),
-    _of_pool("kvstore_pool_capacity_bytes", GAUGE, "What the pool may use.", lambda p: p.capacity_bytes),
-    Metric("kvstore_pool_used_bytes", GAUGE, "What the pool uses, by use.", ("use",), _pool_bytes),
-    _of_pool("kvstore_pool_nodes", GAUGE, "Prefix nodes in the index.", lambda p: p.nodes),
-    _of_pool("kvstore_pool_ghosts", GAUGE, "Prefix nodes whose records are gone.", lambda p: p.ghosts),
-    _of_pool("kvstore_pool_salts", GAUGE, "Salts that hold something.", lambda p: len(p.bytes_by_salt)),
-    _of_pool("kvstore_pool_matches_total", COUNTER, "Matches asked for.", lambda p: p.matches),
-    _of_pool("kvstore_pool_hits_total", COUNTER, "Matches that found a resume point.", lambda p: p.hits),
-    _of_pool("kvstore_pool_commits_total", COUNTER, "Writes that became visible.", lambda p: p.commits),
-    _of_pool("kvstore_pool_aborts_total", COUNTER, "Writes that were given up.", lambda p: p.aborts),
-    _of_pool("kvstore_pool_evicted_records_total", COUNTER, "Records evicted.", lambda p: p.evicted_records),
-    _of_pool("kvstore_pool_evicted_bytes_total", COUNTER, "Bytes evicted.", lambda p: p.evicted_bytes),
-    _of_pool("kvstore_pool_damaged_records_total", COUNTER, "Records found damaged.", lambda p: p.damaged_records),
     _of_receivers("kvstore_receive_connections", GAUGE, "Connections open now.", lambda r: r.connections),
     _of_receivers("kvstore_receive_active_transfers", GAUGE, "Transfers arriving now.", lambda r: len(r.transfers)),
     Metric(
@@ -182,7 +146,10 @@ METRICS: tuple[Metric, ...] = (
         lambda n: sum(link.in_flight_bytes for link in n.links),
     ),
 )
-"""Every metric (docs/operations.md)."""
+"""Of the node itself (docs/operations.md)."""
+
+METRICS: tuple[NodeMetric, ...] = (*NODE_METRICS, *map(_of_store, STORE_METRICS))
+"""And those of its store (docs/observability.md)."""
 
 
 def metrics_text(snapshot: NodeSnapshot) -> tuple[bytes, str]:
@@ -193,19 +160,14 @@ def metrics_text(snapshot: NodeSnapshot) -> tuple[bytes, str]:
     """
     try:
         from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
         from prometheus_client.registry import Collector
     except ImportError as error:
         raise UnavailableError(f"{EXTRA} ({error})") from error
 
     class SnapshotCollector(Collector):
-        def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
+        def collect(self) -> Iterable[Any]:
             for metric in METRICS:
-                family_of = CounterMetricFamily if metric.kind == COUNTER else GaugeMetricFamily
-                family = family_of(metric.name, metric.text, labels=metric.labels)
-                for labels, value in metric.samples(snapshot):
-                    family.add_metric(labels, value)
-                yield family
+                yield family_of(metric, snapshot)
 
     registry = CollectorRegistry()
     registry.register(SnapshotCollector())

@@ -132,7 +132,7 @@ class Node:
             weights=store.spec.weights,
             fingerprint=store.spec.fingerprint.hex(),
             block_tokens=store.spec.block_tokens,
-            pool=store.statistics(),
+            store=store.metrics(),
             attached_processes=store.attached_process_count,
             receivers=tuple(_receiver(endpoint) for endpoint in self._endpoints),
             sending=0 if sender is None else sender.transfer_count,

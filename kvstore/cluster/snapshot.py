@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvstore.transfer import ServingStatistics
 
 if TYPE_CHECKING:
-    from kvstore.pool import PoolStatistics
+    from kvstore.metrics import StoreMetrics
     from kvstore.transfer import InboxStatistics, IncomingStatus, LinkSnapshot, SenderStatistics
 
 
@@ -44,7 +44,7 @@ class NodeSnapshot:
         version: of the library.
         pid, started_at_s, uptime_s: of the process; the start in seconds since 1970.
         model, weights, fingerprint, block_tokens: of the spec; None until it was read.
-        pool: counters and budget; None until there is a pool.
+        store: counters and budget; None until there is a store.
         attached_processes: engines' processes on the pool.
         receivers: by address.
         sending: transfers that leave now.
@@ -61,7 +61,7 @@ class NodeSnapshot:
     weights: str | None = None
     fingerprint: str | None = None
     block_tokens: int | None = None
-    pool: PoolStatistics | None = None
+    store: StoreMetrics | None = None
     attached_processes: int = 0
     receivers: tuple[ReceiverSnapshot, ...] = ()
     sending: int = 0
@@ -71,8 +71,8 @@ class NodeSnapshot:
     def document(self) -> dict[str, Any]:
         """For JSON. Salts are secrets of tenants: they are counted, not named."""
         pool = None
-        if self.pool is not None:
-            pool = {**vars(self.pool), "salts": len(self.pool.bytes_by_salt)}
+        if self.store is not None:
+            pool = {**asdict(self.store.pool), "salts": len(self.store.pool.bytes_by_salt)}
             del pool["bytes_by_salt"]
         return {
             "state": self.state,

@@ -50,6 +50,7 @@ def joined_tiers(
 
     return Match.lazily(
         {"candidates": candidates, "missing": lambda: deepest.missing, "suggested": lambda: deepest.suggested},
+        _outcome=deepest.outcome,
         tokens=tokens,
         pending_tokens=own.pending_tokens if own.pending_tokens > tokens else 0,
         shard=own.shard,

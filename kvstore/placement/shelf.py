@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvstore._native import Finding
     from kvstore.abc import Slot
     from kvstore.clock import Deadline
+    from kvstore.events import Changes, Tell
     from kvstore.handle import Handle
     from kvstore.pool.held import PlacedRows
     from kvstore.pool.path import NodePath, RecordPlace
@@ -159,6 +160,10 @@ class Shelf(ABC):
 
         Returns 0 when the node is unknown or something of it is held.
         """
+
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        """As `kvstore.pool.BasePool.watch`, of this tier. One that does not tell is not seen in events."""
+        return ()
 
     @abstractmethod
     def statistics(self) -> ShelfStatistics:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
+    from kvstore.events import Changes, Tell
     from kvstore.placement.load import Load
     from kvstore.placement.shelf import Shelf, ShelfStatistics
     from kvstore.pool import BaseHold, Hold, NodePath, Prompt
@@ -296,6 +297,9 @@ class TieredPool(Pool):
         self._keeper.forget_known()
 
     # The pool itself
+
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        return [*super().watch(tell), *(each for shelf in self.shelves for each in shelf.watch(tell))]
 
     def statistics(self) -> TieredStatistics:
         own = super().statistics()

@@ -5,25 +5,29 @@ Not thread-safe: the pool calls it under its lock. See docs/architecture.md, "In
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kvstore._native import Needs
 from kvstore._native import PrefixIndex as NativeIndex
 from kvstore.abc import SlotRows
-from kvstore.limits import GHOSTS_MAX, SPARSE_NODES_BYTES_MAX
+from kvstore.events import RemovedWhy
+from kvstore.events.changes import in_order, unpacked
+from kvstore.limits import GHOSTS_MAX, GONE_KEYS_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.sparse import SparseNodes
 from kvstore.pool.victims import ITEM_BYTES, PolicyFeed
 from kvstore.spec import ReuseRule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy as np
     import numpy.typing as npt
 
     from kvstore._native import HeldRows, WriteSet
     from kvstore.abc import EvictionPolicy
+    from kvstore.events import Changes, Tell
     from kvstore.pool.path import HandOver, RecordPlace
     from kvstore.spec import ModelSpec, Shard
 
@@ -31,6 +35,8 @@ NODE_BYTES: int = NativeIndex.NODE_BYTES
 """Memory of one prefix node, its share of the hash table included."""
 RECORD_BYTES: int = NativeIndex.RECORD_BYTES
 """Memory of one record in the index."""
+GONE_KEY_BYTES = 200
+"""Python memory of one remembered reason (estimated)."""
 
 
 @lru_cache(maxsize=1024)
@@ -51,6 +57,8 @@ class PrefixIndex:
         native: the index itself.
         payload_bytes: bytes of waiting hand-over payloads.
         sparse: which sparse nodes are known.
+        gone: nodes that damage or age took, by key and whether it took their states: why. Bounded; what is stored
+            again is forgotten here.
 
     Args:
         policy: ranks victims; None lets the index evict what was used longest ago.
@@ -69,11 +77,13 @@ class PrefixIndex:
         self._handovers: dict[int, list[tuple[HandOver, Mapping[RecordPlace, bytes]]]] = {}
         self.payload_bytes = 0
         self.sparse = SparseNodes(sparse_bytes_max)
+        self.gone: dict[tuple[bytes, bool], RemovedWhy] = {}
+        self._watchers: tuple[tuple[str, Tell], ...] = ()
 
     @property
     def hint_bytes(self) -> int:
         """Memory that nobody made room for before it was taken."""
-        return self.payload_bytes + self.sparse.memory_bytes
+        return self.payload_bytes + self.sparse.memory_bytes + len(self.gone) * GONE_KEY_BYTES
 
     @property
     def memory_bytes(self) -> int:
@@ -99,25 +109,26 @@ class PrefixIndex:
 
     def release(self, held: HeldRows) -> SlotRows:
         """End a hold; the slots that came free with a tail that was there for a hand-over only."""
-        return self._removed(self.native.release(held))
+        return self._removed(self.native.release(held), RemovedWhy.HANDED_OVER)
 
     def commit(self, writes: WriteSet, ready: npt.NDArray[np.uint64], costs_us: npt.NDArray[np.uint64]) -> list[int]:
         """Records appear; the numbers of those that are given back."""
         given_back = self.native.commit(writes, ready, costs_us)
         self._settle()
+        self._tell()
         return given_back
 
     def let_go(self, writes: WriteSet) -> SlotRows:
-        return self._removed(self.native.let_go(writes))
+        return self._removed(self.native.let_go(writes), RemovedWhy.HANDED_OVER)
 
     def evict(self, node: int, *, states_only: bool) -> SlotRows:
-        return self._removed(self.native.evict(node, states_only))
+        return self._removed(self.native.evict(node, states_only), RemovedWhy.DROPPED)
 
     def condemn(self, node: int, *, is_state: bool) -> SlotRows:
-        return self._removed(self.native.condemn(node, is_state))
+        return self._removed(self.native.condemn(node, is_state), RemovedWhy.DAMAGED)
 
     def evict_chosen(self) -> SlotRows:
-        return self._removed(self.native.evict_chosen())
+        return self._removed(self.native.evict_chosen(), RemovedWhy.EVICTED)
 
     def choose(self, target_bytes: int) -> int:
         """Choose victims until so many bytes would be freed; the bytes that those chosen so far would."""
@@ -130,12 +141,57 @@ class PrefixIndex:
         if self._feed is not None:
             self._feed.refill()
 
-    def _removed(self, table: npt.NDArray[np.uint64]) -> SlotRows:
+    def _removed(self, table: npt.NDArray[np.uint64], why: RemovedWhy) -> SlotRows:
         for node in self.native.take_lost_handovers():
             for handover, _ in self._handovers.pop(node):
                 self.payload_bytes -= len(handover.payload)
         self._settle()
+        self._tell(why)
         return SlotRows(table)
+
+    # What others are told
+
+    def watch(self, tier: str, tell: Tell) -> list[tuple[str, Changes]]:
+        """Tell of every change from here on, until `tell` wants no more; what is there at this moment.
+
+        Args:
+            tier: under which name.
+        """
+        if self._watchers:
+            self._tell()
+        else:
+            self.native.watch(True)
+        self._watchers = (*self._watchers, (tier, tell))
+        return [(tier, changes) for changes in in_order(self.native.contents())]
+
+    def _tell(self, why: RemovedWhy = RemovedWhy.EVICTED) -> None:
+        if not self._watchers or not self.native.change_count:
+            return
+        self._tell_all(unpacked(self.native.take_changes(), why))
+
+    def _tell_all(self, all_changes: Sequence[Changes]) -> None:
+        for changes in all_changes:
+            self._watchers = tuple((tier, tell) for tier, tell in self._watchers if tell(tier, changes))
+        if not self._watchers:
+            self.native.watch(False)
+
+    def tell_closed(self) -> None:
+        """Everything is about to go with the tier."""
+        if self._watchers:
+            self._tell_all([replace(each, why=RemovedWhy.CLOSED) for each in in_order(self.native.contents())])
+
+    def remember_gone(self, key: bytes, why: RemovedWhy, *, is_state: bool) -> None:
+        """Damage or age takes a node: who misses it is told so. The oldest such memory makes room."""
+        self.gone.pop((key, is_state), None)
+        self.gone[key, is_state] = why
+        while len(self.gone) > GONE_KEYS_MAX:
+            del self.gone[next(iter(self.gone))]
+
+    def forget_gone(self, keys: Iterable[bytes]) -> None:
+        """These were stored anew, and whatever goes from here on goes for other reasons."""
+        for key in keys if self.gone else ():
+            self.gone.pop((key, False), None)
+            self.gone.pop((key, True), None)
 
     def _settle(self) -> None:
         if self._feed is not None:

@@ -10,6 +10,7 @@ from kvstore.pool.lazy import LazyFields
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from kvstore.events import MissReason
     from kvstore.pool.path import NodePath, RecordPlace
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
 
@@ -55,11 +56,13 @@ class Missing:
     Attributes:
         cap_tokens: the deepest length that could be used: an engine must compute at least one token.
         attention_tokens: how far the attention blocks reach without a gap.
+        reason: the obstacle to look at first, in a word; says nothing if the cap was reached.
         reasons: sentences for people, the deepest obstacle first.
     """
 
     cap_tokens: int
     attention_tokens: int
+    reason: MissReason
     reasons: tuple[str, ...]
 
 
@@ -113,8 +116,24 @@ class Match(LazyFields):
         match.__dict__.update(self.__dict__, seconds_per_byte=seconds_per_byte)
         return match
 
+    def outcome(self) -> tuple[int, str | None, MissReason | None]:
+        """The deepest length that could have been, the tier of the best candidate, and why there is no deeper one.
+
+        For who counts every match: a match whose fields are computed on demand does not compute any for this.
+        """
+        make = self.__dict__.get("_outcome")
+        if make is not None:
+            found: tuple[int, str | None, MissReason | None] = make()
+            return found
+        cap = self.missing.cap_tokens
+        return cap, self.tier, self.missing.reason if self.tokens < cap else None
+
     @property
     def best(self) -> Candidate | None:
+        make = self.__dict__.get("_deepest")
+        if make is not None and "candidates" not in self.__dict__:  # then the others are not made for it
+            deepest: Candidate | None = make()
+            return deepest
         return self.candidates[0] if self.candidates else None
 
     @property
@@ -128,7 +147,7 @@ class Match(LazyFields):
 
     @property
     def tier(self) -> str | None:
-        return self.candidates[0].tier if self.candidates else None
+        return self.best.tier if self.best is not None else None
 
     def at(self, tokens: int) -> Match:
         """The same answer, resuming at another candidate.

@@ -86,6 +86,11 @@ class NodePath:
         tail_ids = np.array(self.tail_ids, np.uint32).tobytes()
         return self.root, self.block_tokens, b"".join(self.keys), self.tail_key, tail_ids
 
+    @property
+    def node_keys(self) -> tuple[bytes, ...]:
+        """Key of each node."""
+        return self.keys if self.tail_key is None else (*self.keys, self.tail_key)
+
     def is_tail(self, node: int) -> bool:
         return node >= len(self.keys)
 

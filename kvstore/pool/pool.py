@@ -14,6 +14,7 @@ import numpy as np
 
 from kvstore.abc import SlotRows
 from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
+from kvstore.events import RemovedWhy
 from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.held import PlacedRows
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kvstore._native import HeldRows, WriteSet
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
     from kvstore.clock import Deadline
+    from kvstore.events import Changes, Tell
     from kvstore.pool.held import HeldRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -132,15 +134,16 @@ class Pool(BasePool):
             self._settle()
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
         exact = prompt.exact
-        queries = [Query(self.spec, exact, exact.path, cap, shard, grid)]
+        gone = self._index.gone
+        queries = [Query(self.spec, exact, exact.path, cap, shard, grid, gone=gone)]
         if exact is not prompt:
-            queries.append(Query(self.spec, prompt, prompt.path, cap, shard, grid))
+            queries.append(Query(self.spec, prompt, prompt.path, cap, shard, grid, gone=gone))
         with self._lock:
             self._check_open()
             native, sparse = self._index.native, self._index.sparse
             if accept_coverage:
                 paths = [exact.path, *sparse.variants(exact, self._index.is_stored)]
-                queries = [Query(self.spec, exact, path, cap, shard, grid, sparse) for path in paths]
+                queries = [Query(self.spec, exact, path, cap, shard, grid, sparse, gone=gone) for path in paths]
             findings = [search(native, query) for query in queries]
             self._statistics.matches += 1
             self._statistics.hits += any(found.tokens > 0 for found in findings)
@@ -450,8 +453,11 @@ class Pool(BasePool):
             committed = transaction.placed.rows.end_tokens[commit.ready.astype(np.int64)]
             upto = transaction.path.tokens if commit.is_final else int(committed.max(initial=0))
             self._index.sparse.add(transaction.path, upto)
-        kept = set(commit.ready.tolist()).difference(given_back)
-        self._room.keep_all(slots.taken(kept))
+        self._index.forget_gone(transaction.path.node_keys)
+        kept_slots = slots.taken(set(commit.ready.tolist()).difference(given_back))
+        self._statistics.stored_records += len(kept_slots)
+        self._statistics.stored_bytes += kept_slots.size_bytes
+        self._room.keep_all(kept_slots)
         self._room.give_back_all(slots.taken(given_back))
 
     def _check_handovers(self, commits: Sequence[PreparedCommit]) -> None:
@@ -545,6 +551,7 @@ class Pool(BasePool):
                 return
             self._statistics.damaged_records += 1
             self._damages += 1
+            self._index.remember_gone(key, RemovedWhy.DAMAGED, is_state=is_state)
             self._room.freed(self._index.condemn(node, is_state=is_state))
         self._notify()
 
@@ -562,6 +569,11 @@ class Pool(BasePool):
     def _notify(self) -> None:
         for listener in tuple(self._listeners):
             listener()
+
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        with self._lock:
+            self._check_open()
+            return self._index.watch(self._tier.name, tell)
 
     def statistics(self) -> PoolStatistics:
         self._settle()
@@ -592,6 +604,7 @@ class Pool(BasePool):
             if self.is_closed:
                 return
             self.is_closed = True
+            self._index.tell_closed()
             self._tier.close()
             self._index = PrefixIndex(self.spec)
             self._room = Room(self._tier, self._index, self._statistics)

@@ -109,8 +109,12 @@ class Prompt:
 
     def is_of(self, spec: ModelSpec) -> bool:
         """Whether its keys are those of a model spec."""
-        root = root_key(spec.fingerprint, salt=self.salt, adapter=self.adapter)
-        return self.path.root == root and self.path.block_tokens == spec.block_tokens
+        known = self.__dict__
+        if known.get("_fingerprint") != spec.fingerprint:  # every match asks; the root is hashed once
+            if self.path.root != root_key(spec.fingerprint, salt=self.salt, adapter=self.adapter):
+                return False
+            known["_fingerprint"] = spec.fingerprint
+        return self.path.block_tokens == spec.block_tokens
 
     @cached_property
     def _extras_by_block(self) -> dict[int, list[ExtraInput]]:

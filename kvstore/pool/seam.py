@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from kvstore._native import addresses_of
 from kvstore.errors import UnavailableError, WriteError
 from kvstore.limits import JOINT_NAME_BYTES_MAX, JOINT_PARTIES_MAX
 from kvstore.pool.arrays import RecordArrays
+from kvstore.pool.observer import Observer
 from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc import Slot
     from kvstore.clock import Deadline
+    from kvstore.events import Changes, Tell
     from kvstore.pool.held import HeldRecord, TransactionRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -365,6 +368,24 @@ class BasePool(ABC):
     @abstractmethod
     def unsubscribe(self, listener: Callable[[], None]) -> None:
         """End a subscription; without effect if there is none."""
+
+    @abstractmethod
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        """Tell of all blocks that appear or leave, in any tier, until `tell` wants no more; what is there already.
+
+        What is there and what is told of are without gap or overlap, in each tier.
+
+        Args:
+            tell: called under the lock that orders the changes, so it must neither wait nor call the pool.
+
+        Raises:
+            AttachError: the pool is another process's, which keeps its index. StoreClosedError: it is closed.
+        """
+
+    @cached_property
+    def observer(self) -> Observer:
+        """What is measured of its use in this process, and who is told. Whoever makes a store of it looks first."""
+        return Observer()
 
     @abstractmethod
     def statistics(self) -> PoolStatistics:

@@ -6,12 +6,13 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kvstore.events import MissReason, RemovedWhy
 from kvstore.limits import CANDIDATES_MAX
 from kvstore.pool.index import needs_of
 from kvstore.pool.match import Candidate, Match, Missing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kvstore._native import Finding
     from kvstore._native import PrefixIndex as NativeIndex
@@ -32,6 +33,7 @@ class Query:
         shard: whose share is asked for.
         grid: chunk boundaries to insist on; None takes any.
         sparse: known sparse nodes, whose tails are taken; None takes the prompt's own alone.
+        gone: why nodes went that did not go to make room, by key and whether it was their states.
     """
 
     spec: ModelSpec
@@ -41,6 +43,11 @@ class Query:
     shard: Shard
     grid: ChunkGrid | None
     sparse: SparseNodes | None = None
+    gone: Mapping[tuple[bytes, bool], RemovedWhy] | None = None
+
+    def went(self, node: int, *, is_state: bool) -> RemovedWhy | None:
+        """Why a node of the path went, if it is known that it did not go to make room."""
+        return self.gone.get((self.path.keys[node], is_state)) if self.gone else None
 
     def tail_node(self, blocks: int, end_tokens: int, key: bytes) -> tuple[bool, SparseNode | None]:
         """Whether the tail of this key is the prompt's, and its coverage if it is not held whole."""
@@ -88,7 +95,14 @@ def answer(query: Query, found: Finding, tier: str, suggest: Callable[[int, Sequ
 
     def missing() -> Missing:
         attention_tokens = found.attention_tokens if query.spec.attention_groups else 0
-        return Missing(query.cap_tokens, attention_tokens, reasons(query, found))
+        return Missing(query.cap_tokens, attention_tokens, first_reason(query, found), reasons(query, found))
+
+    def outcome() -> tuple[int, str | None, MissReason | None]:
+        reason = first_reason(query, found) if found.tokens < query.cap_tokens else None
+        return query.cap_tokens, tier if found.tokens else None, reason
+
+    def deepest() -> Candidate | None:
+        return _candidate(query, tier, *found.candidates[0]) if found.tokens else None
 
     return Match.lazily(
         {
@@ -96,6 +110,8 @@ def answer(query: Query, found: Finding, tier: str, suggest: Callable[[int, Sequ
             "missing": missing,
             "suggested": suggested,
         },
+        _outcome=outcome,
+        _deepest=deepest,
         tokens=found.tokens,
         pending_tokens=found.pending_tokens,
         shard=query.shard,
@@ -147,6 +163,48 @@ def _on_grid(lengths: Sequence[int], resume_tokens: int, prompt: Prompt, grid: C
     return tuple(possible[position - 1] for position in sorted(positions) if position)
 
 
+_GONE = {RemovedWhy.DAMAGED: MissReason.DAMAGED, RemovedWhy.EXPIRED: MissReason.EXPIRED}
+
+
+def first_reason(query: Query, found: Finding) -> MissReason:
+    """The obstacle to look at first: what waiting would cure, what the reader asked for, what went, what never was."""
+    best = found.tokens
+    if found.pending_tokens > best:
+        return MissReason.PENDING
+    if found.is_other_grid:
+        return MissReason.OTHER_CHUNKS
+    if found.is_other_shard:
+        return MissReason.OTHER_SHARD
+    gone = why_gone(query, found)
+    if gone is not None:
+        return gone
+    if found.foreign_state_tokens > best:
+        return MissReason.OTHER_SHARD if query.grid is None else MissReason.OTHER_CHUNKS
+    reach = found.attention_tokens if query.spec.attention_groups else 0
+    if query.spec.state_groups:
+        return MissReason.NO_CHECKPOINT if reach > best else MissReason.NEVER_STORED
+    return MissReason.OTHER_CHUNKS if reach > best else MissReason.NEVER_STORED
+
+
+def why_gone(query: Query, found: Finding) -> MissReason | None:
+    """Why the block after the attention, or the deepest states, went; None if neither was there."""
+    evicted_states = found.evicted_state_tokens
+    was_state = evicted_states > found.tokens
+    was_attention = found.evicted_attention_tokens > 0
+    if not (was_state or was_attention or query.gone):
+        return None
+    block = query.path.block_tokens
+    why = None
+    node = found.attention_tokens // block
+    if query.spec.attention_groups and node < len(query.path.keys):
+        why = query.went(node, is_state=False)
+    if why is None and was_state and not was_attention:
+        why = query.went(evicted_states // block - 1, is_state=True)
+    if why is not None:
+        return _GONE.get(why, MissReason.EVICTED)
+    return MissReason.EVICTED if was_state or was_attention else None
+
+
 def reasons(query: Query, found: Finding) -> tuple[str, ...]:
     """Why nothing deeper serves, the deepest obstacle first."""
     best, attention_tokens = found.tokens, found.attention_tokens
@@ -155,19 +213,42 @@ def reasons(query: Query, found: Finding) -> tuple[str, ...]:
         return (f"{cap} is the most that can be reused: an engine computes at least one token",)
     listed: list[str] = []
     if query.spec.attention_groups and attention_tokens < cap // block * block:
-        why = "; what is stored beyond was computed on other chunk boundaries" if found.is_other_grid else ""
-        listed.append(f"attention reaches {attention_tokens} of {cap} tokens{why}")
+        listed.append(f"attention reaches {attention_tokens} of {cap} tokens{_beyond(query, found)}")
     if query.spec.state_groups:
         if found.foreign_state_tokens > best:
             why = "other chunk boundaries or another shard" if query.grid is not None else "another shard"
             listed.append(f"the states at {found.foreign_state_tokens} are of {why}")
         if found.evicted_state_tokens > best:
-            listed.append(f"the states at {found.evicted_state_tokens} were evicted")
-        if not listed or attention_tokens > best:
-            listed.append(f"no states are stored between {best} and {min(attention_tokens, cap) or cap} tokens")
+            went = query.went(found.evicted_state_tokens // block - 1, is_state=True)
+            listed.append(f"the states at {found.evicted_state_tokens} {_went(went)}")
+        upper = min(attention_tokens, cap) or cap
+        if upper > best and (not listed or attention_tokens > best):
+            listed.append(f"no states are stored between {best} and {upper} tokens")
+        if not listed:
+            listed.append(f"{cap - best} tokens past {best} were never stored as a whole block or a tail")
         listed.append(f"the next complete states are at {best}" if best else "no complete states are stored")
     elif query.grid is not None and attention_tokens > best:
         listed.append(f"the resume point must lie on a chunk boundary; the deepest that does is {best}")
     if not listed:
         listed.append(f"{cap - best} tokens past {best} were never stored as a whole block or a tail")
     return tuple(listed)
+
+
+def _beyond(query: Query, found: Finding) -> str:
+    """What is known of the block at which the attention ends."""
+    if found.is_other_grid:
+        return "; what is stored beyond was computed on other chunk boundaries"
+    if found.is_other_shard:
+        return "; what is stored beyond is of another shard"
+    node = found.attention_tokens // query.path.block_tokens
+    why = query.went(node, is_state=False) if node < len(query.path.keys) else None
+    if why is not None or found.evicted_attention_tokens:
+        return f"; the records of the block after that {_went(why)}"
+    return ""
+
+
+def _went(why: RemovedWhy | None) -> str:
+    """What became of records."""
+    if why is RemovedWhy.DAMAGED:
+        return "were damaged"
+    return "have expired" if why is RemovedWhy.EXPIRED else "were evicted"

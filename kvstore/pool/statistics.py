@@ -21,6 +21,8 @@ class PoolStatistics:
     hits: int = 0
     commits: int = 0
     aborts: int = 0
+    stored_records: int = 0
+    stored_bytes: int = 0
     evicted_records: int = 0
     evicted_bytes: int = 0
     damaged_records: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from kvstore.errors import (
     StoreClosedError,
     WriteError,
 )
-from kvstore.limits import FLUSH_DEADLINE_S, LOAD_DEADLINE_S
+from kvstore.events import EVENT_KINDS
+from kvstore.limits import EVENTS_CAPACITY_DEFAULT, FLUSH_DEADLINE_S, LOAD_DEADLINE_S
 from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.arguments import (
@@ -44,9 +46,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from kvstore.attached import Owner
+    from kvstore.events import Event, EventStream
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
+    from kvstore.metrics import StoreMetrics
     from kvstore.pool import BaseHold, BaseTransaction
+    from kvstore.pool.observer import Observer
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
 
@@ -82,6 +87,7 @@ class Store(NodeOperations):
         self._lock = threading.Lock()
         self._copied_bytes = 0
         self._copied_s = 0.0
+        self.observer: Observer = pool.observer
         _OPEN_STORES.add(self)
 
     def __enter__(self) -> Store:
@@ -160,7 +166,9 @@ class Store(NodeOperations):
         """
         check_position(shard, grid)
         target = self._as_prompt(prompt, salt, adapter, extras, coverage)
+        began_s = time.perf_counter()
         found = self.pool.match(target, shard=shard, grid=grid, accept_coverage=accept_coverage)
+        self.observer.matched(target, found, time.perf_counter() - began_s)
         return found if self._copied_s == 0.0 else found.timed(self._copied_s / self._copied_bytes)
 
     def read(
@@ -186,6 +194,7 @@ class Store(NodeOperations):
             on; read again. LeaseError: the match is a miss, or is none.
         """
         check_match(match)
+        began_s = time.perf_counter()
         check_deadline(deadline_s, LeaseError)
         deadline = Deadline.after(deadline_s)
         refusal: KVStoreError | None = None
@@ -209,6 +218,7 @@ class Store(NodeOperations):
             lease = Lease(self.spec, hold, match.shard, self._copied, self.devices, wait_s=deadline_s)
             damaged = lease.verify() if verify else []
             if not damaged:
+                self.observer.meters.loaded(time.perf_counter() - began_s)
                 return lease
             lease.release()
             for held in damaged:
@@ -261,10 +271,25 @@ class Store(NodeOperations):
             spec cannot be split so. JointCommitError: another party of `joint`
             has failed already.
         """
+        try:
+            target = self._as_prompt(prompt, salt, adapter, extras, coverage)
+            return self._write(target, resume_at, resume, grid, shard, joint)
+        except KVStoreError as error:
+            self.observer.meters.refused(error)
+            raise
+
+    def _write(
+        self,
+        target: Prompt,
+        resume_at: Sequence[int] | None,
+        resume: Lease | None,
+        grid: ChunkGrid | None,
+        shard: Shard,
+        joint: str | None,
+    ) -> Writer:
         check_position(shard, grid)
         check_lease(resume)
         check_joint(joint)
-        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
         if resume is not None:
             resume.check_current()
             if not resume.continues_in(self.pool, target):
@@ -394,7 +419,7 @@ class Store(NodeOperations):
         target = self._as_prompt(prompt, salt, adapter, extras, coverage)
 
         def attempt() -> Match | None:
-            match = self.match(target, shard=shard, grid=grid, accept_coverage=accept_coverage)
+            match = self.pool.match(target, shard=shard, grid=grid, accept_coverage=accept_coverage)
             return match if match.tokens >= tokens else None
 
         return self._waiters.add(f"a resume point of {tokens} tokens", attempt)
@@ -423,6 +448,46 @@ class Store(NodeOperations):
         check_deadline(deadline_s, PoolError)
         self.pool.flush(deadline_s)
 
+    # Watching
+
+    def events(
+        self,
+        capacity: int = EVENTS_CAPACITY_DEFAULT,
+        *,
+        kinds: Iterable[type[Event]] = EVENT_KINDS,
+        contents: bool = False,
+    ) -> EventStream:
+        """What happens from here on: blocks stored and removed in every tier, matches that hit and missed.
+
+        A stream that nobody refers to any more costs nothing; `close` it, or use it as a context manager.
+
+        Args:
+            capacity: events that wait for the subscriber at most; then the oldest are dropped, and counted.
+            kinds: `Stored`, `Removed`, `Hit`, `Missed` of `kvstore.events`.
+            contents: also say what is there already: `EventStream.contents`.
+
+        Raises:
+            ValueError: a capacity out of range, or a kind that is none. StoreClosedError: the store is closed.
+            AttachError: `Stored` or `Removed`, which only the process that opened the pool is told.
+        """
+        self.check_open()
+        return self.observer.open(self.pool, capacity, kinds, with_contents=contents)
+
+    def metrics(self) -> StoreMetrics:
+        """Everything that is counted and measured, at this moment; `kvstore.metrics` says how Prometheus gets it."""
+        statistics = self.statistics()
+        streams = self.observer.streams
+        with self._lock:
+            read_bytes, read_s = self._copied_bytes, self._copied_s
+        return self.observer.meters.snapshot(
+            statistics,
+            shelves=tuple(getattr(statistics, "shelves", ())),
+            read_bytes=read_bytes,
+            read_s=read_s,
+            streams=len(streams),
+            dropped_events=sum(stream.dropped for stream in streams),
+        )
+
     def close(self) -> None:
         """Cancel transfers, close endpoints, end waits, release memory. Idempotent.
 
@@ -430,6 +495,7 @@ class Store(NodeOperations):
         """
         with ExitStack() as last:
             last.callback(_OPEN_STORES.discard, self)
+            last.callback(self.observer.close)
             last.callback(self.pool.close)
             if self._owner is not None:
                 last.callback(self._owner.close)
@@ -445,6 +511,7 @@ class Store(NodeOperations):
         self._waiters = Waiters(self.pool)
         if self._owner is not None:
             self._owner.close_in_child()
+        self.observer.close_in_child()
         self.pool.close_in_child()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -564,7 +565,17 @@ class Writer:
             self._commit_jointly(handover, deadline_s)
             return
         self._check_handover(handover)
-        self.transaction.commit(upto_tokens, handover)
+        self._commit(upto_tokens, handover)
+
+    def _commit(self, upto_tokens: int | None, handover: HandOver | None) -> None:
+        meters = self._store.observer.meters
+        began_s = time.perf_counter()
+        try:
+            self.transaction.commit(upto_tokens, handover)
+        except KVStoreError as error:
+            meters.refused(error)
+            raise
+        meters.committed(time.perf_counter() - began_s)
         self._committed(upto_tokens, handover)
 
     def _commit_jointly(self, handover: HandOver | None, deadline_s: float) -> None:
@@ -602,8 +613,7 @@ class Writer:
 
     def _commit_into(self, handover: HandOver | None, handle: Handle[None]) -> None:
         if self.transaction.joint is None:
-            self.transaction.commit(None, handover)
-            self._committed(None, handover)
+            self._commit(None, handover)
             handle.resolve(None)
             return
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kvstore._native import Finding, HeldRows, WriteSet
     from kvstore.abc import Slot
     from kvstore.clock import Deadline
+    from kvstore.events import Changes, Tell
     from kvstore.pool.held import PlacedRows
     from kvstore.pool.path import NodePath, RecordPlace
     from kvstore.pool.search import Query
@@ -483,6 +484,10 @@ class MemoryShelf(Shelf):
             kept_bytes = sum(slot.size_bytes for slot in self._medium.kept)
             assert self._is_closed or kept_bytes == self._index.native.committed_bytes, "the medium holds other records"
 
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        with self._lock:
+            return () if self._is_closed else self._index.watch(self.name, tell)
+
     def close(self) -> None:
         with self._lock:
             if self._is_closed:
@@ -495,6 +500,7 @@ class MemoryShelf(Shelf):
         for thread in keepers:
             thread.join()
         with self._lock:
+            self._index.tell_closed()
             self._index = PrefixIndex(self.spec)
             self.tier.close()
 

@@ -26,7 +26,9 @@ import pytest
 
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, KVStoreError, ShelfRefusedError
+from kvstore.events import Changes, RemovedWhy
 from kvstore.limits import RECORD_ALIGN_BYTES
+from kvstore.placement.shelf import Shelf
 from kvstore.pool import Hold
 from kvstore.pool.search import Query
 from kvstore.record import which_intact
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore.placement.shelf import Shelf, ShelfHold
+    from kvstore.placement.shelf import ShelfHold
     from kvstore.pool import Prompt
     from kvstore.pool.rows import Rows
     from kvstore.spec import ModelSpec
@@ -84,6 +86,19 @@ def intact(rows: Rows, numbers: npt.NDArray[np.int64], addresses: npt.NDArray[np
         which_intact(layouts[number], addresses[at : at + 1], [headers[number]])[0]
         for at, number in enumerate(numbers.tolist())
     )
+
+
+def _replayed(told: Sequence[Changes]) -> dict[tuple[bytes, bool], int]:
+    """What is there after these changes: bytes by key, and whether they are states."""
+    known: dict[tuple[bytes, bool], int] = {}
+    for changes in told:
+        for block in changes.blocks:
+            place = block.key, block.is_state
+            if changes.why is None:
+                known[place] = known.get(place, 0) + block.size_bytes
+            else:
+                assert known.pop(place) == block.size_bytes, "something left that nobody was told of"
+    return known
 
 
 class ShelfConformance:
@@ -482,6 +497,41 @@ class ShelfConformance:
         assert self.lengths(shelf, source, range(16)) == []
         assert shelf.statistics().committed_bytes == 0
         shelf.check()
+
+    # Telling
+
+    def test_what_it_tells_adds_up(self, shelf: Shelf, source: Store) -> None:
+        """A listener knows what is there, whatever happens to it; one that comes later is told."""
+        if type(shelf).watch is Shelf.watch:
+            pytest.skip(f"{type(shelf).__name__} tells nobody of its changes")
+        told: list[tuple[str, Changes]] = []
+
+        def tell(tier: str, changes: Changes) -> bool:
+            told.append((tier, changes))
+            return True
+
+        def known() -> dict[tuple[bytes, bool], int]:
+            return _replayed([changes for _, changes in told])
+
+        assert list(shelf.watch(tell)) == []
+        last = self.write(source, range(22), resume_at=[8, 16, 22], salt=b"tenant")
+        self.fill(shelf, self.held(source, range(22), salt=b"tenant", tokens=8))
+        self.fill(shelf, last)
+        path = last.path
+        assert {key for key, _ in known()} == set(path.node_keys)
+        assert {key for key, is_state in known() if is_state} == {path.key(1), path.key(len(path) - 1)}
+        assert sum(known().values()) == shelf.statistics().committed_bytes
+        assert {(tier, changes.salt) for tier, changes in told} == {(shelf.name, b"tenant")}
+        late = shelf.watch(lambda tier, changes: False)
+        assert _replayed([changes for _, changes in late]) == known()
+        shelf.condemn(path.key(3), is_state=False)
+        shelf.evict(path.key(1), states_only=True)
+        assert known().keys() == {(path.key(node), False) for node in range(3)}
+        assert sum(known().values()) == shelf.statistics().committed_bytes
+        shelf.close()
+        assert known() == {}
+        whys = [changes.why for _, changes in told if changes.why is not None]
+        assert whys == [RemovedWhy.DAMAGED, RemovedWhy.DROPPED, RemovedWhy.CLOSED]
 
     # Ends
 

@@ -15,6 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore._version", "kvstore._native", "kvstore.errors", "kvstore.limits", "kvstore.units"),
     ("kvstore.clock", "kvstore.wire"),
     ("kvstore.handle",),
+    ("kvstore.events", "kvstore.metrics"),
     ("kvstore.spec",),
     ("kvstore.abc", "kvstore.keys"),
     ("kvstore.registry", "kvstore.record", "kvstore.codec"),

@@ -21,8 +21,18 @@ from kvstore.attached.writing import (
     parse_numbers,
 )
 from kvstore.errors import AttachProtocolError, PoolFullError
+from kvstore.events import MissReason
 from kvstore.keys import ExtraInput
-from kvstore.pool import Candidate, HandOver, JointName, Match, Missing, PoolStatistics, Prompt, RecordName
+from kvstore.pool import (
+    Candidate,
+    HandOver,
+    JointName,
+    Match,
+    Missing,
+    PoolStatistics,
+    Prompt,
+    RecordName,
+)
 from kvstore.record import RecordHeader, record_layout
 from kvstore.spec import WHOLE, ChunkGrid, Shard
 from kvstore.testing.specs import hybrid
@@ -62,7 +72,7 @@ MATCH = Match(
         Candidate(tokens, path, SPEC.bytes_by_group(tokens, Shard(1, 2)), "dram")
         for tokens, path in ((10, PATH), (8, PATH.prefix(2)), (4, PATH.prefix(1)))
     ),
-    missing=Missing(10, 8, ("attention reaches 8 of 10 tokens", "no states")),
+    missing=Missing(10, 8, MissReason.NO_CHECKPOINT, ("attention reaches 8 of 10 tokens", "no states")),
     pending_tokens=0,
     suggested=(4, 8),
     shard=Shard(1, 2),

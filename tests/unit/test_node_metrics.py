@@ -11,9 +11,10 @@ import pytest
 
 from kvstore.cluster import NodeSnapshot, ReceiverSnapshot
 from kvstore.cluster.health import health_routes
-from kvstore.cluster.metrics import COUNTER, METRICS, metrics_text
+from kvstore.cluster.metrics import COUNTER, METRICS, NODE_METRICS, metrics_text
 from kvstore.errors import UnavailableError
 from kvstore.limits import NODE_ADDRESSES_MAX
+from kvstore.metrics import STORE_METRICS, StoreMetrics
 from kvstore.pool import PoolStatistics
 from kvstore.transfer import InboxStatistics, SenderStatistics, ServingStatistics
 
@@ -32,7 +33,14 @@ RECEIVER = ReceiverSnapshot(
 )
 STARTING = NodeSnapshot("starting", "1.2.3", 7, 0.0, 1.5)
 READY = NodeSnapshot(
-    "ready", "1.2.3", 7, 0.0, 1.5, pool=STATISTICS, receivers=(RECEIVER,), sent=SenderStatistics(committed=3)
+    "ready",
+    "1.2.3",
+    7,
+    0.0,
+    1.5,
+    store=StoreMetrics(STATISTICS, missed={"evicted": 2}),
+    receivers=(RECEIVER,),
+    sent=SenderStatistics(committed=3),
 )
 
 
@@ -55,6 +63,8 @@ def test_values() -> None:
     assert values["kvstore_pool_matches_total", ""] == 9
     assert values["kvstore_pool_used_bytes", "use=committed"] == 500
     assert values["kvstore_pool_salts", ""] == 1
+    assert values["kvstore_store_missed_total", "reason=evicted"] == 2
+    assert values["kvstore_store_match_seconds_count", ""] == 0
     assert values["kvstore_receive_transfers_total", "address=tcp://127.0.0.1:7400,outcome=committed"] == 5
     assert values["kvstore_receive_bytes_total", "address=tcp://127.0.0.1:7400"] == 1 << 30
     assert values["kvstore_receive_seconds_total", "address=tcp://127.0.0.1:7400"] == 2.5
@@ -80,7 +90,7 @@ def test_names_and_labels() -> None:
         assert re.fullmatch(r"kvstore_[a-z_]+[a-z]", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == COUNTER)
         assert metric.text.endswith(".")
-        assert set(metric.labels) <= {"address", "outcome", "use", "version"}
+        assert set(metric.labels) <= {"address", "outcome", "use", "version", "tier", "reason"}
         samples = list(metric.samples(READY))
         assert len(samples) <= 4 * NODE_ADDRESSES_MAX
         assert all(len(labels) == len(metric.labels) for labels, _ in samples)
@@ -89,7 +99,8 @@ def test_names_and_labels() -> None:
 def test_the_reference_lists_every_metric() -> None:
     rows = re.findall(r"^\| `(kvstore_\w+)` \| (counter|gauge) \| ([a-z, ]*) ?\|", REFERENCE, re.M)
     documented = [(name, kind, tuple(filter(None, labels.strip().split(", ")))) for name, kind, labels in rows]
-    assert documented == [(metric.name, metric.kind, metric.labels) for metric in METRICS]
+    assert documented == [(metric.name, metric.kind, metric.labels) for metric in NODE_METRICS]
+    assert {metric.name for metric in METRICS} == {metric.name for metric in (*NODE_METRICS, *STORE_METRICS)}
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

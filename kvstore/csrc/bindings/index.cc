@@ -349,7 +349,8 @@ void bind_index(nb::module_& module) {
         .def_prop_ro("evicted_attention_tokens",
                      [](const Finding& self) { return self.found.evicted_attention_tokens; })
         .def_prop_ro("foreign_state_tokens", [](const Finding& self) { return self.found.foreign_state_tokens; })
-        .def_prop_ro("is_other_grid", [](const Finding& self) { return self.found.is_other_grid; });
+        .def_prop_ro("is_other_grid", [](const Finding& self) { return self.found.is_other_grid; })
+        .def_prop_ro("is_other_shard", [](const Finding& self) { return self.found.is_other_shard; });
 
     nb::class_<Held>(module, "HeldRows", "The records of a resume point.")
         .def_prop_ro("last_node", [](const Held& self) { return self.nodes.back(); })

@@ -46,6 +46,7 @@ struct Found {
     std::uint32_t evicted_attention_tokens = 0;
     std::uint32_t foreign_state_tokens = 0;
     bool is_other_grid = false;
+    bool is_other_shard = false;
 };
 
 // A record of a path, as readers and writers see it.

@@ -115,6 +115,7 @@ Found Index::match(const Query& query) const {
     if (needs.attention && reach < known) {
         const NodeId next = node_at(path, reach + 1);
         found.is_other_grid = query.grid != nullptr && has_all(next, needs, false, any_grid);
+        found.is_other_shard = !found.is_other_grid && nodes_.has(next, has_attention);
         found.evicted_attention_tokens = nodes_.has(next, is_ghost) ? (reach + 1) * path.block_tokens : 0;
     }
     const NodeId root = nodes_.find(path.root);

@@ -37,10 +37,11 @@ from kvstore.tiers.gpu.torch_device import open_device
 from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from kvstore._native import Finding, WriteSet
     from kvstore.abc import Slot, SlotRows
+    from kvstore.events import Changes, Tell
     from kvstore.pool.held import PlacedRows
     from kvstore.pool.path import NodePath, RecordPlace
     from kvstore.pool.search import Query
@@ -365,11 +366,16 @@ class SlabShelf(Shelf):
             accounted = self._index.native.committed_bytes + self._room.reserved_bytes + self._tier.quarantined_bytes
             assert accounted == self._tier.used_bytes, (accounted, self._tier.used_bytes)
 
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        with self._lock:
+            return () if self._is_closed else self._index.watch(self.name, tell)
+
     def close(self) -> None:
         with self._lock:
             if self._is_closed:
                 return
             self._is_closed = True
+            self._index.tell_closed()
             self._index = PrefixIndex(self.spec)
         deadline = Deadline.after(DEVICE_COPY_DEADLINE_S)
         try:
