@@ -39,6 +39,7 @@ class Kind(enum.IntEnum):
     BYE = 19
     INSPECT = 20
     FLUSH = 21
+    EXPLAIN = 22
     ERROR = 32
     """Instead of an answer, or of a welcome."""
     CHANGED = 33

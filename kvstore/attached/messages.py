@@ -24,6 +24,7 @@ from kvstore.limits import (
     MIB,
 )
 from kvstore.pool import PoolStatistics
+from kvstore.pool.explanation import Explanation
 from kvstore.spec import ModelSpec
 from kvstore.wire import clipped_utf8
 
@@ -168,3 +169,16 @@ def parse_statistics(data: memoryview) -> PoolStatistics:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise AttachProtocolError(f"STATISTICS is not what it should be: {error}") from error
     return PoolStatistics(**counters, bytes_by_salt=salts)
+
+
+def pack_explanation(explanation: Explanation) -> bytes:
+    """As JSON: it is for people."""
+    return json.dumps(explanation.document()).encode()
+
+
+def parse_explanation(data: memoryview) -> Explanation:
+    """What `pack_explanation` packed."""
+    try:
+        return Explanation.of_document(json.loads(bytes(data)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise AttachProtocolError(f"EXPLAIN is not what it should be: {error}") from error

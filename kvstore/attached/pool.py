@@ -19,6 +19,7 @@ from kvstore.attached.messages import (
     pack_key,
     pack_number,
     parse_empty,
+    parse_explanation,
     parse_number,
     parse_statistics,
 )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from kvstore.attached.tables import PlacedRecord
     from kvstore.events import Changes, Tell
     from kvstore.pool import BaseHold, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt, RecordName
+    from kvstore.pool.explanation import Explanation
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
@@ -455,6 +457,11 @@ class AttachedPool(BasePool):
         self._beat_s = None
 
     # The pool itself
+
+    def explain(self, prompt: Prompt, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None) -> Explanation:
+        self._settle()
+        answer = self.request(Kind.EXPLAIN, MatchRequest(prompt, shard, grid).pack())
+        return self._understood(lambda: parse_explanation(answer))
 
     def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
         raise AttachError(

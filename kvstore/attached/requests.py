@@ -155,6 +155,10 @@ class Requests:
         self._pool.observer.matched(request.prompt, found, time.perf_counter() - began_s)
         return pack_match(found)
 
+    def _explain(self, message: memoryview) -> bytes:
+        request = MatchRequest.parse(message, self._spec)
+        return messages.pack_explanation(self._pool.explain(request.prompt, shard=request.shard, grid=request.grid))
+
     def _hold(self, request: HoldRequest, answer: Answer) -> None:
         """Hold a resume point; what must be loaded first is waited for in another thread, and answered later."""
         self._check_leases()
@@ -433,4 +437,5 @@ _ACTIONS: dict[Kind, Callable[[Requests, memoryview], bytes]] = {
     Kind.STATISTICS: Requests._statistics,
     Kind.BEAT: Requests._beat,
     Kind.INSPECT: Requests._inspect,
+    Kind.EXPLAIN: Requests._explain,
 }

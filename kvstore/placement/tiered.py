@@ -16,6 +16,7 @@ from kvstore.placement.joining import joined_tiers
 from kvstore.placement.keeper import Keeper, KeepStatistics
 from kvstore.placement.layered import LayeredHold
 from kvstore.placement.loads import Loads, LoadStatistics
+from kvstore.pool.explain import TierLookup
 from kvstore.pool.pool import Pool
 from kvstore.pool.rows import GROUP, NODE
 from kvstore.pool.search import Query, answer
@@ -297,6 +298,11 @@ class TieredPool(Pool):
         self._keeper.forget_known()
 
     # The pool itself
+
+    def lookups(self) -> Sequence[TierLookup]:
+        rates = self._loads.seconds_per_byte
+        others = (TierLookup(each.name, each.find, each.is_durable, rates.get(each.name)) for each in self.shelves)
+        return [*super().lookups(), *others]
 
     def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
         return [*super().watch(tell), *(each for shelf in self.shelves for each in shelf.watch(tell))]

@@ -2,6 +2,7 @@
 
 from kvstore.pool.arrays import RecordArrays
 from kvstore.pool.checkpoints import LadderCheckpoints
+from kvstore.pool.explanation import CandidateReport, Explanation, GroupReport, TierReport
 from kvstore.pool.held import HeldRecord, TransactionRecord
 from kvstore.pool.hold import Hold
 from kvstore.pool.lru import LRUPolicy
@@ -20,6 +21,9 @@ __all__ = [
     "BasePool",
     "BaseTransaction",
     "Candidate",
+    "CandidateReport",
+    "Explanation",
+    "GroupReport",
     "HandOver",
     "HeldRecord",
     "Hold",
@@ -36,6 +40,7 @@ __all__ = [
     "RecordDigests",
     "RecordName",
     "RecordNames",
+    "TierReport",
     "Transaction",
     "TransactionRecord",
     "commit_together",

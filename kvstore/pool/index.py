@@ -40,12 +40,13 @@ GONE_KEY_BYTES = 200
 
 
 @lru_cache(maxsize=1024)
-def needs_of(spec: ModelSpec, shard: Shard) -> Needs:
-    """The records that a worker needs at each node."""
+def needs_of(spec: ModelSpec, shard: Shard, groups: tuple[int, ...] | None = None) -> Needs:
+    """The records that a worker needs at each node, of all groups or of some."""
     return Needs(
         [
             (index, group.rule is ReuseRule.STATE, len(spec.spans[index]), sorted(group.units_read_by(shard)))
             for index, group in enumerate(spec.groups)
+            if groups is None or index in groups
         ]
     )
 

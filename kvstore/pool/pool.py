@@ -17,6 +17,7 @@ from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, 
 from kvstore.events import RemovedWhy
 from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
+from kvstore.pool.explain import TierLookup, explain
 from kvstore.pool.held import PlacedRows
 from kvstore.pool.hold import Hold
 from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
@@ -35,10 +36,11 @@ from kvstore.spec.shard import WHOLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from kvstore._native import HeldRows, WriteSet
+    from kvstore._native import Finding, HeldRows, WriteSet
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
     from kvstore.clock import Deadline
     from kvstore.events import Changes, Tell
+    from kvstore.pool.explanation import Explanation
     from kvstore.pool.held import HeldRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -569,6 +571,21 @@ class Pool(BasePool):
     def _notify(self) -> None:
         for listener in tuple(self._listeners):
             listener()
+
+    def lookups(self) -> Sequence[TierLookup]:
+        """How to look into each tier, the fastest first."""
+        return [TierLookup(self._tier.name, self._find, seconds_per_byte=0.0, gone=self._index.gone)]
+
+    def _find(self, query: Query) -> Finding:
+        with self._lock:
+            self._check_open()
+            return search(self._index.native, query)
+
+    def explain(self, prompt: Prompt, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None) -> Explanation:
+        self._settle()
+        with self._lock:
+            self._check_open()
+        return explain(self.spec, prompt, shard, grid, self.lookups())
 
     def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
         with self._lock:

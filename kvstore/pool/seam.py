@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvstore.abc import Slot
     from kvstore.clock import Deadline
     from kvstore.events import Changes, Tell
+    from kvstore.pool.explanation import Explanation
     from kvstore.pool.held import HeldRecord, TransactionRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -368,6 +369,14 @@ class BasePool(ABC):
     @abstractmethod
     def unsubscribe(self, listener: Callable[[], None]) -> None:
         """End a subscription; without effect if there is none."""
+
+    @abstractmethod
+    def explain(self, prompt: Prompt, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None) -> Explanation:
+        """What each tier has of a prompt, and what stands in the way of more. Counts as no match.
+
+        Raises:
+            StoreClosedError: the pool is closed.
+        """
 
     @abstractmethod
     def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:

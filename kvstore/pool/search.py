@@ -33,6 +33,7 @@ class Query:
         shard: whose share is asked for.
         grid: chunk boundaries to insist on; None takes any.
         sparse: known sparse nodes, whose tails are taken; None takes the prompt's own alone.
+        groups: those that are asked for; None for all of the spec. A resume point needs all.
         gone: why nodes went that did not go to make room, by key and whether it was their states.
     """
 
@@ -43,6 +44,7 @@ class Query:
     shard: Shard
     grid: ChunkGrid | None
     sparse: SparseNodes | None = None
+    groups: tuple[int, ...] | None = None
     gone: Mapping[tuple[bytes, bool], RemovedWhy] | None = None
 
     def went(self, node: int, *, is_state: bool) -> RemovedWhy | None:
@@ -69,7 +71,7 @@ def search(native: NativeIndex, query: Query) -> Finding:
     prompt = query.prompt
     packed = query.path.packed
     grid = None if query.grid is None else query.grid.packed
-    needs = needs_of(query.spec, query.shard)
+    needs = needs_of(query.spec, query.shard, query.groups)
     excluded: list[int] = []
     while True:
         found = native.match(packed, prompt.token_ids, query.cap_tokens, needs, grid, CANDIDATES_MAX, excluded)

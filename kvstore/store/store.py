@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvstore.keys import ExtraInput
     from kvstore.metrics import StoreMetrics
     from kvstore.pool import BaseHold, BaseTransaction
+    from kvstore.pool.explanation import Explanation
     from kvstore.pool.observer import Observer
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
@@ -472,6 +473,30 @@ class Store(NodeOperations):
         """
         self.check_open()
         return self.observer.open(self.pool, capacity, kinds, with_contents=contents)
+
+    def explain(
+        self,
+        prompt: Any,
+        *,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        shard: Shard = WHOLE,
+        grid: ChunkGrid | None = None,
+        coverage: Coverage | None = None,
+    ) -> Explanation:
+        """Why `match` finds what it finds: what each tier has of each group, and what a deeper hit would take.
+
+        A value to look into, and to print. It counts as no match and changes nothing. Arguments are as in `match`; of
+        a prompt with `coverage`, what holds just these tokens is explained.
+
+        Raises:
+            TokenError, SpecError, StoreClosedError: as `match`.
+        """
+        check_position(shard, grid)
+        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
+        explanation = self.pool.explain(target, shard=shard, grid=grid)
+        return explanation if self._copied_s == 0.0 else explanation.timed(self._copied_s / self._copied_bytes)
 
     def metrics(self) -> StoreMetrics:
         """Everything that is counted and measured, at this moment; `kvstore.metrics` says how Prometheus gets it."""

@@ -25,6 +25,9 @@ from kvstore.events import MissReason
 from kvstore.keys import ExtraInput
 from kvstore.pool import (
     Candidate,
+    CandidateReport,
+    Explanation,
+    GroupReport,
     HandOver,
     JointName,
     Match,
@@ -32,6 +35,7 @@ from kvstore.pool import (
     PoolStatistics,
     Prompt,
     RecordName,
+    TierReport,
 )
 from kvstore.record import RecordHeader, record_layout
 from kvstore.spec import WHOLE, ChunkGrid, Shard
@@ -77,6 +81,29 @@ MATCH = Match(
     suggested=(4, 8),
     shard=Shard(1, 2),
     grid=GRID,
+)
+EXPLANATION = Explanation(
+    12,
+    11,
+    True,
+    (
+        TierReport(
+            name="dram",
+            is_durable=False,
+            attention_tokens=8,
+            groups=(GroupReport("attention", False, (8,)), GroupReport("state", True, (8, 4))),
+            candidates=(CandidateReport(8, 4096, 0.0), CandidateReport(4, 2048, 0.0)),
+            pending_tokens=0,
+            other_chunks_tokens=0,
+            evicted_attention_tokens=12,
+            evicted_state_tokens=0,
+            foreign_state_tokens=0,
+            is_other_shard=False,
+            reason=MissReason.EVICTED,
+            reasons=("attention reaches 8 of 11 tokens",),
+        ),
+    ),
+    ("prefill from 8 tokens on, and commit it",),
 )
 STATISTICS = PoolStatistics(matches=3, capacity_bytes=1 << 30, bytes_by_salt={b"tenant": 5})
 
@@ -145,6 +172,7 @@ MESSAGES: dict[str, tuple[Sequence[bytes], Callable[[memoryview], object]]] = {
     ),
     "attached-flag": ((b"\0", b"\1"), lambda data: messages.parse_flag(data, "WATCH")),
     "attached-expired": ((messages.pack_expired(2, "silent"),), messages.parse_expired),
+    "attached-explanation": ((messages.pack_explanation(EXPLANATION),), messages.parse_explanation),
     "attached-statistics": ((messages.pack_statistics(STATISTICS),), messages.parse_statistics),
     "attached-error": ((pack_error(PoolFullError("full")), pack_error(ValueError("odd"))), parse_error),
 }

@@ -1,4 +1,4 @@
-"""Events and metrics where several processes use one pool."""
+"""Events, metrics and explanations where several processes use one pool."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import kvstore
-from kvstore.errors import AttachError
+from kvstore.errors import AttachError, OwnerGoneError
 from kvstore.events import Hit, Missed, MissReason, Stored
 from kvstore.spec import ChunkGrid
 from kvstore.testing.resources import leaves_nothing
@@ -68,3 +68,20 @@ def test_what_an_attached_process_is_not_told(path: str) -> None:
         pytest.raises(AttachError, match=r"in the process that opened the store, or only kinds=\(Hit, Missed\)"),
     ):
         attached.events()
+
+
+def test_an_attached_process_explains_as_its_owner_does(path: str) -> None:
+    with (
+        kvstore.open(SPEC, dram="32MiB", socket=path) as store,
+        kvstore.attach(path, deadline_s=DEADLINE_S) as attached,
+    ):
+        write(store, (32, 64))
+        store.pool.evict(store.prompt(IDS).path.key(3), states_only=True)
+        for grid in (None, ChunkGrid.every(32, upto=100), ChunkGrid.every(16, upto=100)):
+            explanation = attached.explain(IDS, grid=grid)
+            assert explanation == store.explain(IDS, grid=grid)
+            assert str(explanation) == str(store.explain(IDS, grid=grid))
+        assert attached.explain(IDS).tiers[0].evicted_state_tokens == 64
+        store.close()
+        with pytest.raises(OwnerGoneError):
+            attached.explain(IDS)

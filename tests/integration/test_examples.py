@@ -25,6 +25,14 @@ PROMISES = {
         "refused: ",
         "serves=True",
     ),
+    "10_watch_a_store.py": (
+        "42 blocks were there",
+        "hit: 640 of 640 tokens in dram",
+        "blocks from dram: evicted",
+        "missed: 0 of 640 tokens, evicted",
+        "2 matches found 640 of 1280 tokens",
+        "attention 'attention': reaches",
+    ),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
 ELSEWHERE = {"01_prefill_decode.py"}
