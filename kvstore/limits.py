@@ -54,6 +54,24 @@ FILE_URGENT_DEPTH = 8
 FILE_BATCH_OPERATIONS_MAX = 1 << 18
 FILE_OPERATIONS_MAX = 1 << 20
 """Operations of one directory that have not ended, about 100 bytes each."""
+SEGMENT_BYTES_MIN = 4 * MIB
+SEGMENT_FRACTION = 1 / 256
+"""Share of a directory's capacity that one segment takes; a segment's file stays open as long as it exists."""
+OPEN_SEGMENTS_MAX = 256
+"""Segments of one directory that are written to at a time, one per record class; the one used the longest ago is sealed
+for another."""
+SEGMENTS_MAX = 1 << 16
+"""Segment files of one directory."""
+SSD_APPEND_ROWS_MAX = 1 << 16
+"""Nodes, records or forgotten names of one append."""
+JOURNAL_FRAME_BYTES_MAX = 32 * MIB
+"""One batch of the journal."""
+JOURNAL_BYTES_MAX = 16 * GIB
+"""About 130 bytes a record: 16 TB of 128 KiB records. Recovery needs some times the memory of what is valid in it."""
+SSD_RECOVERY_DEADLINE_S = 600.0
+"""For any one read or write while a directory is being opened."""
+SSD_SETTLE_S = 10.0
+"""How long a failed append waits for the writes that it had begun, before it gives the directory up."""
 
 # Device memory
 DEVICE_POLL_MIN_S = 20e-6
@@ -244,6 +262,8 @@ assert RECORD_ALIGN_BYTES % FILE_ALIGN_BYTES == 0
 assert FILE_PIECE_BYTES % FILE_ALIGN_BYTES == 0
 assert FILE_DEPTH_DEFAULT <= FILE_DEPTH_MAX
 assert FILE_BATCH_OPERATIONS_MAX <= FILE_OPERATIONS_MAX
+assert JOURNAL_FRAME_BYTES_MAX % FILE_ALIGN_BYTES == 0
+assert 2 * SSD_APPEND_ROWS_MAX <= FILE_BATCH_OPERATIONS_MAX
 assert FRAME_HEADER_BYTES % 16 == 0
 assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
 assert VICTIMS_AHEAD_MIN <= VICTIMS_AHEAD

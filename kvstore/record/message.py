@@ -92,6 +92,12 @@ def message_frame(view: memoryview, offset: int, kind: MessageKind) -> MessageFr
     return frame
 
 
+def schema_table(metadata: bytes) -> int:
+    """Where the `Schema` table lies in a sound schema message's metadata, which begins behind the prefix."""
+    view = memoryview(metadata)
+    return _follow(view, _field(view, _follow(view, 0), 2))
+
+
 def _key_values(metadata: memoryview, position: int) -> dict[bytes, bytes]:
     """A vector of Arrow's `KeyValue` tables."""
     found = {}

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from kvstore.keys import KEY_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy.typing as npt
 
 GROUP, SPAN, START, STOP = range(4)
 """Columns of `RecordRows.name`."""
 SEGMENT, OFFSET, SLOT_BYTES = range(3)
 """Columns of `RecordRows.place`."""
+
+
+class TailIds(Sequence["npt.NDArray[np.uint32]"]):
+    """Token ids of tails, by node; empty for whole blocks. Most are, so they are kept in one array.
+
+    Attributes:
+        ids: of all tails, one after the other, uint32.
+        ends: where in `ids` those of each node end, int64 `[n]`.
+    """
+
+    def __init__(self, ids: npt.NDArray[np.uint32], ends: npt.NDArray[np.int64]) -> None:
+        self.ids = ids
+        self.ends = ends
+
+    @classmethod
+    def of(cls, tails: Sequence[npt.NDArray[np.uint32]]) -> TailIds:
+        """Any sequence of arrays."""
+        if isinstance(tails, TailIds):
+            return tails
+        lengths = np.fromiter(map(len, tails), np.int64, len(tails))
+        ids = np.concatenate([np.empty(0, np.uint32), *(np.asarray(tail, np.uint32) for tail in tails if len(tail))])
+        return cls(ids, np.cumsum(lengths))
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each node's tail, `[n]`."""
+        return np.diff(self.ends, prepend=np.int64(0))
+
+    def taken(self, numbers: npt.NDArray[np.int64]) -> TailIds:
+        """Those of these nodes, in their order."""
+        lengths = self.lengths[numbers]
+        ends = np.cumsum(lengths)
+        # Positions in the new array, each moved to where its tail lies in the old one.
+        shifts = self.ends[numbers] - ends
+        return TailIds(self.ids[np.arange(ends[-1] if len(ends) else 0) + np.repeat(shifts, lengths)], ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> npt.NDArray[np.uint32]: ...
+    @overload
+    def __getitem__(self, index: slice) -> TailIds: ...
+    def __getitem__(self, index: int | slice) -> npt.NDArray[np.uint32] | TailIds:
+        if isinstance(index, slice):
+            return self.taken(np.arange(len(self))[index])
+        number = range(len(self))[index]
+        return self.ids[self.ends[number - 1] if number else 0 : self.ends[number]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +90,23 @@ class NodeRows:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def taken(self, numbers: npt.NDArray[np.int64]) -> NodeRows:
+        """Those of these numbers, in their order, with the roots that they need."""
+        used, root = np.unique(self.root[numbers], return_inverse=True)
+        return NodeRows(
+            self.keys[numbers],
+            self.parents[numbers],
+            self.end_tokens[numbers],
+            TailIds.of(self.tail_ids).taken(numbers),
+            root.astype(np.int32).reshape(-1),
+            tuple(self.roots[number] for number in used.tolist()),
+        )
+
     @classmethod
     def empty(cls) -> NodeRows:
         """No nodes."""
         keys = np.empty((0, KEY_BYTES), np.uint8)
-        return cls(keys, keys, np.empty(0, np.uint32), (), np.empty(0, np.int32), ())
+        return cls(keys, keys, np.empty(0, np.uint32), TailIds.of(()), np.empty(0, np.int32), ())
 
 
 @dataclass(frozen=True)
@@ -74,6 +133,19 @@ class RecordRows:
 
     def __len__(self) -> int:
         return len(self.node)
+
+    def taken(self, numbers: npt.NDArray[np.int64]) -> RecordRows:
+        """Those of these numbers, in their order, with the digests that they need; nodes are numbered as before."""
+        used, grids = np.unique(self.grids[numbers], return_inverse=True)
+        return RecordRows(
+            self.node[numbers],
+            self.name[numbers],
+            grids.astype(np.int32).reshape(-1),
+            tuple(self.digests[number] for number in used.tolist()),
+            self.cost_us[numbers],
+            self.place[numbers],
+            self.metadata_crc32c[numbers],
+        )
 
     @classmethod
     def empty(cls) -> RecordRows:
