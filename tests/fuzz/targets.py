@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore._native import crc32c, parse_frame_header
-from kvstore.errors import KVStoreError, PeerMismatchError, ProtocolError, RecordError, TokenError
+from kvstore.errors import KVStoreError, PeerMismatchError, ProtocolError, RecordError, SsdDirectoryError, TokenError
 from kvstore.keys import ExtraInput
 from kvstore.limits import FRAME_HEADER_BYTES
 from kvstore.pool import HandOver
@@ -36,6 +36,16 @@ from kvstore.transfer.offer import Offer, check_offer
 from kvstore.transfer.query import Candidates, Fetch, Query, RemoteCandidate
 from tests.format.records import RECORDS, sparse_record
 from tests.fuzz.attached_targets import MESSAGES, REFUSALS
+from tests.fuzz.ssd_targets import (
+    mend_journal,
+    mend_manifest,
+    parse_journal,
+    parse_manifest,
+    parse_segment,
+    seed_journals,
+    seed_manifests,
+    seed_segments,
+)
 from tests.unit.test_messages import small_offer, small_spec, sparse_offer
 
 if TYPE_CHECKING:
@@ -51,12 +61,14 @@ class Target:
         parse: takes bytes; whatever it raises besides `refusals` is a bug.
         refusals: the errors by which it may refuse.
         mend: repairs the checksums of damaged bytes, so that what lies behind them is reached.
+        inputs_max: how many inputs the short form tries: fewer where each takes long.
     """
 
     seeds: tuple[bytes, ...]
     parse: Callable[[bytes], object]
     refusals: tuple[type[KVStoreError], ...]
     mend: Callable[[bytes], bytes] | None = None
+    inputs_max: int = 20_000
 
 
 def _headers() -> Target:
@@ -178,4 +190,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "piece-table": _piece_tables,
     "record": _records,
     **{name: partial(_attached, name) for name in MESSAGES},
+    "ssd-journal": lambda: Target(seed_journals(), parse_journal, (SsdDirectoryError,), mend_journal, 2_000),
+    "ssd-manifest": lambda: Target(seed_manifests(), parse_manifest, (SsdDirectoryError,), mend_manifest, 5_000),
+    "ssd-segment": lambda: Target(seed_segments(), parse_segment, (SsdDirectoryError,), inputs_max=5_000),
 }

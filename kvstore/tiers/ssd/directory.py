@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import errno
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvstore.abc.files import FileOperation
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, SsdDirectoryError
+from kvstore.keys import KEY_BYTES
+from kvstore.limits import SEGMENT_BYTES_MIN, SEGMENT_FRACTION, SEGMENTS_MAX, SSD_APPEND_ROWS_MAX, SSD_SETTLE_S
+from kvstore.tiers.ssd.finding import find, own_manifest
+from kvstore.tiers.ssd.frame import FrameKind
+from kvstore.tiers.ssd.lock import DirectoryLock
+from kvstore.tiers.ssd.moves import OperationsError, UnsettledError, move, sync
+from kvstore.tiers.ssd.names import FileName, parse_name
+from kvstore.tiers.ssd.opening import ensure_made, find_and_settle, segment_keys
+from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, NodeRows, RecordRows
+from kvstore.tiers.ssd.segment import Segment, seal
+from kvstore.tiers.ssd.snapshot import write_snapshot
+from kvstore.tiers.ssd.staging import OpenSegments, Staged, check_rows, empty_staging, read_checksums
+from kvstore.tiers.ssd.tables import pack_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     from kvstore.abc.files import FileBatch, Files
-    from kvstore.clock import Deadline
     from kvstore.spec import ModelSpec
-    from kvstore.tiers.ssd.rows import NodeRows, RecordRows
+    from kvstore.tiers.ssd.finding import Finding
+    from kvstore.tiers.ssd.journal import Journal
+    from kvstore.tiers.ssd.recover import Losses
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that end by themselves once something is removed or the journal is rewritten."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,7 @@ class SegmentUsage:
     Attributes:
         number: which one; never used again.
         record_class: group, span, first unit, unit after the last of the records in it.
-        size_bytes: of the file as far as it is in use: its head, records and, once sealed, the footer.
+        size_bytes: of the file as far as it is in use: its head, records and, once sealed, the tail.
         is_sealed: nothing is added to it any more.
     """
 
@@ -37,31 +61,91 @@ class SegmentUsage:
 class SsdDirectory:
     """The records of one model spec in one directory. It knows no index, and evicts nothing by itself.
 
-    `append`, `forget`, `sync`, `remove_segment` and `rewrite_journal` are for one thread at a time; `read` and the
-    properties for any.
+    `append`, `forget`, `sync`, `remove_segment`, `rewrite_journal` and `close` are for one thread at a time; `read` and
+    the properties for any.
 
     Attributes:
         recovered: what was there when it was opened: the nodes and records that the journal names and whose segments
             are there, without what `forget` named, each record once, contiguous from the root. Not verified.
+        losses: what the journal names and was not recovered, by reason.
+        damaged_pages: pages of the journal that were skipped.
+        segment_bytes: size from which on a segment takes no more records.
     """
 
-    recovered: tuple[NodeRows, RecordRows]
+    def __init__(
+        self,
+        files: Files,
+        spec: ModelSpec,
+        finding: Finding,
+        journal: Journal | None,
+        lock: DirectoryLock | None,
+        segment_bytes: int,
+    ) -> None:
+        self._files = files
+        self._spec = spec
+        self._directory_id = finding.manifest.directory_id
+        self._journal = journal
+        self._lock = lock
+        self._segments: dict[int, Segment] = finding.segments
+        self._next_segment = finding.next_segment
+        self._forgotten: list[tuple[bytes, bool]] = []
+        self._to_seal: list[Segment] = []
+        self._unsettled: UnsettledError | None = None
+        self._trouble = ""
+        self._record_bytes_written = 0
+        self._other_bytes_written = 0
+        self._is_closed = False
+        self._fixed_bytes = sum(scan.size_bytes for scan in finding.journals) if journal is None else 0
+        self.segment_bytes = segment_bytes
+        self._open = OpenSegments(files, self._directory_id, self.segment_bytes, self._take_number)
+        self.recovered: tuple[NodeRows, RecordRows] = (finding.nodes, finding.records)
+        self.losses: Losses = finding.losses
+        self.damaged_pages = sum(scan.damaged_pages for scan in finding.journals)
 
     @classmethod
-    def open(cls, files: Files, spec: ModelSpec, *, capacity_bytes: int, is_read_only: bool = False) -> SsdDirectory:
+    def open(
+        cls,
+        files: Files,
+        spec: ModelSpec,
+        *,
+        capacity_bytes: int,
+        segment_bytes: int | None = None,
+        is_read_only: bool = False,
+    ) -> SsdDirectory:
         """Take the directory, or make an empty one of it, and recover what it holds.
 
-        The directory exists. `files` becomes this object's to close. With `is_read_only` nothing in the directory is
-        changed: no lock is taken, nothing is sealed, removed or made.
+        The directory exists. `files` becomes this object's to close, unless this raises. With `is_read_only` nothing in
+        the directory is changed: no lock is taken, nothing is sealed, removed or made. Files that lie in no directory
+        of this machine (tests have such) need no lock.
 
         Args:
             capacity_bytes: what it is meant to hold; decides how large a segment becomes. Nothing is refused by it.
+            segment_bytes: how large instead; a segment holds one record at least.
 
         Raises:
             SsdDirectoryError: another process has it (the message names its pid), it is of another model or a newer
-                format, it holds files of others, or it cannot be read. Nothing was changed.
+                format, it holds files of others, or it cannot be read or written. In the first three cases nothing was
+                changed.
         """
-        raise NotImplementedError
+        if segment_bytes is None:
+            segment_bytes = max(SEGMENT_BYTES_MIN, int(capacity_bytes * SEGMENT_FRACTION))
+        if is_read_only:
+            manifest = own_manifest(files, spec)
+            if manifest is None:
+                raise SsdDirectoryError(
+                    f"{files.directory} is no directory of an SSD tier; open it once for writing, which makes it one"
+                )
+            return cls(files, spec, find(files, manifest), None, None, segment_bytes)
+        # Before a lock file is left in a directory of others.
+        own_manifest(files, spec)
+        lock = DirectoryLock(files.directory) if os.path.isdir(files.directory) else None
+        try:
+            finding, journal = find_and_settle(files, ensure_made(files, spec))
+        except BaseException:
+            if lock is not None:
+                lock.close()
+            raise
+        return cls(files, spec, finding, journal, lock, segment_bytes)
 
     def append(
         self, nodes: NodeRows, records: RecordRows, addresses: npt.NDArray[np.uint64], deadline: Deadline
@@ -72,7 +156,8 @@ class SsdDirectory:
         ones count from then on.
 
         Args:
-            nodes: the nodes of all records, and those between them and what was given before, parents before children.
+            nodes: the nodes of all records, and those between them and what was given before. At most
+                `SSD_APPEND_ROWS_MAX`, as of records.
             addresses: where each record's slot lies, `[m]`, aligned to `FILE_ALIGN_BYTES`, sealed; must stay as it is
                 until this returns or raises, see `has_settled`.
 
@@ -82,11 +167,34 @@ class SsdDirectory:
             DeadlineError: as `OSError`. What had not ended is named by `has_settled`.
             ValueError: the rows contradict each other or the spec. Nothing was written.
         """
-        raise NotImplementedError
+        journal = self._writable_journal()
+        classes = check_rows(self._spec, nodes, records, addresses)
+        records = replace(records, metadata_crc32c=read_checksums(classes, nodes, records, addresses))
+        staged = empty_staging(records)
+        try:
+            self._open.stage(classes, records, addresses, staged)
+            self._write_records(staged, deadline)
+        except (OSError, DeadlineError) as error:
+            self._give_up_records(staged, error)
+            raise
+        placed = replace(records, place=staged.place)
+        named = {number: (segment.name.nonce, segment.record_class) for number, (segment, _) in staged.ends.items()}
+        self._add_to_journal(journal, nodes, placed, named, deadline)
+        self._count(staged)
+        self._seal_retired()
+        return placed
 
     def has_settled(self) -> bool:
-        """Whether every write that a failed append had begun has ended. Until then its memory must not be given away."""
-        raise NotImplementedError
+        """Whether every write that a failed call had begun has ended; until then its memory must not be given away."""
+        unsettled = self._unsettled
+        if unsettled is None:
+            return True
+        try:
+            unsettled.batch.wait(unsettled.count, Deadline.after(0))
+        except DeadlineError:
+            return False
+        self._unsettled = None
+        return True
 
     def read(self, places: npt.NDArray[np.uint64], addresses: npt.NDArray[np.uint64]) -> FileBatch:
         """Begin to read whole slots into memory, urgently.
@@ -96,68 +204,279 @@ class SsdDirectory:
             addresses: where each goes, `[m]`, aligned to `FILE_ALIGN_BYTES`.
 
         Raises:
-            FileNotFoundError: there is no such segment. OSError: it cannot be opened.
+            FileNotFoundError: there is no such segment.
+            ValueError: a place or an address is not aligned.
         """
-        raise NotImplementedError
+        numbers, which = np.unique(places[:, SEGMENT], return_inverse=True)
+        files = np.empty(len(numbers), np.uint64)
+        for row, number in enumerate(numbers.tolist()):
+            segment = self._segments.get(number)
+            if segment is None:
+                raise FileNotFoundError(errno.ENOENT, f"there is no segment {number}", self._files.directory)
+            files[row] = segment.file
+        operations = np.empty((len(places), 5), np.uint64)
+        operations[:, 0] = FileOperation.READ
+        operations[:, 1] = files[which.reshape(-1)]
+        operations[:, 2] = places[:, OFFSET]
+        operations[:, 3] = addresses
+        operations[:, 4] = places[:, SLOT_BYTES]
+        return self._files.submit(operations, is_urgent=True)
 
     def forget(self, keys: Sequence[bytes], are_states: Sequence[bool]) -> None:
-        """Records that were evicted on purpose shall not come back: a node's states, or its attention with all below it.
+        """Records that were evicted on purpose shall not come back: a node's states, or its attention with all below.
 
-        Rows of the next `append` or `sync`; what is recovered before may still hold them.
+        Rows of the next `append` or `sync`; a crash before may bring them back. With `trouble` this does nothing.
         """
-        raise NotImplementedError
+        if len(keys) != len(are_states) or any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError(f"each name that is forgotten is a key of {KEY_BYTES} bytes and whether it is of states")
+        if not self._trouble and self._journal is not None:
+            self._forgotten.extend(zip(keys, map(bool, are_states), strict=True))
 
     def sync(self, deadline: Deadline) -> None:
         """Write the rows of `forget` that wait. Raises as `append`; they wait on then."""
-        raise NotImplementedError
+        journal = self._writable_journal()
+        if self._forgotten:
+            self._add_to_journal(journal, NodeRows.empty(), RecordRows.empty(), {}, deadline)
 
     def segments(self) -> list[SegmentUsage]:
         """Every segment that is there, by number, those of which no record counts included."""
-        raise NotImplementedError
+        return [
+            SegmentUsage(number, segment.record_class, segment.size_bytes, not segment.is_open)
+            for number, segment in sorted(self._segments.copy().items())
+        ]
 
     def remove_segment(self, number: int) -> None:
         """Remove a segment's file. Nobody reads it: the caller's duty. Its records no longer count, also after a crash.
 
         Raises:
-            OSError: it cannot be removed.
+            FileNotFoundError: there is none of this number. OSError: it cannot be removed.
         """
-        raise NotImplementedError
+        self._writable_journal()
+        segment = self._segments.get(number)
+        if segment is None:
+            raise FileNotFoundError(errno.ENOENT, f"there is no segment {number}", self._files.directory)
+        self._files.remove(str(segment.name))
+        self._open.drop(segment)
+        self._to_seal = [each for each in self._to_seal if each is not segment]
+        del self._segments[number]
+        self._files.close_file(segment.file)
+        self._files.sync_names()
 
     def rewrite_journal(self, nodes: NodeRows, records: RecordRows, deadline: Deadline) -> None:
-        """Replace the journal by one that holds just these rows, all of them with places. A crash leaves one or the other.
+        """Replace the journal by one that holds just these rows, all of them with places.
 
-        Rows of `forget` that wait are dropped: what they name is not among these.
+        A crash at any moment leaves one or the other. Rows of `forget` that wait are dropped: what they name is not
+        among these.
 
         Raises:
-            OSError, DeadlineError: the journal is the old one, as far as that could be read. As `append`.
+            OSError, DeadlineError: the old journal goes on to count. As `append`.
+            ValueError: the rows contradict each other, the spec or the segments. Nothing was written.
         """
-        raise NotImplementedError
+        old = self._writable_journal()
+        check_rows(self._spec, nodes, records, None)
+        missing = set(np.unique(records.place[:, SEGMENT]).tolist()) - set(self._segments)
+        if missing:
+            raise ValueError(f"records name segments that are not there: {sorted(missing)[:3]}")
+        number = 1 + max(old.name.number, *(name.number for name in self._journal_names()))
+        try:
+            journal = write_snapshot(
+                self._files,
+                number,
+                self._directory_id,
+                sequence=old.sequence,
+                nodes=nodes,
+                records=records,
+                segments=segment_keys(self._segments),
+                next_segment=self._next_segment,
+                deadline=deadline,
+            )
+        except (OSError, DeadlineError) as error:
+            self._note(error, is_sync=False)
+            # It may be complete all the same: what is appended to the old one has to come after it.
+            old.sequence += len(nodes) + len(records) + 3
+            self._remove_failed_journal(number)
+            raise
+        self._journal = journal
+        self._other_bytes_written += old.written_bytes
+        self._forgotten.clear()
+        old.close()
+        try:
+            self._files.remove(str(old.name))
+            self._files.sync_names()
+        except OSError as error:
+            # The new one says that it counts no more.
+            self._note(error, is_sync=False)
 
     @property
     def trouble(self) -> str:
         """Why nothing is written any more, in a sentence; empty while it works."""
-        raise NotImplementedError
+        return self._trouble
 
     @property
     def journal_bytes(self) -> int:
-        """Size of the journal's file."""
-        raise NotImplementedError
+        """Size of the journal."""
+        return self._journal.end if self._journal is not None else self._fixed_bytes
 
     @property
-    def journal_records(self) -> int:
+    def journal_rows(self) -> int:
         """Record and forget rows in the journal: with more than twice as many as records live, rewriting pays."""
-        raise NotImplementedError
+        return self._journal.rows if self._journal is not None else 0
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all files, dead records included."""
-        raise NotImplementedError
+        """Bytes of segments and journal, dead records included."""
+        return self.journal_bytes + sum(segment.size_bytes for segment in self._segments.copy().values())
 
     @property
     def written_bytes(self) -> int:
-        """All that was written since `open`: records, heads, footers, journals."""
-        raise NotImplementedError
+        """All that was written since `open`: records, heads, tails, journals."""
+        journal_bytes = self._journal.written_bytes if self._journal is not None else 0
+        return self._record_bytes_written + self._other_bytes_written + journal_bytes
 
     def close(self) -> None:
-        """Seal what is open, write what waits, let go of the directory. Idempotent; raises nothing."""
-        raise NotImplementedError
+        """Seal what is open, write what waits, let go of the directory. Idempotent; raises nothing that a disk does."""
+        if self._is_closed:
+            return
+        if self._journal is not None and not self._trouble:
+            try:
+                self.sync(Deadline.after(SSD_SETTLE_S))
+            except (OSError, DeadlineError) as error:
+                self._note(error, is_sync=False)
+            self._to_seal.extend(self._open.take_all())
+            self._seal_retired()
+        self._is_closed = True
+        self._files.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    # Steps of an append
+
+    def _writable_journal(self) -> Journal:
+        if self._is_closed:
+            raise SsdDirectoryError(f"{self._files.directory} was closed")
+        if self._journal is None:
+            raise OSError(errno.EROFS, "it was opened read-only", self._files.directory)
+        if self._trouble:
+            raise OSError(errno.EROFS, self._trouble, self._files.directory)
+        return self._journal
+
+    def _take_number(self) -> int:
+        if len(self._segments) >= SEGMENTS_MAX:
+            raise OSError(errno.ENOSPC, f"it has {SEGMENTS_MAX} segments, which is the limit", self._files.directory)
+        self._next_segment += 1
+        return self._next_segment - 1
+
+    def _write_records(self, staged: Staged, deadline: Deadline) -> None:
+        """Bytes first, then their safety, then that of the names of new files."""
+        move(self._files, staged.operations, deadline, staged.heads)
+        self._record_bytes_written += int(staged.operations[:, 4].sum())
+        try:
+            sync(self._files, staged.files, deadline)
+            if staged.created:
+                self._files.sync_names()
+        except OSError as error:
+            self._note(error, is_sync=True)
+            raise
+
+    def _give_up_records(self, staged: Staged, error: OSError | DeadlineError) -> None:
+        """No journal names them: their space is free again, unless a write may still land there."""
+        self._note(error, is_sync=False)
+        self._to_seal.extend(segment for segment in staged.retired if segment not in staged.created)
+        if isinstance(error, UnsettledError):
+            for segment, _ in staged.ends.values():
+                self._open.drop(segment)
+                segment.is_open = False
+            return
+        staged.roll_back()
+        if isinstance(error, OperationsError) and error.errno not in _FULL:
+            # The disk has a bad place there.
+            bad = {int(staged.operations[number, 1]) for number in error.numbers if number < len(staged.operations)}
+            for segment, _ in staged.ends.values():
+                if segment.file in bad:
+                    self._open.drop(segment)
+                    segment.is_open = False
+        for segment in staged.created:
+            self._open.drop(segment)
+            self._remove_file(segment.name, segment.file)
+
+    def _add_to_journal(
+        self,
+        journal: Journal,
+        nodes: NodeRows,
+        records: RecordRows,
+        segments: dict[int, tuple[int, tuple[int, int, int, int]]],
+        deadline: Deadline,
+    ) -> None:
+        """Write and sync a batch. If that fails its frame may come back after a crash: what it names is there."""
+        while len(self._forgotten) > SSD_APPEND_ROWS_MAX:
+            part = self._forgotten[:SSD_APPEND_ROWS_MAX]
+            self._add_frame(journal, pack_tables(NodeRows.empty(), RecordRows.empty(), part, {}), deadline)
+            del self._forgotten[:SSD_APPEND_ROWS_MAX]
+        self._add_frame(journal, pack_tables(nodes, records, self._forgotten, segments), deadline)
+        self._forgotten.clear()
+
+    def _add_frame(self, journal: Journal, tables: Sequence[npt.NDArray[Any]], deadline: Deadline) -> None:
+        end, rows = journal.end, journal.rows
+        try:
+            journal.add(tables, FrameKind.BATCH, self._next_segment, deadline)
+            try:
+                journal.sync(deadline)
+            except OSError as error:
+                self._note(error, is_sync=True)
+                raise
+        except OSError as error:
+            journal.rewind(end, rows)
+            self._note(error, is_sync=error.errno not in _FULL)
+            raise
+
+    def _count(self, staged: Staged) -> None:
+        for number, (segment, _) in staged.ends.items():
+            segment.is_headless = False
+            self._segments[number] = segment
+            at = staged.place[:, SEGMENT] == number
+            segment.offsets.extend(staged.place[at, OFFSET].tolist())
+        self._to_seal.extend(staged.retired)
+
+    def _seal_retired(self) -> None:
+        """The records are safe whether or not their file gets its tail; what fails is tried again when it is opened."""
+        segments, self._to_seal = self._to_seal, []
+        for segment in segments:
+            if self._trouble or segment.is_headless:
+                segment.is_open = False
+                continue
+            try:
+                deadline = Deadline.after(SSD_SETTLE_S)
+                self._other_bytes_written += seal(self._files, segment, self._directory_id, deadline)
+            except (OSError, DeadlineError) as error:
+                self._note(error, is_sync=False)
+
+    def _note(self, error: OSError | DeadlineError, *, is_sync: bool) -> None:
+        """What an error says about the directory. After a failed sync nobody knows what is safe."""
+        if self._trouble:
+            return
+        if isinstance(error, UnsettledError):
+            self._unsettled = error
+            self._trouble = f"{self._files.directory} does not answer: {error}; nothing more is written to it"
+        elif isinstance(error, DeadlineError):
+            return
+        elif is_sync or error.errno in (errno.EROFS, errno.EBADF, errno.ENODEV, errno.ENXIO):
+            self._trouble = f"{self._files.directory} cannot be written: {error}; mend the disk and open it again"
+
+    def _journal_names(self) -> list[FileName]:
+        return [name for name in map(parse_name, self._files.names()) if name is not None and name.is_journal]
+
+    def _remove_failed_journal(self, number: int) -> None:
+        try:
+            for name in self._journal_names():
+                if name.number == number:
+                    self._files.remove(str(name))
+        except OSError as error:
+            self._note(error, is_sync=False)
+
+    def _remove_file(self, name: FileName, file: int) -> None:
+        try:
+            self._files.close_file(file)
+            self._files.remove(str(name))
+        except OSError as error:
+            # It holds nothing that counts, and goes when the directory is next opened.
+            self._note(error, is_sync=False)
