@@ -7,7 +7,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvstore.errors import RecordError
+from kvstore.errors import RecordError, SsdDirectoryError
 from kvstore.record import StreamedRecord, read_record_stream
 from kvstore.record.stream import STREAM_BYTES_MAX
 from kvstore.units import format_bytes
@@ -24,6 +24,9 @@ def run_inspect(files: Sequence[Path], *, as_json: bool, all_pieces: bool) -> in
     documents: list[dict[str, Any]] = []
     failed = False
     for file in files:
+        if file.is_dir():
+            failed |= not _inspect_directory(file, documents, as_json=as_json)
+            continue
         try:
             data = _read(file)
             record = read_record_stream(data)
@@ -41,6 +44,23 @@ def run_inspect(files: Sequence[Path], *, as_json: bool, all_pieces: bool) -> in
     if as_json:
         print(json.dumps(documents, indent=2))
     return 1 if failed else 0
+
+
+def _inspect_directory(path: Path, documents: list[dict[str, Any]], *, as_json: bool) -> bool:
+    """Show a directory of an SSD tier; whether it is one."""
+    from kvstore.cli.ssd_directory import describe_directory, print_directory
+
+    try:
+        document = describe_directory(path)
+    except SsdDirectoryError as error:
+        reason = printable(" ".join(str(error).split())).removeprefix(f"{path} ")
+        print(f"kvstore inspect: {path}: {reason}", file=sys.stderr)
+        documents.append({"directory": str(path), "error": reason, "kind": type(error).__name__})
+        return False
+    documents.append(document)
+    if not as_json:
+        print_directory(document)
+    return True
 
 
 def _read(file: Path) -> bytes:

@@ -60,17 +60,37 @@ def doctor(
 
 @app.command()
 def inspect(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Records saved as Arrow streams.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Records saved as Arrow streams; directories of an SSD tier."),
+    ],
     as_json: AsJson = False,
     pieces: Annotated[bool, typer.Option("--pieces", help="List every piece, not only the first.")] = False,
 ) -> None:
-    """Verify records and show what they hold.
+    """Verify records and show what they hold; show what lies in directories of an SSD tier, without changing them.
 
-    Exits with 1 if a file cannot be read, or is not an undamaged record.
+    Exits with 1 if a file cannot be read, or is not an undamaged record, or a directory is none of an SSD tier.
     """
     from kvstore.cli.inspect import run_inspect
 
     raise typer.Exit(run_inspect(files, as_json=as_json, all_pieces=pieces))
+
+
+@app.command()
+def verify(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of an SSD tier.")],
+    as_json: AsJson = False,
+    is_repairing: Annotated[
+        bool, typer.Option("--repair", help="Forget what is damaged. No process may have the directory open.")
+    ] = False,
+) -> None:
+    """Read every record in directories of an SSD tier and check it. Changes nothing without --repair.
+
+    Exits with 1 if something is damaged and was not repaired, with 2 if a directory cannot be used.
+    """
+    from kvstore.cli.verify import run_verify
+
+    raise typer.Exit(run_verify(directories, as_json=as_json, is_repairing=is_repairing))
 
 
 @app.command()
