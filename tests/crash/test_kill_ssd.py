@@ -21,7 +21,7 @@ from kvstore.tiers.ssd.directory import SsdDirectory
 from tests.ssd.appender import SEGMENT_BYTES, SPEC, prompt
 from tests.ssd.contents import check_recovered, path_of, whole_names
 
-KILLS = int(os.environ.get("KVSTORE_KILLS", "100")) // 16
+KILLS = int(os.environ.get("KVSTORE_KILLS", "100")) // 25
 APPENDS_MAX = 12
 PAUSE_S = 0.02
 """It dies up to this long after one of its first appends: that is somewhere in the next ones."""

@@ -190,7 +190,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "piece-table": _piece_tables,
     "record": _records,
     **{name: partial(_attached, name) for name in MESSAGES},
-    "ssd-journal": lambda: Target(seed_journals(), parse_journal, (SsdDirectoryError,), mend_journal, 2_000),
+    "ssd-journal": lambda: Target(seed_journals(), parse_journal, (SsdDirectoryError,), mend_journal, 800),
     "ssd-manifest": lambda: Target(seed_manifests(), parse_manifest, (SsdDirectoryError,), mend_manifest, 5_000),
     "ssd-segment": lambda: Target(seed_segments(), parse_segment, (SsdDirectoryError,), inputs_max=5_000),
 }

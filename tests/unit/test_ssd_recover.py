@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.record import record_layout
@@ -154,6 +154,7 @@ def expected(spec: ModelSpec, rows: list[Row], forgotten: list[Forgotten], missi
 
 
 @pytest.mark.parametrize("spec", [hybrid(4), pure_state(4)], ids=lambda spec: spec.model)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_recovery_follows_the_rules(spec: ModelSpec, data: st.DataObject) -> None:
     nodes, classes = tree(spec), classes_of(spec)
