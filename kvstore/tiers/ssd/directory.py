@@ -111,6 +111,7 @@ class SsdDirectory:
         capacity_bytes: int,
         segment_bytes: int | None = None,
         is_read_only: bool = False,
+        is_alone: bool = True,
     ) -> SsdDirectory:
         """Take the directory, or make an empty one of it, and recover what it holds.
 
@@ -121,6 +122,8 @@ class SsdDirectory:
         Args:
             capacity_bytes: what it is meant to hold; decides how large a segment becomes. Nothing is refused by it.
             segment_bytes: how large instead; a segment holds one record at least.
+            is_alone: no other directory holds what records here depend on. Otherwise `recovered` need not be contiguous
+                by itself, and each append must be given the nodes of whole paths.
 
         Raises:
             SsdDirectoryError: another process has it (the message names its pid), it is of another model or a newer
@@ -135,12 +138,12 @@ class SsdDirectory:
                 raise SsdDirectoryError(
                     f"{files.directory} is no directory of an SSD tier; open it once for writing, which makes it one"
                 )
-            return cls(files, spec, find(files, manifest), None, None, segment_bytes)
+            return cls(files, spec, find(files, manifest, is_alone=is_alone), None, None, segment_bytes)
         # Before a lock file is left in a directory of others.
         own_manifest(files, spec)
         lock = DirectoryLock(files.directory) if os.path.isdir(files.directory) else None
         try:
-            finding, journal = find_and_settle(files, ensure_made(files, spec))
+            finding, journal = find_and_settle(files, ensure_made(files, spec), is_alone=is_alone)
         except BaseException:
             if lock is not None:
                 lock.close()

@@ -106,22 +106,29 @@ def own_manifest(files: Files, spec: ModelSpec | None) -> Manifest | None:
     return manifest
 
 
-def find(files: Files, manifest: Manifest, progress: Callable[[int, int], None] | None = None) -> Finding:
+def find(
+    files: Files,
+    manifest: Manifest,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    is_alone: bool = True,
+) -> Finding:
     """Read the journals, look for the segments that they name, and work out what counts.
 
     Args:
         progress: called with bytes done and bytes in all of the journal that is being read.
+        is_alone: as `recover`.
 
     Raises:
         SsdDirectoryError: it cannot be read, or it has segments and no journal.
     """
     try:
-        return _find(files, manifest, progress)
+        return _find(files, manifest, progress, is_alone=is_alone)
     except (OSError, DeadlineError) as error:
         raise SsdDirectoryError(f"{files.directory} cannot be read: {error}") from error
 
 
-def _find(files: Files, manifest: Manifest, progress: Callable[[int, int], None] | None) -> Finding:
+def _find(files: Files, manifest: Manifest, progress: Callable[[int, int], None] | None, *, is_alone: bool) -> Finding:
     parsed = {name: parse_name(name) for name in files.names() if name not in (MANIFEST, LOCK)}
     own = [name for name in parsed.values() if name is not None]
     journal_names = sorted((name for name in own if name.is_journal), key=lambda name: -name.number)
@@ -143,7 +150,7 @@ def _find(files: Files, manifest: Manifest, progress: Callable[[int, int], None]
             lost.append(number)
         else:
             segments[number] = segment
-    nodes, records, losses = recover(tables, manifest.spec, segments)
+    nodes, records, losses = recover(tables, manifest.spec, segments, is_alone=is_alone)
     numbers = [name.number + 1 for name in own if not name.is_journal]
     return Finding(
         manifest=manifest,

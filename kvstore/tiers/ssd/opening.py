@@ -53,13 +53,13 @@ def ensure_made(files: Files, spec: ModelSpec) -> Manifest:
     return manifest
 
 
-def find_and_settle(files: Files, manifest: Manifest) -> tuple[Finding, Journal]:
+def find_and_settle(files: Files, manifest: Manifest, *, is_alone: bool) -> tuple[Finding, Journal]:
     """What is there, and the journal to go on with; whatever a crash left half-done is brought to an end.
 
     Raises:
         SsdDirectoryError: it cannot be read or written.
     """
-    finding = find(files, manifest)
+    finding = find(files, manifest, is_alone=is_alone)
     deadline = Deadline.after(SSD_RECOVERY_DEADLINE_S)
     try:
         journal = _settled_journal(files, finding, deadline)

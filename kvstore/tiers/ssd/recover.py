@@ -47,8 +47,14 @@ class Losses:
     unreachable: int
 
 
-def recover(tables: Tables, spec: ModelSpec, segments: Mapping[int, Segment]) -> tuple[NodeRows, RecordRows, Losses]:
-    """The nodes and records that count, parents before children, each once."""
+def recover(
+    tables: Tables, spec: ModelSpec, segments: Mapping[int, Segment], *, is_alone: bool = True
+) -> tuple[NodeRows, RecordRows, Losses]:
+    """The nodes and records that count, each once: parents before children, and records in the order of their rows.
+
+    Args:
+        is_alone: no other directory holds what records here depend on, so what cannot be reached does not count.
+    """
     contradicting = tables.contradicting
     nodes = _Nodes(tables, spec)
     records = tables.records
@@ -66,9 +72,11 @@ def recover(tables: Tables, spec: ModelSpec, segments: Mapping[int, Segment]) ->
     identity = np.stack((node, class_numbers, grids[records["grid"]] if len(grids) else node), axis=1)
     chosen = np.flatnonzero(is_good)
     latest = chosen[_last_of_rows(identity[chosen], tables.record_sequences[chosen])]
-    reachable = latest[_which_are_reachable(nodes, node[latest], class_numbers[latest], classes, spec)]
+    reachable = latest
+    if is_alone:
+        reachable = latest[_which_are_reachable(nodes, node[latest], class_numbers[latest], classes, spec)]
 
-    order = reachable[np.lexsort((tables.record_sequences[reachable], node[reachable]))]
+    order = reachable[np.argsort(tables.record_sequences[reachable], kind="stable")]
     kept_nodes = nodes.with_ancestors(node[order])
     renumbered = np.zeros(len(nodes) + 1, np.int64)
     renumbered[kept_nodes] = np.arange(len(kept_nodes))
