@@ -72,6 +72,26 @@ SSD_RECOVERY_DEADLINE_S = 600.0
 """For any one read or write while a directory is being opened."""
 SSD_SETTLE_S = 10.0
 """How long a failed append waits for the writes that it had begun, before it gives the directory up."""
+SSD_DIRECTORIES_MAX = 64
+"""Directories, hence drives, of one SSD tier."""
+SSD_CAPACITY_BYTES_MIN = 1 * MIB
+"""The least that a directory of an SSD tier may be given."""
+SSD_SEGMENT_FRACTION_MAX = 1 / 32
+"""Share of a small directory's capacity that one segment takes at most."""
+SSD_QUEUE_BYTES_DEFAULT = 1 * GIB
+"""Records that wait to be written keep their memory meanwhile; more are refused."""
+SSD_BATCH_BYTES_DEFAULT = 64 * MIB
+"""Records that are made durable together: each batch costs three or four syncs, some milliseconds each."""
+SSD_WRITE_DEADLINE_S = 60.0
+"""How long making one batch durable may take."""
+SSD_BUDGET_BURST_FRACTION = 1 / 8
+"""Share of a day's writes that may be used at once."""
+SSD_READ_ERRORS_MAX = 16
+"""Reads that may fail on one drive before it is left out with all that it holds."""
+SSD_CLEAN_BYTES = 16 * MIB
+"""Records of a segment that are moved at a time when it is cleaned: memory that cleaning takes."""
+SSD_BUDGET_SAVE_S = 60.0
+"""How often what is left of a day's writes is saved."""
 
 # Device memory
 DEVICE_POLL_MIN_S = 20e-6

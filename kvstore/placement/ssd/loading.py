@@ -1,0 +1,195 @@
+"""Records on their way from the drives into host memory, and holding them in place meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError
+from kvstore.placement.shelf import ShelfHold, ShelfLoad
+from kvstore.placement.ssd.places import drives_of, places_of, segments_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from kvstore._native import HeldRows
+    from kvstore.abc.files import FileBatch
+    from kvstore.placement.ssd.drive import Drive
+    from kvstore.pool.path import NodePath
+    from kvstore.pool.rows import Rows
+
+CANCEL_SLICE_S = 5.0
+"""How long one wait for what a drive has begun takes; there is another one until all of it has ended."""
+
+
+class _Reads:
+    """What was asked of one drive at once.
+
+    Attributes:
+        positions: of the records in the order asked for, ascending.
+    """
+
+    def __init__(self, drive: Drive, positions: npt.NDArray[np.int64], batch: FileBatch) -> None:
+        self.drive = drive
+        self.positions = positions
+        self._batch = batch
+        self._has_ended = np.zeros(len(positions), np.bool_)
+
+    def wait_first(self, count: int, deadline: Deadline) -> npt.NDArray[np.int64]:
+        """Block until the first `count` reads have ended; the numbers of those that have and had not been seen."""
+        before = self._has_ended.copy()
+        while missing := count - int(self._has_ended[:count].sum()):
+            ended = self._batch.wait(int(self._has_ended.sum()) + missing, deadline)
+            self._has_ended[ended] = True
+        return np.flatnonzero(self._has_ended & ~before)
+
+    def errors(self) -> dict[int, OSError]:
+        return dict(self._batch.errors())
+
+    def cancel(self) -> None:
+        self._batch.cancel()
+        while True:
+            try:
+                self._batch.wait(len(self.positions), Deadline.after(CANCEL_SLICE_S))
+                return
+            except DeadlineError:
+                continue  # a drive that hangs still owns the memory: there is no way but to wait
+
+
+class SsdLoad(ShelfLoad):
+    """Reads of one load, on all drives at once. Made by `SsdHold.load`.
+
+    Args:
+        slots: of the records, in the order asked for, `[n, 3]`.
+        arrived: told of the bytes that have arrived.
+        failed: told of each position that failed, with the error.
+    """
+
+    def __init__(
+        self,
+        drives: Sequence[Drive],
+        slots: npt.NDArray[np.uint64],
+        addresses: npt.NDArray[np.uint64],
+        arrived: Callable[[int], None],
+        failed: Callable[[int, OSError], None],
+    ) -> None:
+        self._slots = slots
+        self._arrived = arrived
+        self._tell_failed = failed
+        self._lock = threading.Lock()
+        self._failed: set[int] = set()
+        self._parts: list[_Reads] = []
+        places = places_of(slots)
+        numbers = drives_of(slots)
+        for drive in drives:
+            own = np.flatnonzero(numbers == drive.number)
+            if own.size:
+                self._begin(drive, own, places, addresses)
+
+    def _begin(
+        self,
+        drive: Drive,
+        positions: npt.NDArray[np.int64],
+        places: npt.NDArray[np.uint64],
+        addresses: npt.NDArray[np.uint64],
+    ) -> None:
+        """Ask a drive; if one segment is not there, for the others."""
+        try:
+            batch = drive.directory.read(
+                np.ascontiguousarray(places[positions]), np.ascontiguousarray(addresses[positions])
+            )
+            self._parts.append(_Reads(drive, positions, batch))
+        except OSError as error:
+            segments = segments_of(self._slots[positions])
+            numbers = np.unique(segments)
+            if len(numbers) > 1:
+                for number in numbers:
+                    self._begin(drive, positions[segments == number], places, addresses)
+                return
+            for position in positions.tolist():
+                self._fail(position, error)
+
+    def _fail(self, position: int, error: OSError) -> None:
+        if position not in self._failed:
+            self._failed.add(position)
+            if error.errno != errno.ECANCELED:
+                self._tell_failed(position, error)
+
+    def wait(self, count: int, deadline: Deadline) -> Sequence[int]:
+        for reads in self._parts:
+            first = int(np.searchsorted(reads.positions, count))
+            if first:
+                self._settle(reads, first, deadline)
+        with self._lock:
+            return sorted(position for position in self._failed if position < count)
+
+    def _settle(self, reads: _Reads, first: int, deadline: Deadline) -> None:
+        new = reads.wait_first(first, deadline)
+        if not new.size:
+            return
+        errors = reads.errors()
+        with self._lock:
+            for number in new.tolist():
+                if number in errors:
+                    self._fail(int(reads.positions[number]), errors[number])
+        good = [number for number in new.tolist() if number not in errors]
+        self._arrived(int(self._slots[reads.positions[good], 2].sum()))
+
+    def cancel(self) -> None:
+        for reads in self._parts:
+            reads.cancel()
+
+
+class SsdHold(ShelfHold):
+    """Records whose segments stay until `release`. Made by `SsdShelf.hold`.
+
+    Args:
+        make_load: begins to load the records of these numbers.
+        let_go: ends the hold.
+    """
+
+    def __init__(
+        self,
+        path: NodePath,
+        salt: bytes,
+        held: HeldRows,
+        rows: Rows,
+        make_load: Callable[[SsdHold, npt.NDArray[np.int64], npt.NDArray[np.uint64]], SsdLoad],
+        let_go: Callable[[SsdHold], None],
+    ) -> None:
+        self.path = path
+        self.salt = salt
+        self.rows = rows
+        self.held = held
+        self._make_load = make_load
+        self._let_go = let_go
+        self._lock = threading.Lock()
+        self._loads: list[SsdLoad] = []
+        self._is_released = False
+
+    def load(self, numbers: npt.NDArray[np.int64], addresses: npt.NDArray[np.uint64]) -> SsdLoad:
+        with self._lock:
+            load = self._make_load(self, np.asarray(numbers, np.int64), np.asarray(addresses, np.uint64))
+            self._loads.append(load)
+            return load
+
+    def end_loads(self) -> None:
+        """Cancel what still runs."""
+        with self._lock:
+            for load in self._loads:
+                load.cancel()
+            self._loads.clear()
+
+    def release(self) -> None:
+        with self._lock:
+            if self._is_released:
+                return
+            self._is_released = True
+        self.end_loads()
+        self._let_go(self)

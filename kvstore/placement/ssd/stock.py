@@ -1,0 +1,192 @@
+"""What the shelf has: its index, and where on the drives each record lives."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstore.abc import SlotRows
+from kvstore.errors import StoreClosedError
+from kvstore.keys import KEY_BYTES
+from kvstore.placement.ssd.places import (
+    DRIVE_MASK,
+    WHOLE_INDEX,
+    drives_of,
+    segment_index,
+    segments_of,
+)
+from kvstore.placement.ssd.rows import pack
+from kvstore.pool.index import PrefixIndex
+from kvstore.pool.rows import SLOT, SLOT_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from kvstore.placement.ssd.drive import Drive
+    from kvstore.pool.path import NodePath
+    from kvstore.spec import ModelSpec
+
+
+class Stock:
+    """The index and the drives. Whoever calls holds `lock`; the directories are used without it.
+
+    Attributes:
+        index: which records are here; the index of a slot names drive and segment (`kvstore.placement.ssd.places`).
+        drives: those that could be opened.
+        changed: told when there may be something to do for the thread that writes.
+        refused: how often something was not taken, by reason.
+        lost_segments, lost_drives: what is to leave the index, by the thread that writes.
+        has_chores: whether there may be segments in which nothing lives.
+    """
+
+    def __init__(self, spec: ModelSpec, drives: Sequence[Drive]) -> None:
+        self.spec = spec
+        self.drives = tuple(drives)
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.index = PrefixIndex(spec)
+        self.index.native.note_removals()
+        self.is_closed = False
+        self.refused: Counter[str] = Counter()
+        self.kept_bytes = 0
+        self.loaded_bytes = 0
+        self.evicted_records = 0
+        self.damaged_records = 0
+        self.recovered_records = 0
+        self.dropped_records = 0
+        self.lost_segments: set[int] = set()
+        self.lost_drives: set[int] = set()
+        self.has_chores = True
+        self._forgotten_keys: list[bytes] = []
+        self._forgotten_states: list[bool] = []
+
+    @property
+    def lists_whole_paths(self) -> bool:
+        """Whether a directory is told all nodes of a path with each record.
+
+        Otherwise a node's ancestors have attention in the same directory, and were told with that.
+        """
+        return len(self.drives) > 1 or not self.spec.attention_groups
+
+    def check_open(self) -> None:
+        if self.is_closed:
+            raise StoreClosedError("the SSD tier is closed; open the store again")
+
+    # Coming and going
+
+    def restore(self) -> None:
+        """Fill the empty index with what the drives recovered, as far as it hangs together."""
+        nodes, (table, digests) = pack([drive.directory.recovered for drive in self.drives])
+        taken = self.index.native.restore(self.spec.block_tokens, nodes, table, digests)
+        is_taken = np.frombuffer(taken, np.bool_)
+        self.add(table[is_taken, SLOT : SLOT_BYTES + 1])
+        self.recovered_records = int(is_taken.sum())
+        self.dropped_records = len(is_taken) - self.recovered_records
+
+    def add(self, slots: npt.NDArray[np.uint64]) -> None:
+        """Records came into the index."""
+        drives, segments = drives_of(slots), segments_of(slots)
+        for drive in self.drives:
+            own = drives == drive.number
+            drive.add(segments[own], slots[own, 2])
+
+    def freed(self, slots: SlotRows, *, may_return: bool = False) -> int:
+        """Records left the index; their bytes.
+
+        Args:
+            may_return: when the tier is opened again: what could not be read may be there then.
+        """
+        table = slots.table
+        drives, segments = drives_of(table), segments_of(table)
+        for drive in self.drives:
+            own = drives == drive.number
+            drive.subtract(segments[own], table[own, 2])
+        keys, are_states = self.index.native.take_removals()
+        if not may_return:
+            split = [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+            self.forget(split, list(map(bool, are_states)))
+        if len(table):
+            self.has_chores = True
+            self.changed.notify_all()
+        return slots.size_bytes
+
+    def moved(self, before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> None:
+        """Records lie elsewhere."""
+        drives, segments = drives_of(before), segments_of(before)
+        for drive in self.drives:
+            own = drives == drive.number
+            drive.subtract(segments[own], before[own, 2])
+        self.add(after)
+
+    def lose(self) -> None:
+        """What lay on a lost drive or in a lost segment leaves the index, with all that only it made reachable."""
+        ranges = [(DRIVE_MASK, segment_index(number, 0)) for number in self.lost_drives]
+        ranges += [(WHOLE_INDEX, index) for index in self.lost_segments]
+        self.lost_drives.clear()
+        self.lost_segments.clear()
+        for mask, value in ranges:
+            lost = SlotRows(self.index.native.condemn_all(mask, value))
+            self.damaged_records += len(lost)
+            self.freed(lost, may_return=True)
+
+    # What shall not come back
+
+    def forget(self, keys: Sequence[bytes], are_states: Sequence[bool]) -> None:
+        """Note for the journals that these nodes' attention or states were dropped."""
+        self._forgotten_keys.extend(keys)
+        self._forgotten_states.extend(are_states)
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether something was dropped of which the directories do not know."""
+        return bool(self._forgotten_keys)
+
+    def has_dropped_of(self, path: NodePath) -> bool:
+        """Whether something of a path was dropped of which the directories do not know."""
+        if not self._forgotten_keys:
+            return False
+        dropped = set(self._forgotten_keys)
+        return any(path.key(node) in dropped for node in range(len(path)))
+
+    def take_forgotten(self) -> tuple[list[bytes], list[bool]]:
+        """For the directories' journals."""
+        taken = self._forgotten_keys, self._forgotten_states
+        self._forgotten_keys, self._forgotten_states = [], []
+        return taken
+
+    # Holding
+
+    def pin(self, slots: npt.NDArray[np.uint64]) -> None:
+        """The segments of these records stay until `unpin`."""
+        for number, segments in self._segments(slots):
+            self.drives[number].pin(segments)
+
+    def unpin(self, slots: npt.NDArray[np.uint64]) -> None:
+        for number, segments in self._segments(slots):
+            if self.drives[number].unpin(segments):
+                self.has_chores = True
+                self.changed.notify_all()
+
+    def _segments(self, slots: npt.NDArray[np.uint64]) -> list[tuple[int, npt.NDArray[np.uint64]]]:
+        drives, segments = drives_of(slots), segments_of(slots)
+        return [(number, np.unique(segments[drives == number])) for number in np.unique(drives).tolist()]
+
+    def check(self) -> None:
+        """Assert that what lives on the drives is what the index says; for tests."""
+        self.index.check()
+        _, (table, _) = self.index.native.survey(0, 0)
+        slots = table[:, SLOT : SLOT_BYTES + 1]
+        drives, segments = drives_of(slots), segments_of(slots)
+        assert int(slots[:, 2].sum()) == self.index.native.committed_bytes
+        for drive in self.drives:
+            own = drives == drive.number
+            live: Counter[int] = Counter()
+            for segment, size in zip(segments[own].tolist(), slots[own, 2].tolist(), strict=True):
+                live[segment] += size
+            assert live == drive.live_bytes, (live, drive.live_bytes)
+            assert drive.live_records == int(own.sum())
