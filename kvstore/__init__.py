@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvstore.errors import KVStoreError
     from kvstore.keys import ExtraInput
     from kvstore.placement.gpu.slab_shelf import GpuOptions
+    from kvstore.placement.ssd import SsdOptions
     from kvstore.pool import Candidate, HandOver, Match, Prompt
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
     from kvstore.store import Arrival, Lease, Store, Writer
@@ -40,6 +41,7 @@ _HOMES = {
     "ModelSpec": "kvstore.spec",
     "Prompt": "kvstore.pool",
     "Shard": "kvstore.spec",
+    "SsdOptions": "kvstore.placement.ssd",
     "Store": "kvstore.store",
     "TransportOptions": "kvstore.abc",
     "Writer": "kvstore.store",
@@ -62,6 +64,7 @@ __all__ = [
     "ModelSpec",
     "Prompt",
     "Shard",
+    "SsdOptions",
     "Store",
     "TransportOptions",
     "Writer",

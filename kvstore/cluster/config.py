@@ -21,7 +21,9 @@ from kvstore.limits import (
     NODE_DEADLINE_S_MAX,
     NODE_DRAIN_S_MAX,
     RECORD_BYTES_MAX,
+    SSD_DIRECTORIES_MAX,
 )
+from kvstore.placement.ssd import SsdOptions
 from kvstore.spec import ModelSpec
 from kvstore.transfer import TransferSettings
 
@@ -139,6 +141,8 @@ class NodeConfig:
     Attributes:
         spec: path of the spec file of the model whose cache the node keeps; in Python also a `ModelSpec`.
         dram: bytes of host memory for records, headers and index, allocated at the start.
+        ssd: directories of a tier on disk, each `/dir:200GiB`, one for each drive; empty: there is none.
+        ssd_write_bytes_per_day: the most that is written to it in 24 hours; None for no limit.
         listen: addresses at which other nodes connect. The limits of `transfer` hold for each.
         serves: peers may ask what the pool holds, and fetch it.
         trust_network: listen beyond loopback although nothing is encrypted or authenticated.
@@ -152,6 +156,11 @@ class NodeConfig:
 
     spec: str | ModelSpec = field(metadata={"kind": Kind("the path of a spec file", _spec_or_path)})
     dram: int = field(default=1 * GIB, metadata={"kind": size()})
+    ssd: tuple[str, ...] = field(
+        default=(),
+        metadata={"kind": several(text("a directory and a size such as /var/cache/kv:200GiB"), SSD_DIRECTORIES_MAX)},
+    )
+    ssd_write_bytes_per_day: int | None = field(default=None, metadata={"kind": size()})
     listen: tuple[str, ...] = field(
         default=(LISTEN_DEFAULT,),
         metadata={"kind": several(text("an address such as tcp://127.0.0.1:7400"), NODE_ADDRESSES_MAX, least=1)},
@@ -174,7 +183,17 @@ class NodeConfig:
             section_name, _, name = key.partition(".")
             if section_name == "transfer" and (value := getattr(self.transfer, name)) != setting.default:
                 parse_as(setting.kind, key, value, "the configuration")
+        if self.ssd:
+            self.ssd_options()
+        elif self.ssd_write_bytes_per_day is not None:
+            raise ConfigError("ssd_write_bytes_per_day is about the tier on disk, and there is no ssd; set it, too")
         check_exposure(self.listen, self.http.listen, trust_network=self.trust_network)
+
+    def ssd_options(self) -> SsdOptions | None:
+        """As `kvstore.open` takes them; None without a tier on disk."""
+        if not self.ssd:
+            return None
+        return SsdOptions(self.ssd, write_bytes_per_day=self.ssd_write_bytes_per_day)  # type: ignore[arg-type]
 
 
 SECTIONS: dict[str, type] = {

@@ -157,6 +157,7 @@ class Node:
             open_store(
                 spec,
                 dram=config.dram,
+                ssd=config.ssd_options(),
                 socket=attach.socket,
                 arena=attach.arena,
                 allow_uids=attach.allow_uids,
@@ -171,6 +172,7 @@ class Node:
             f"the pool of {spec.model} is open",
             fingerprint=spec.fingerprint.hex(),
             bytes=config.dram,
+            ssd=", ".join(config.ssd) or "none",
             socket=attach.socket or "none",
         )
         for address in config.listen:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvstore.attached import AttachedPool, Owner
 from kvstore.errors import AttachError
 from kvstore.limits import ATTACH_DEADLINE_S, ATTACHED_SILENCE_S
+from kvstore.placement.ssd import open_ssd
 from kvstore.placement.tiered import TieredPool
 from kvstore.pool import Pool
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kvstore.abc import CheckpointPolicy, EvictionPolicy
     from kvstore.placement.gpu.slab_shelf import GpuOptions, SlabShelf
     from kvstore.placement.shelf import Shelf
+    from kvstore.placement.ssd.options import AnySsd
     from kvstore.spec import ModelSpec
 
 DRAM_DEFAULT = "1GiB"
@@ -33,6 +35,7 @@ def open_store(
     *,
     gpu: int | str | GpuOptions | None = None,
     dram: int | str = DRAM_DEFAULT,
+    ssd: AnySsd | None = None,
     eviction: EvictionPolicy | None = None,
     checkpoints: CheckpointPolicy | None = None,
     socket: str | os.PathLike[str] | None = None,
@@ -49,6 +52,8 @@ def open_store(
             paged cache of its own. Needs torch.
         dram: bytes of host memory for records, headers and an estimate of the index: `"8GiB"`. All of it is
             allocated here.
+        ssd: directories for a tier on disk, which is there again after a crash: `"/var/cache/kv:200GiB"`, a list of
+            such, one for each drive, or `SsdOptions`.
         eviction: ranks what may go; least recently used by default.
         checkpoints: suggests where to take states; a halving ladder by default.
         socket: path of a Unix socket at which other processes of this host attach, with `kvstore.attach`.
@@ -62,7 +67,8 @@ def open_store(
         one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
         argument says how processes attach.
         ValueError: `dram` or `gpu` is not a size. SpecError: `spec` is none. UnavailableError, DeviceError: there is no
-        such device, or it has too little memory.
+        such device, or it has too little memory. ConfigError: `ssd` names no directory and capacity. SsdDirectoryError:
+        a directory of it is another process's, another model's, of a newer format, or cannot be used.
     """
     check_spec(spec)
     path = None if socket is None else socket_path(socket)
@@ -74,10 +80,14 @@ def open_store(
     tier = ArenaTier(parse_bytes(dram), name=arena, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=sizes)
     with ExitStack() as undoing:
         undoing.callback(tier.close)
+        shelves: list[Shelf] = []  # the fastest first
         slabs = None if gpu is None else _open_gpu(spec, gpu, tier)
-        shelves: list[Shelf] = [] if slabs is None else [slabs]  # the fastest first
-        for shelf in shelves:
-            undoing.callback(shelf.close)
+        if slabs is not None:
+            undoing.callback(slabs.close)
+            shelves.append(slabs)
+        if ssd is not None:
+            shelves.append(open_ssd(spec, ssd))
+            undoing.callback(shelves[-1].close)
         if shelves:
             pool: Pool = TieredPool(spec, tier, shelves, eviction=eviction, checkpoints=checkpoints)
         else:

@@ -16,6 +16,7 @@ PROMISES = {
     "05_workers.py": ("2 workers wrote 256 tokens", "bit for bit", "party 0 of 2 gave up"),
     "06_two_stores.py": ("81920 bytes of 40 tokens", "resumes at 40 tokens, bit for bit", "nobody listens"),
     "07_node.py": ("ready at tcp://127.0.0.1:", "an engine of the host reads 40 tokens", "draining: PeerClosingError"),
+    "09_pool_larger_than_memory.py": ("records did not stay in memory", "found in: {'ssd': 16}"),
     "08_fetch.py": (
         "has 256 of 259 tokens, 262144 bytes",
         "without the salt it has 0",
