@@ -1,0 +1,44 @@
+"""Events, metrics and explanations of a pool with another tier beside its memory."""
+
+from __future__ import annotations
+
+from kvstore.events import Hit, Stored
+from kvstore.placement.tiered import TieredPool
+from kvstore.store import Store, open_store
+from kvstore.testing.memory_shelf import MemoryShelf
+from kvstore.testing.specs import hybrid, put_all
+from kvstore.tiers import ArenaTier
+
+IDS = list(range(40))
+
+
+def test_what_lies_in_another_tier_is_told_counted_and_explained() -> None:
+    spec = hybrid(4)
+    shelf = MemoryShelf(spec, capacity_bytes=4 << 20)
+    pool = TieredPool(spec, ArenaTier(4 << 20), [shelf])
+    with Store(pool) as store, store.events() as stream:
+        with store.write(IDS, resume_at=(16, 40)) as writer:
+            put_all(writer)
+            writer.commit()
+        tiers: set[str] = set()
+        while tiers != {"dram", shelf.name}:
+            event = stream.next(30.0)
+            if isinstance(event, Stored):
+                tiers.add(event.tier)
+        key = store.prompt(IDS).path.key
+        assert pool.evict_here(key(0)) > 0
+        stream.take()
+        assert store.match([*IDS, 1]).tier == shelf.name
+        (hit,) = stream.take()
+        assert isinstance(hit, Hit)
+        assert (hit.tier, hit.tokens) == (shelf.name, 40)
+        explanation = store.explain([*IDS, 1])
+        assert (explanation.tokens, explanation.tier) == (40, shelf.name)
+        assert [tier.name for tier in explanation.tiers] == ["dram", shelf.name]
+        assert [tier.tokens for tier in explanation.tiers] == [0, 40]
+        metrics = store.metrics()
+        assert metrics.hits == {shelf.name: 1}
+        assert [each.name for each in metrics.shelves] == [shelf.name]
+        assert metrics.shelves[0].kept_bytes > 0
+    with open_store(spec, dram="4MiB") as plain:
+        assert plain.metrics().shelves == ()
