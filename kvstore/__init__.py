@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.keys import ExtraInput
     from kvstore.placement.gpu.slab_shelf import GpuOptions
     from kvstore.placement.ssd import SsdOptions
-    from kvstore.pool import Candidate, HandOver, Match, Prompt
+    from kvstore.pool import Candidate, HandOver, Match, Pin, Prompt, StoreLimits
     from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
     from kvstore.store import Arrival, Lease, Store, Writer
     from kvstore.store import attach_store as attach
@@ -39,10 +39,12 @@ _HOMES = {
     "Lease": "kvstore.store",
     "Match": "kvstore.pool",
     "ModelSpec": "kvstore.spec",
+    "Pin": "kvstore.pool",
     "Prompt": "kvstore.pool",
     "Shard": "kvstore.spec",
     "SsdOptions": "kvstore.placement.ssd",
     "Store": "kvstore.store",
+    "StoreLimits": "kvstore.pool",
     "TransportOptions": "kvstore.abc",
     "Writer": "kvstore.store",
     "attach": "kvstore.store",
@@ -62,10 +64,12 @@ __all__ = [
     "Lease",
     "Match",
     "ModelSpec",
+    "Pin",
     "Prompt",
     "Shard",
     "SsdOptions",
     "Store",
+    "StoreLimits",
     "TransportOptions",
     "Writer",
     "__version__",

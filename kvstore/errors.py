@@ -54,6 +54,22 @@ class PoolFullError(PoolError):
     retryable = True
 
 
+class QuotaError(PoolFullError):
+    """One salt has used up its quota, and nothing more of it may be evicted. Nothing was changed."""
+
+
+class QuotaTooSmallError(QuotaError):
+    """All that one write needs together is more than its salt's whole quota. Nothing was changed."""
+
+    retryable = False
+
+
+class PinLimitError(PoolError):
+    """Pins keep as much from being evicted as they may, of the tier or of one salt's quota. Nothing was changed."""
+
+    retryable = True
+
+
 class RecordTooLargeError(PoolError, ValueError):
     """One record of the spec does not fit into the tier at all, or exceeds the format's limit."""
 
@@ -137,7 +153,7 @@ class JointCommitError(KVStoreError):
 
 
 class ConfigError(KVStoreError, ValueError):
-    """A node cannot be configured so: a setting that does not exist, of a wrong type, out of bounds, or unsafe."""
+    """A node or store cannot be configured so: a setting that does not exist, of a wrong type or size, unsafe."""
 
 
 class UnavailableError(KVStoreError):

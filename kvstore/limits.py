@@ -150,6 +150,12 @@ SPARSE_NODES_BYTES_MAX = 64 * MIB
 SPARSE_VARIANTS_MAX = 16
 """Coverages of one prompt that a match looks at for a reader that accepts any."""
 CHECKPOINTS_PER_WRITE_MAX = 64
+PINS_MAX = 4096
+"""Pins of one store."""
+LIFE_S_MAX = 10 * 365 * 86400.0
+"""The longest time to live of a prefix, and of a pin: ten years. What lasts longer has none."""
+PINNED_FRACTION_MAX = 0.5
+"""Share of a tier's capacity, and of a salt's quota, that pins may take unless `StoreLimits` says otherwise."""
 QUARANTINE_FRACTION_MAX = 0.25
 """Share of a tier's capacity that may wait for dropped writers before new writes are refused."""
 HANDOVER_PAYLOAD_BYTES_MAX = 16 * MIB

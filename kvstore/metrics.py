@@ -17,6 +17,8 @@ from kvstore.errors import (
     LeaseGoneError,
     PoolFullError,
     QuarantineFullError,
+    QuotaError,
+    QuotaTooSmallError,
     StoreClosedError,
     UnavailableError,
     WriteTooLargeError,
@@ -40,6 +42,8 @@ LONG_S = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1
 """Upper bounds of what moves bytes."""
 
 REFUSALS: tuple[tuple[type[Exception], str], ...] = (
+    (QuotaTooSmallError, "too large"),
+    (QuotaError, "quota"),
     (WriteTooLargeError, "too large"),
     (PoolFullError, "full"),
     (QuarantineFullError, "quarantine"),

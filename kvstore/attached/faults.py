@@ -33,6 +33,9 @@ _CODES: dict[int, type[errors.KVStoreError]] = {
     19: errors.JointCommitError,
     20: errors.ArenaError,
     21: errors.LoadFailedError,
+    22: errors.QuotaError,
+    23: errors.QuotaTooSmallError,
+    24: errors.PinLimitError,
 }
 _NUMBERS = {kind: number for number, kind in _CODES.items()}
 

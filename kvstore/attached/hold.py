@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AttachedHold(BaseHold):
-    """As `kvstore.pool.Hold`, with an end: it expires when this process is silent for too long.
+    """As `kvstore.pool.Hold`, with an end: it expires when this process is silent for too long, or holds one too long.
 
     `check` after copying says whether what was copied was still held.
     """
@@ -51,7 +51,8 @@ class AttachedHold(BaseHold):
             self._pool.check_open()  # closing the pool ends the term as well, and is the better reason
             raise LeaseGoneError(
                 f"the lease of {self.path.tokens} tokens expired: this process was silent for more than "
-                f"{self._pool.silence_s:g} s, and the owner has reused the records; match again"
+                f"{self._pool.silence_s:g} s, or held a lease for longer than its owner bears; the owner has reused "
+                "the records. Match again"
             )
 
     def release(self) -> None:

@@ -37,6 +37,7 @@ from kvstore.errors import (
     OwnerGoneError,
     SpecError,
     StoreClosedError,
+    UnavailableError,
 )
 from kvstore.limits import ATTACH_DEADLINE_S, LOAD_DEADLINE_S
 from kvstore.pool import BasePool, HeldRecord, TransactionRecord
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from kvstore.abc import Slot
     from kvstore.attached.tables import PlacedRecord
     from kvstore.events import Changes, Tell
-    from kvstore.pool import BaseHold, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt, RecordName
+    from kvstore.pool import BaseHold, HandOver, JointName, Match, NodePath, Pin, PoolStatistics, Prompt, RecordName
     from kvstore.pool.explanation import Explanation
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
@@ -331,6 +332,7 @@ class AttachedPool(BasePool):
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,
         joint: JointName | None = None,
+        ttl_s: float | None = None,
     ) -> AttachedTransaction:
         self._settle()
         named = tuple(
@@ -338,7 +340,7 @@ class AttachedPool(BasePool):
             for name in names
         )
         slots = tuple(record.slot for record in basis)
-        request = BeginRequest(path, salt, named, tuple(resume_nodes), slots, is_transient, joint)
+        request = BeginRequest(path, salt, named, tuple(resume_nodes), slots, is_transient, joint, ttl_s)
         answer = self.request(Kind.BEGIN, request.pack())
         begun = self._understood(lambda: Begun.parse(answer, self.spec, path, self._arena_bytes))
         records = tuple(TransactionRecord(r.name, r.layout, self._memory(r), r.header, r.slot) for r in begun.records)
@@ -351,7 +353,18 @@ class AttachedPool(BasePool):
             transaction.expire(self.silence_reason)
         return transaction
 
-    # Removing
+    # Keeping and removing
+
+    def pin(
+        self, path: NodePath, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None, ttl_s: float | None = None
+    ) -> Pin:
+        raise UnavailableError("an attached process cannot pin; pin in the process that owns the pool, or hold a lease")
+
+    def expire(self, path: NodePath, ttl_s: float | None, *, after_tokens: int | None = None) -> int:
+        raise UnavailableError(
+            "an attached process gives a prefix its time to live when it writes it (ttl_s=); change it in the process "
+            "that owns the pool, or drop the prefix"
+        )
 
     def evict(self, key: bytes, *, states_only: bool = False) -> int:
         self._settle()

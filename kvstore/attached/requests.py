@@ -103,6 +103,7 @@ class Requests:
         self._run_later = later
         self._numbers = count(1)
         self._holds: dict[int, Hold] = {}
+        self._held_since_s: dict[int, float] = {}
         self._writers: dict[int, _Writing] = {}
         self._waits = Waits(later)
         self.is_watching = False
@@ -114,6 +115,15 @@ class Requests:
     @property
     def writer_count(self) -> int:
         return len(self._writers)
+
+    @property
+    def lease_left_s(self) -> float | None:
+        """Until a lease has been held for too long; None while there is no such moment."""
+        lease_max_s = self._pool.limits.lease_max_s
+        if lease_max_s is None or not self._held_since_s:
+            return None
+        oldest_s = next(iter(self._held_since_s.values()))
+        return max(0.0, oldest_s + lease_max_s - self._pool.now_s())
 
     @property
     def has_something(self) -> bool:
@@ -198,6 +208,10 @@ class Requests:
             raise
         number = next(self._numbers)
         self._holds[number] = hold
+        if self._pool.limits.lease_max_s is not None:
+            # The process has to see that its term is over before anything is reused, so the pool must not end it.
+            self._pool.exempt(hold)
+            self._held_since_s[number] = self._pool.now_s()
         return Held(number, self._page.term, hold.salt, hold.handover, placed)
 
     def _placed(self, records: Sequence[HeldRecord | TransactionRecord]) -> tuple[PlacedRecord, ...]:
@@ -210,7 +224,9 @@ class Requests:
         )
 
     def _release(self, message: memoryview) -> bytes:
-        hold = self._holds.pop(messages.parse_number(message, "RELEASE"), None)
+        number = messages.parse_number(message, "RELEASE")
+        self._held_since_s.pop(number, None)
+        hold = self._holds.pop(number, None)
         if hold is not None:
             hold.release()
         return b""
@@ -261,6 +277,7 @@ class Requests:
             basis=self._basis(request.basis),
             is_transient=request.is_transient,
             joint=request.joint,
+            ttl_s=request.ttl_s,
         )
         try:
             for record in transaction.records:
@@ -407,6 +424,7 @@ class Requests:
         if is_last:
             self._waits.close()
         holds, self._holds = self._holds, {}
+        self._held_since_s.clear()
         for hold in holds.values():
             hold.release()
         for writing in self._writers.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from kvstore.attached.frames import FrameHeader
     from kvstore.attached.requests import Arena
     from kvstore.pool import Pool
+
+LOG = logging.getLogger("kvstore.attached")
 
 RECEIVE_BYTES = 1 << 18
 OUTGOING_BYTES_MAX = 1 * MIB
@@ -162,9 +165,12 @@ class Session:
         if self._outgoing:
             events |= select.POLLOUT
         watched = {self._wake: select.POLLIN, self._pidfd: select.POLLIN, self._socket.fileno(): events}
-        ready = self._poll(watched, self._silence_left_s())
+        left_s = [left for left in (self._silence_left_s(), self._requests.lease_left_s) if left is not None]
+        ready = self._poll(watched, min(left_s, default=None))
         while self._later:
             self._later.popleft()()
+        if self._requests.lease_left_s == 0.0:
+            self._end_leases()
         if not self._is_greeted and self._silence_left_s() == 0.0:
             self._is_connected = False
             return
@@ -207,6 +213,16 @@ class Session:
 
     def _expire(self) -> None:
         reason = f"process {self.peer.pid} was silent for more than {self._host.silence_s:g} s: it was stopped"
+        self._say(Kind.EXPIRED, 0, pack_expired(self._requests.end_term(reason), reason))
+
+    def _end_leases(self) -> None:
+        """A lease was held for too long. A term is all that a process sees of its end, so all that it has ends."""
+        reason = (
+            f"process {self.peer.pid} held a lease for longer than the {self._pool.limits.lease_max_s:g} s that the "
+            "store was opened with (StoreLimits.lease_max_s)"
+        )
+        LOG.warning("%s; its leases and writers have ended", reason)
+        self._pool.expired(leases=self._requests.lease_count)
         self._say(Kind.EXPIRED, 0, pack_expired(self._requests.end_term(reason), reason))
 
     def _receive(self) -> None:

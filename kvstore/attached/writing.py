@@ -33,6 +33,7 @@ from kvstore.limits import (
     ATTACH_RECORDS_MAX,
     ATTACH_TEXT_BYTES_MAX,
     JOINT_NAME_BYTES_MAX,
+    LIFE_S_MAX,
 )
 from kvstore.pool import HandOver, JointName, NodePath, RecordName
 from kvstore.wire import clipped_utf8
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from kvstore.abc import Slot
     from kvstore.spec import ChunkGrid, ModelSpec
 
-_BEGIN = struct.Struct("<BBH")
+_BEGIN = struct.Struct("<BBHQ")
+_US_PER_S = 1_000_000
+_LIFE_US_MAX = int(LIFE_S_MAX) * _US_PER_S
 _COMMIT = struct.Struct("<QIBBH")
 _ABORT = struct.Struct("<QB3x")
 _JOINT = struct.Struct("<III")
@@ -87,7 +90,11 @@ def parse_numbers(data: memoryview, below: int) -> list[int]:
 
 @dataclass(frozen=True)
 class BeginRequest:
-    """Reserve what is missing of these records."""
+    """Reserve what is missing of these records.
+
+    Attributes:
+        ttl_s: how long they live once they are committed, to the microsecond; None for as long as there is room.
+    """
 
     path: NodePath
     salt: bytes
@@ -96,9 +103,12 @@ class BeginRequest:
     basis: tuple[Slot, ...] = ()
     is_transient: bool = False
     joint: JointName | None = None
+    ttl_s: float | None = None
 
     def pack(self) -> bytes:
-        parts = [_BEGIN.pack(self.is_transient, self.joint is not None, 0), pack_path(self.path), pack_bytes(self.salt)]
+        ttl_us = 0 if self.ttl_s is None else max(1, min(round(self.ttl_s * _US_PER_S), _LIFE_US_MAX))
+        parts = [_BEGIN.pack(self.is_transient, self.joint is not None, 0, ttl_us)]
+        parts += [pack_path(self.path), pack_bytes(self.salt)]
         parts.append(pack_names([name for name, _ in self.names], [digest for _, digest in self.names]))
         parts.append(pack_numbers(list(self.resume_nodes)))
         parts.append(pack_slots(self.basis))
@@ -110,9 +120,11 @@ class BeginRequest:
     @classmethod
     def parse(cls, data: memoryview, spec: ModelSpec) -> BeginRequest:
         reader = MessageReader(data, "BEGIN")
-        is_transient, has_joint, zero = reader.fixed(_BEGIN)
+        is_transient, has_joint, zero, ttl_us = reader.fixed(_BEGIN)
         if is_transient > 1 or has_joint > 1 or zero:
             raise reader.fail("has flags that are neither 0 nor 1")
+        if ttl_us > _LIFE_US_MAX:
+            raise reader.fail(f"wants to live for {ttl_us} us; the limit is {_LIFE_US_MAX}")
         path, salt = read_path(reader, spec), read_salt(reader)
         names = tuple(read_names(reader, spec, path))
         resume_nodes = tuple(reader.rows(np.dtype("<u4"), reader.count(len(path), "resume points")).tolist())
@@ -121,7 +133,8 @@ class BeginRequest:
         basis = tuple(read_slots(reader))
         joint = _read_joint(reader) if has_joint else None
         reader.finish()
-        return cls(path, salt, names, resume_nodes, basis, bool(is_transient), joint)
+        ttl_s = ttl_us / _US_PER_S if ttl_us else None
+        return cls(path, salt, names, resume_nodes, basis, bool(is_transient), joint, ttl_s)
 
 
 def _read_joint(reader: MessageReader) -> JointName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,13 +25,13 @@ from kvstore.pool.statistics import PoolStatistics
 from kvstore.spec.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
     from kvstore.events import Changes, Tell
     from kvstore.placement.load import Load
     from kvstore.placement.shelf import Shelf, ShelfStatistics
-    from kvstore.pool import BaseHold, Hold, NodePath, Prompt
+    from kvstore.pool import BaseHold, Hold, NodePath, Prompt, StoreLimits
     from kvstore.pool.match import Match
     from kvstore.pool.path import RecordPlace
     from kvstore.pool.rows import Rows
@@ -76,11 +77,13 @@ class TieredPool(Pool):
         *,
         eviction: EvictionPolicy | None = None,
         checkpoints: CheckpointPolicy | None = None,
+        limits: StoreLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
         close_deadline_s: float = KEEP_CLOSE_DEADLINE_S,
     ) -> None:
         if len(shelves) > SHELVES_MAX:
             raise PoolError(f"{len(shelves)} tiers beside the memory are over the limit of {SHELVES_MAX}")
-        super().__init__(spec, tier, eviction=eviction, checkpoints=checkpoints)
+        super().__init__(spec, tier, eviction=eviction, checkpoints=checkpoints, limits=limits, clock=clock)
         self.shelves = tuple(shelves)
         self._tier_names = (tier.name, *(shelf.name for shelf in shelves))
         self._are_durable = (False, *(shelf.is_durable for shelf in shelves))

@@ -8,12 +8,14 @@ from kvstore.pool.hold import Hold
 from kvstore.pool.lru import LRUPolicy
 from kvstore.pool.match import Candidate, Match, Missing
 from kvstore.pool.path import HandOver, NodePath, RecordName
+from kvstore.pool.pins import Pin
 from kvstore.pool.plan import RecordDigests
 from kvstore.pool.pool import Pool
 from kvstore.pool.prompt import Prompt
 from kvstore.pool.rows import RecordNames
 from kvstore.pool.seam import BaseHold, BasePool, BaseTransaction, JointName
 from kvstore.pool.statistics import PoolStatistics
+from kvstore.pool.store_limits import StoreLimits
 from kvstore.pool.transaction import Transaction, commit_together
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Match",
     "Missing",
     "NodePath",
+    "Pin",
     "Pool",
     "PoolStatistics",
     "Prompt",
@@ -40,6 +43,7 @@ __all__ = [
     "RecordDigests",
     "RecordName",
     "RecordNames",
+    "StoreLimits",
     "TierReport",
     "Transaction",
     "TransactionRecord",

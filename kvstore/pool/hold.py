@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kvstore.errors import LeaseError, StoreClosedError
+from kvstore.errors import LeaseError, LeaseGoneError, StoreClosedError
 from kvstore.pool.arrays import RecordArrays
 from kvstore.pool.seam import BaseHold
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from kvstore.pool.held import HeldRecord, PlacedRows
     from kvstore.pool.path import HandOver, NodePath
     from kvstore.pool.pool import Pool
+
+
+LOG = logging.getLogger("kvstore.pool")
 
 
 class Hold(BaseHold):
@@ -38,16 +43,19 @@ class Hold(BaseHold):
         held: HeldRows,
         placed: PlacedRows,
         handover: HandOver | None,
-        damages: int,
+        losses: int,
     ) -> None:
         self.path = path
         self.salt = salt
         self.handover = handover
         self.placed = placed
         self.held = held
-        self.damages = damages
-        """How often damage had been found when the records were last known to be good."""
+        self.losses = losses
+        """How often records had gone that might be held when these were last known to be there."""
+        self.ends_s = math.inf
+        """When it has been held for too long, by the pool's clock."""
         self._pool = pool
+        self._has_expired = False
         self._lock = threading.Lock()
         self._is_released = False
 
@@ -62,7 +70,11 @@ class Hold(BaseHold):
 
     @property
     def is_released(self) -> bool:
-        return self._is_released
+        return self._is_released or self._is_due
+
+    @property
+    def _is_due(self) -> bool:
+        return self.ends_s != math.inf and self._pool.now_s() >= self.ends_s
 
     @property
     def pool(self) -> Pool:
@@ -73,20 +85,40 @@ class Hold(BaseHold):
 
         Raises:
             StoreClosedError: the pool is closed. LeaseError: the hold was released.
+            LeaseGoneError: it was held for too long.
         """
         if self._pool.is_closed:
             raise StoreClosedError("the store was closed, and its leases with it; open it again")
+        if self._is_due:
+            self.expire()
+        if self._has_expired:
+            raise LeaseGoneError(
+                f"the lease of {self.path.tokens} tokens expired: it was held for longer than the "
+                f"{self._pool.limits.lease_max_s:g} s that the store was opened with (StoreLimits.lease_max_s), and "
+                "the records may have been reused; match again"
+            )
         if self._is_released:
             raise LeaseError("the lease was released; its views are no longer valid. Read the match again")
 
     def release(self) -> None:
+        self._end()
+
+    def expire(self) -> None:
+        """It was held for longer than the store bears."""
+        if self._end(is_expired=True):
+            self._pool.expired(leases=1)
+            LOG.warning("a lease of %d tokens was held for too long and has expired", self.path.tokens)
+
+    def _end(self, *, is_expired: bool = False) -> bool:
         if self._pool.is_closed:
-            return
+            return False
         with self._lock:
             if self._is_released:
-                return
+                return False
+            self._has_expired = is_expired
             self._is_released = True
         self._pool.release(self)
+        return True
 
     def release_later(self) -> None:
         if not self._is_released:

@@ -37,6 +37,8 @@ RECORD_BYTES: int = NativeIndex.RECORD_BYTES
 """Memory of one record in the index."""
 GONE_KEY_BYTES = 200
 """Python memory of one remembered reason (estimated)."""
+LASTING_US: int = NativeIndex.LASTING_US
+"""The end of what has none."""
 
 
 @lru_cache(maxsize=1024)
@@ -63,6 +65,7 @@ class PrefixIndex:
 
     Args:
         policy: ranks victims; None lets the index evict what was used longest ago.
+        has_quotas: victims will be chosen within single salts; without a policy each salt has its own order of use.
     """
 
     def __init__(
@@ -71,9 +74,11 @@ class PrefixIndex:
         policy: EvictionPolicy | None = None,
         ghosts_max: int = GHOSTS_MAX,
         sparse_bytes_max: int = SPARSE_NODES_BYTES_MAX,
+        *,
+        has_quotas: bool = False,
     ) -> None:
         are_states = [group.rule is ReuseRule.STATE for group in spec.groups]
-        self.native = NativeIndex(are_states, ghosts_max, policy is None)
+        self.native = NativeIndex(are_states, ghosts_max, policy is None, has_quotas)
         self._feed = PolicyFeed(self.native, policy) if policy is not None else None
         self._handovers: dict[int, list[tuple[HandOver, Mapping[RecordPlace, bytes]]]] = {}
         self.payload_bytes = 0
@@ -84,13 +89,18 @@ class PrefixIndex:
     @property
     def hint_bytes(self) -> int:
         """Memory that nobody made room for before it was taken."""
-        return self.payload_bytes + self.sparse.memory_bytes + len(self.gone) * GONE_KEY_BYTES
+        return self._hint_bytes + self.native.life_bytes
 
     @property
     def memory_bytes(self) -> int:
         """Memory of the index, of what a policy was given, of waiting hand-over payloads and hints of sparse nodes."""
         policy_bytes = self._feed.memory_bytes if self._feed is not None else 0
-        return self.native.memory_bytes + policy_bytes + self.hint_bytes
+        return self.native.memory_bytes + policy_bytes + self._hint_bytes
+
+    @property
+    def _hint_bytes(self) -> int:
+        """Of Python's objects: waiting payloads, hints of sparse nodes, reasons that are remembered."""
+        return self.payload_bytes + self.sparse.memory_bytes + len(self.gone) * GONE_KEY_BYTES
 
     @property
     def record_bytes(self) -> int:
@@ -112,15 +122,32 @@ class PrefixIndex:
         """End a hold; the slots that came free with a tail that was there for a hand-over only."""
         return self._removed(self.native.release(held), RemovedWhy.HANDED_OVER)
 
-    def commit(self, writes: WriteSet, ready: npt.NDArray[np.uint64], costs_us: npt.NDArray[np.uint64]) -> list[int]:
-        """Records appear; the numbers of those that are given back."""
-        given_back = self.native.commit(writes, ready, costs_us)
+    def commit(
+        self,
+        writes: WriteSet,
+        ready: npt.NDArray[np.uint64],
+        costs_us: npt.NDArray[np.uint64],
+        *,
+        ends_at_us: int = LASTING_US,
+        committed_nodes: int = 0,
+    ) -> list[int]:
+        """Records appear; the numbers of those that are given back.
+
+        Args:
+            ends_at_us: until when the writer wants what lies on its path.
+            committed_nodes: how many nodes of it, from the root, it has committed.
+        """
+        given_back = self.native.commit(writes, ready, costs_us, ends_at_us=ends_at_us, committed_nodes=committed_nodes)
         self._settle()
         self._tell()
         return given_back
 
     def let_go(self, writes: WriteSet) -> SlotRows:
         return self._removed(self.native.let_go(writes), RemovedWhy.HANDED_OVER)
+
+    def expire(self, now_us: int) -> SlotRows:
+        """Forget what has ended by now; see `take_expired` of the native index for what that was."""
+        return self._removed(self.native.expire(now_us), RemovedWhy.EXPIRED)
 
     def evict(self, node: int, *, states_only: bool) -> SlotRows:
         return self._removed(self.native.evict(node, states_only), RemovedWhy.DROPPED)
@@ -136,6 +163,15 @@ class PrefixIndex:
         if self._feed is not None:
             return self._feed.choose(target_bytes)
         return self.native.choose(target_bytes)
+
+    def choose_in(self, salt: bytes, target_bytes: int) -> int:
+        """Choose victims of one salt, before any others, until its share would shrink by so many bytes.
+
+        Returns by how many it would so far.
+        """
+        if self._feed is not None:
+            return self._feed.choose_in(salt, target_bytes)
+        return self.native.choose_in(salt, target_bytes)
 
     def look_ahead(self) -> None:
         """Have victims ready before they are needed."""

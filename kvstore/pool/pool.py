@@ -5,7 +5,9 @@ Decisions are made under the lock; bytes move outside of it, in slots that are p
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -13,21 +15,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.abc import SlotRows
-from kvstore.errors import LeaseGoneError, RecordTooLargeError, StaleSlotError, StoreClosedError, WriteError
+from kvstore.errors import (
+    LeaseGoneError,
+    PinLimitError,
+    RecordTooLargeError,
+    StaleSlotError,
+    StoreClosedError,
+    WriteError,
+)
 from kvstore.events import RemovedWhy
 from kvstore.limits import GHOSTS_MAX, HANDOVERS_PER_PROMPT_MAX, SPARSE_NODES_BYTES_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.explain import TierLookup, explain
 from kvstore.pool.held import PlacedRows
 from kvstore.pool.hold import Hold
-from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
+from kvstore.pool.index import LASTING_US, NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
 from kvstore.pool.joint import JointCommits
+from kvstore.pool.lifetimes import US_PER_S, Lifetimes
+from kvstore.pool.pins import Pin, PinBudget
 from kvstore.pool.plan import clear_padding, name_table, place_table
 from kvstore.pool.room import Room
 from kvstore.pool.rows import RecordNames, Rows
 from kvstore.pool.seam import BaseHold, BasePool
 from kvstore.pool.search import Query, answer, joined, search
 from kvstore.pool.statistics import PoolStatistics
+from kvstore.pool.store_limits import StoreLimits
 from kvstore.pool.transaction import Transaction, commit_together, merge_grids
 from kvstore.record import record_layout
 from kvstore.spec import ReuseRule
@@ -35,6 +47,8 @@ from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import numpy.typing as npt
 
     from kvstore._native import Finding, HeldRows, WriteSet
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
@@ -63,6 +77,11 @@ class Pool(BasePool):
         tier: where records lie; the pool closes it.
         eviction: ranks what may go; least recently used by default.
         checkpoints: suggests where to take states.
+        limits: quotas and the like; none by default.
+        clock: seconds, by which records, pins, leases and writers end.
+
+    Attributes:
+        limits: as given.
     """
 
     is_closed = False
@@ -74,6 +93,8 @@ class Pool(BasePool):
         *,
         eviction: EvictionPolicy | None = None,
         checkpoints: CheckpointPolicy | None = None,
+        limits: StoreLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         largest = max(
             record_layout(spec, group, span, spec.groups[group].all_units).slot_bytes
@@ -92,22 +113,33 @@ class Pool(BasePool):
         self._lock = threading.RLock()
         ghosts_max = min(GHOSTS_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
         sparse_bytes_max = min(SPARSE_NODES_BYTES_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX))
-        self._index = PrefixIndex(spec, eviction, ghosts_max, sparse_bytes_max)
+        self.limits = limits or StoreLimits()
+        has_quotas = self.limits.has_quotas
+        self._index = PrefixIndex(spec, eviction, ghosts_max, sparse_bytes_max, has_quotas=has_quotas)
         self._checkpoints = checkpoints or LadderCheckpoints()
         self._listeners: list[Callable[[], None]] = []
         self._settling = threading.local()
         self._dropped: deque[Callable[[], None]] = deque()
         self._statistics = PoolStatistics()
-        self._room = Room(tier, self._index, self._statistics)
+        self._room = Room(tier, self._index, self._statistics, self.limits)
         self._damages = 0
+        self._losses = 0
+        """How often something may have gone that was held: damage, and what had ended."""
         self._joints = JointCommits(self.commit_together)
+        self._lifetimes = Lifetimes(self.limits, self._index, clock)
+        self._pins = PinBudget(self.limits, tier.capacity_bytes)
+        self._expiry_listeners: list[Callable[[Sequence[tuple[bytes, bool]]], None]] = []
+
+    def now_s(self) -> float:
+        """The clock by which things end."""
+        return self._lifetimes.clock()
 
     def settle_later(self, end: Callable[[], None]) -> None:
         """Run `end` in the next call that begins here. For finalizers: they may run anywhere, also inside a lock."""
         self._dropped.append(end)
 
     def _settle(self) -> None:
-        """End what was dropped without being ended. Not under the lock."""
+        """End what was dropped without being ended, and what has ended by itself. Not under the lock."""
         if getattr(self._settling, "is_running", False):
             return  # ending something notifies listeners, and these call the pool again
         self._settling.is_running = True
@@ -116,10 +148,36 @@ class Pool(BasePool):
                 try:
                     end = self._dropped.popleft()
                 except IndexError:  # another thread was faster
-                    return
+                    break
                 end()
+            if self._lifetimes.is_due:
+                self._end_due()
         finally:
             self._settling.is_running = False
+
+    def _end_due(self) -> None:
+        with self._lock:
+            if self.is_closed:
+                return
+            freed = self._index.expire(int(self.now_s() * US_PER_S))
+            expired = self._index.native.take_expired()
+            for key, is_state in expired:
+                self._index.remember_gone(key, RemovedWhy.EXPIRED, is_state=is_state)
+            self._room.freed(freed)
+            self._statistics.expired_records += len(freed)
+            self._losses += len(freed)
+            due = self._lifetimes.take_due()
+            self._lifetimes.look()
+        for hold in due.holds:
+            hold.expire()
+        for transaction in due.transactions:
+            transaction.expire()
+        for pin in due.pins:
+            pin.close()
+        if expired:
+            for listener in tuple(self._expiry_listeners):
+                listener(expired)
+            self._notify()
 
     # Reading
 
@@ -132,7 +190,7 @@ class Pool(BasePool):
         cap_tokens: int | None = None,
         accept_coverage: bool = False,
     ) -> Match:
-        if self._dropped:
+        if self._dropped or self._lifetimes.is_due:
             self._settle()
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
         exact = prompt.exact
@@ -230,8 +288,9 @@ class Pool(BasePool):
             waiting = self._index.handovers(held.last_node)
             handover = waiting[0][0] if waiting else None
             placed = PlacedRows(rows, slots, self._views(slots))
-            hold = Hold(self, path, self._index.native.salt(held.last_node), held, placed, handover, self._damages)
+            hold = Hold(self, path, self._index.native.salt(held.last_node), held, placed, handover, self._losses)
             undoing.pop_all()
+        self._lifetimes.add_hold(hold)
         return hold
 
     def _views(self, slots: Sequence[Slot]) -> Sequence[memoryview]:
@@ -242,24 +301,110 @@ class Pool(BasePool):
             raise LeaseGoneError("the lease is of another store")
         with self._lock:
             self._check_open()
-            if hold.damages == self._damages:
+            if hold.losses == self._losses:
                 return
             try:
                 self._views(hold.placed.slots)
             except StaleSlotError as error:
                 raise LeaseGoneError(
-                    f"the resume point of {hold.path.tokens} tokens was found damaged since it was leased; match again"
+                    f"the resume point of {hold.path.tokens} tokens was found damaged since it was leased, or its time "
+                    "to live was over; match again"
                 ) from error
-            hold.damages = self._damages
+            hold.losses = self._losses
 
     def release(self, hold: Hold) -> None:
         """End a hold; for `Hold` itself."""
         with self._lock:
             if self.is_closed:
                 return
+            self._lifetimes.remove_hold(hold)
             self._room.unpin_all(hold.placed.slots)
             self._room.freed(self._index.release(hold.held))
         self._notify()
+
+    def exempt(self, hold: Hold) -> None:
+        """A hold that somebody else ends when it lasts for too long."""
+        with self._lock:
+            self._lifetimes.remove_hold(hold)
+            hold.ends_s = math.inf
+
+    def expired(self, *, leases: int = 0, writers: int = 0) -> None:
+        """Count what was held for too long; for who ended it."""
+        with self._lock:
+            self._statistics.expired_leases += leases
+            self._statistics.expired_writers += writers
+
+    def pin(
+        self, path: NodePath, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None, ttl_s: float | None = None
+    ) -> Pin:
+        self._settle()
+        with self._lock:
+            self._check_open()
+            held = self._index.native.collect(
+                path.packed, needs_of(self.spec, shard), None if grid is None else grid.packed
+            )
+            if held is None:
+                raise LeaseGoneError(
+                    f"the resume point of {path.tokens} tokens was evicted since it was matched; match again"
+                )
+            salt = self._index.native.salt(held.last_node)
+            slots = Rows(self.spec, path, *held.rows()).slots()
+            try:
+                self._pins.check(salt, slots)
+            except PinLimitError:
+                self._statistics.pin_refusals += 1
+                raise
+            self._index.hold(held)
+            pin = Pin(self, path, salt, held, slots, self._lifetimes.in_s(ttl_s))
+            self._pins.add(salt, slots)
+            self._lifetimes.add_pin(pin)
+            return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """End a pin; for `Pin` itself."""
+        with self._lock:
+            if self.is_closed:
+                return
+            self._lifetimes.remove_pin(pin)
+            self._pins.remove(pin.salt, pin.slots)
+            self._room.freed(self._index.release(pin.held))
+        self._notify()
+
+    def expire(self, path: NodePath, ttl_s: float | None, *, after_tokens: int | None = None) -> int:
+        self._settle()
+        with self._lock:
+            self._check_open()
+            ends_at_us = self._lifetimes.moment_us(ttl_s)
+            native = self._index.native
+            if after_tokens is None:
+                tokens = native.set_end(path.packed, ends_at_us)
+            else:
+                tokens = native.set_end(path.packed, ends_at_us, after_tokens)
+            self._lifetimes.look()
+        self._settle()  # what has ended at once makes room at once
+        return tokens
+
+    def ends_s(self, path: NodePath) -> npt.NDArray[np.float64]:
+        """How long the attention and the states of each node of a path will live, in seconds, `[nodes, 2]`.
+
+        Infinite for what lasts, and 0 for what is not there. Other tiers that take records over keep them as long.
+        """
+        with self._lock:
+            self._check_open()
+            ends_us = self._index.native.ends_of(path.packed)
+        left: npt.NDArray[np.float64] = np.maximum(ends_us / US_PER_S - self.now_s(), 0.0)
+        left[ends_us == LASTING_US] = math.inf
+        left[ends_us == 0] = 0.0
+        return left
+
+    def subscribe_expired(self, listener: Callable[[Sequence[tuple[bytes, bool]]], None]) -> None:
+        """Call `listener` with what has ended by itself, outside the lock. It must not block.
+
+        For other tiers, which drop the same. It gets keys of prefix nodes, and of each whether its states ended, or its
+        attention with all that hangs on it.
+        """
+        with self._lock:
+            self._expiry_listeners.append(listener)
 
     def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], Hold] | None:
         self._settle()
@@ -299,6 +444,7 @@ class Pool(BasePool):
     # Writing
 
     def missing(self, path: NodePath, names: Iterable[RecordName], grid: ChunkGrid | None = None) -> list[RecordName]:
+        self._settle()
         named = RecordNames.of(names)
         table = name_table(self.spec, path, named, grid, None)
         with self._lock:
@@ -317,6 +463,7 @@ class Pool(BasePool):
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,
         joint: JointName | None = None,
+        ttl_s: float | None = None,
     ) -> Transaction:
         self._settle()
         party = self._joints.join(joint) if joint is not None else None
@@ -326,6 +473,7 @@ class Pool(BasePool):
             if party is not None:
                 self._joints.leave(party)
             raise
+        transaction.ttl_s = ttl_s
         if party is not None:
             transaction.become(party, self._joints)
             self._joints.begun(party)
@@ -353,7 +501,7 @@ class Pool(BasePool):
             rows = Rows(self.spec, path, *writes.missing())
             held_rows = Rows(self.spec, path, *writes.held())
             sizes = rows.slot_sizes
-            self._room.check(sizes, writes.new_nodes)
+            self._room.check(sizes, writes.new_nodes, salt)
             first = int(named.table[:, 0].min()) if len(named) else 0
             inherited = tuple(
                 record
@@ -369,8 +517,10 @@ class Pool(BasePool):
                     writes, path.packed, salt, self._basis_tail(path, basis), sorted(set(resume_nodes))
                 )
                 undoing.callback(self._index.native.undo, writes)
-                slots = self._room.reserve(sizes)
-                undoing.callback(self._room.give_back_all, slots)
+                # A root that is there has its salt, whatever is said here.
+                salt = self._index.native.salt(writes.last_node)
+                slots = self._room.reserve(sizes, salt)
+                undoing.callback(self._room.give_back_all, slots, salt)
                 undoing.callback(self._room.unpin_all, slots)
                 writes.set_slots(slots.table)
                 placed = PlacedRows(rows, slots, self._views(slots))
@@ -389,10 +539,12 @@ class Pool(BasePool):
                     placed_held,
                     inherited,
                     tuple(basis),
+                    salt,
                     self._damages,
                     is_transient=is_transient,
                 )
                 undoing.pop_all()
+            self._lifetimes.add_writer(transaction)
             return transaction
 
     @staticmethod
@@ -441,7 +593,9 @@ class Pool(BasePool):
                     native.leave(commit.transaction.writes)
                     if commit.is_still:
                         self._room.freed(self._index.let_go(commit.transaction.writes))
+                    self._lifetimes.remove_writer(commit.transaction)
             self._statistics.commits += len(commits)
+            self._lifetimes.look()
             self._index.look_ahead()
 
     def _apply(self, commit: PreparedCommit) -> None:
@@ -449,7 +603,13 @@ class Pool(BasePool):
         if commit.is_still:
             self._room.unpin_all(transaction.slots)
         slots = transaction.placed.slots
-        given_back = self._index.commit(transaction.writes, commit.ready, commit.costs_us)
+        given_back = self._index.commit(
+            transaction.writes,
+            commit.ready,
+            commit.costs_us,
+            ends_at_us=self._lifetimes.moment_us(transaction.ttl_s),
+            committed_nodes=commit.committed_nodes,
+        )
         transaction.given_back(given_back)
         if transaction.path.sparse:
             committed = transaction.placed.rows.end_tokens[commit.ready.astype(np.int64)]
@@ -459,8 +619,8 @@ class Pool(BasePool):
         kept_slots = slots.taken(set(commit.ready.tolist()).difference(given_back))
         self._statistics.stored_records += len(kept_slots)
         self._statistics.stored_bytes += kept_slots.size_bytes
-        self._room.keep_all(kept_slots)
-        self._room.give_back_all(slots.taken(given_back))
+        self._room.keep_all(kept_slots, transaction.salt)
+        self._room.give_back_all(slots.taken(given_back), transaction.salt)
 
     def _check_handovers(self, commits: Sequence[PreparedCommit]) -> None:
         added: dict[int, int] = {}
@@ -511,11 +671,13 @@ class Pool(BasePool):
                 return
             if is_still:
                 self._room.unpin_all(transaction.slots)
-            self._room.give_back_all(uncommitted)
+            self._room.give_back_all(uncommitted, transaction.salt)
             self._index.native.leave(transaction.writes)
             if is_still:
                 self._room.freed(self._index.let_go(transaction.writes))
             self._statistics.aborts += 1
+            self._lifetimes.remove_writer(transaction)
+            self._lifetimes.look()
 
     def _let_go(self, transaction: Transaction) -> None:
         """For a transaction that has ended, once its bytes have come to rest.
@@ -554,6 +716,7 @@ class Pool(BasePool):
             self._statistics.damaged_records += 1
             self._damages += 1
             self._index.remember_gone(key, RemovedWhy.DAMAGED, is_state=is_state)
+            self._losses += 1
             self._room.freed(self._index.condemn(node, is_state=is_state))
         self._notify()
 
@@ -604,6 +767,8 @@ class Pool(BasePool):
                 bytes_by_salt=self._index.native.bytes_by_salt,
                 nodes=len(self._index.native),
                 ghosts=self._index.native.ghost_count,
+                pins=self._pins.count,
+                pinned_bytes=self._pins.size_bytes,
             )
 
     def check(self) -> None:
@@ -612,6 +777,7 @@ class Pool(BasePool):
             self._index.check()
             accounted = self._index.native.committed_bytes + self._room.reserved_bytes + self._tier.quarantined_bytes
             assert accounted == self._tier.used_bytes, (accounted, self._tier.used_bytes)
+            self._room.quotas.check_reserved(self._room.reserved_bytes)
             # A hand-over's payload, and the hint of a sparse node, are made room for by the next write.
             assert self.is_closed or self._room.free_bytes + self._index.hint_bytes >= 0, "the budget is exceeded"
 
@@ -624,7 +790,7 @@ class Pool(BasePool):
             self._index.tell_closed()
             self._tier.close()
             self._index = PrefixIndex(self.spec)
-            self._room = Room(self._tier, self._index, self._statistics)
+            self._room = Room(self._tier, self._index, self._statistics, self.limits)
         self._joints.close(StoreClosedError("the store was closed while a joint commit waited for its parties"))
         self._notify()
 

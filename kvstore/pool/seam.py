@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvstore.pool.held import HeldRecord, TransactionRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
+    from kvstore.pool.pins import Pin
     from kvstore.pool.prompt import Prompt
     from kvstore.pool.statistics import PoolStatistics
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
@@ -135,6 +136,8 @@ class BaseTransaction(ABC):
     """
 
     path: NodePath
+    on_expiry: Callable[[str], None] | None = None
+    """Called with the reason when this was open for too long and was aborted for that."""
 
     @property
     @abstractmethod
@@ -317,6 +320,7 @@ class BasePool(ABC):
         basis: Sequence[HeldRecord] = (),
         is_transient: bool = False,
         joint: JointName | None = None,
+        ttl_s: float | None = None,
     ) -> BaseTransaction:
         """Reserve what is missing of the named records, evicting if need be, or change nothing.
 
@@ -329,11 +333,35 @@ class BasePool(ABC):
             basis: all records of a resume point that the caller holds and continues from.
             is_transient: the path's tail is for a hand-over only and goes with it.
             joint: the joint commit that this becomes a party of.
+            ttl_s: how long what it commits lives after the commit; None for as long as there is room.
 
         Raises:
-            PoolFullError: not enough can be evicted. QuarantineFullError: too many dropped writers still
-            have bytes moving. WriteError: attention records would not be contiguous from the root.
+            PoolFullError: not enough can be evicted. QuotaError: not enough can be of this salt.
+            QuarantineFullError: too many dropped writers still have bytes moving.
+            WriteError: attention records would not be contiguous from the root.
             LeaseGoneError: a record of `basis` is not held any more. JointCommitError: another party has failed.
+        """
+
+    @abstractmethod
+    def pin(
+        self, path: NodePath, *, shard: Shard = WHOLE, grid: ChunkGrid | None = None, ttl_s: float | None = None
+    ) -> Pin:
+        """Keep a resume point from being evicted, without its memory being there to read.
+
+        Raises:
+            PinLimitError: pins keep too much. LeaseGoneError: a record is not there any more. UnavailableError: another
+            process owns the pool.
+        """
+
+    @abstractmethod
+    def expire(self, path: NodePath, ttl_s: float | None, *, after_tokens: int | None = None) -> int:
+        """How long the deepest prefix of a path that is stored is to live from now on; its length, or 0.
+
+        Args:
+            after_tokens: its shorter resume points past this length end then, too.
+
+        Raises:
+            UnavailableError: another process owns the pool.
         """
 
     @abstractmethod

@@ -15,6 +15,11 @@ class PoolStatistics:
 
     `committed`, `reserved` and `quarantined` bytes are slots, headers included; together with `index_bytes`,
     the parts of the index that are in use, they are all that the budget counts.
+
+    `quota_refusals` counts writes that were refused with `QuotaError`, `quota_evicted_records` what went because a
+    salt was over its quota, `expired_records` those whose time to live was over; `evicted_records` counts both, too.
+    `expired_leases` and `expired_writers` were held for longer than the store bears. `pin_refusals` counts
+    `PinLimitError`.
     """
 
     matches: int = 0
@@ -26,6 +31,14 @@ class PoolStatistics:
     evicted_records: int = 0
     evicted_bytes: int = 0
     damaged_records: int = 0
+    quota_refusals: int = 0
+    quota_evicted_records: int = 0
+    expired_records: int = 0
+    expired_leases: int = 0
+    expired_writers: int = 0
+    pin_refusals: int = 0
+    pins: int = 0
+    pinned_bytes: int = 0
     capacity_bytes: int = 0
     committed_bytes: int = 0
     reserved_bytes: int = 0

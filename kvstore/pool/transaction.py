@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from kvstore.pool.seam import CommitEnd, JointName
     from kvstore.record import RecordLayout
 
+LOG = logging.getLogger("kvstore.pool")
+
 _serials = count()
 
 
@@ -62,6 +66,7 @@ class Transaction(BaseTransaction):
         placed_held: the requested records that were there already, as arrays.
         inherited: those of the resume point that is continued which the path passes through.
         basis: all records of the resume point that is continued: what is computed from them is only as good as they.
+        salt: whose prefix it is.
         is_transient: the path's tail is for a hand-over only.
         damages: how often damage had been found when the basis was last known to be good.
     """
@@ -75,6 +80,7 @@ class Transaction(BaseTransaction):
         placed_held: PlacedRows,
         inherited: tuple[HeldRecord, ...],
         basis: tuple[HeldRecord, ...],
+        salt: bytes,
         damages: int,
         *,
         is_transient: bool,
@@ -85,8 +91,13 @@ class Transaction(BaseTransaction):
         self.placed_held = placed_held
         self.inherited = inherited
         self.basis = basis
+        self.salt = salt
         self.damages = damages
         self.is_transient = is_transient
+        self.ttl_s: float | None = None
+        """How long what it commits lives after that; None for as long as there is room."""
+        self.ends_s = math.inf
+        """When it has been open for too long, by the pool's clock."""
         self._serial = next(_serials)
         self._pool = pool
         self._lock = threading.Lock()
@@ -150,6 +161,7 @@ class Transaction(BaseTransaction):
 
     @contextmanager
     def moving(self) -> Iterator[None]:
+        self.expire_if_due()
         self._check_open()
         with self._lock:
             self._check_open()
@@ -244,6 +256,7 @@ class Transaction(BaseTransaction):
         if self._party is None:
             raise WriteError("this writer is no party of a joint commit; name one with joint= when it begins")
         party, joints = self._party
+        self.expire_if_due()
         try:
             with self._lock:
                 self._prepare(None, handover)
@@ -269,7 +282,11 @@ class Transaction(BaseTransaction):
         if handover is not None and not is_final:
             raise WriteError("a hand-over goes with the commit of the whole prompt, not of a part of it")
         ready = np.flatnonzero(wanted).astype(np.uint64)
-        return PreparedCommit(self, ready, self._costs_us[wanted], is_final, is_final and not self._movers, handover)
+        nodes = len(self.path)
+        if upto_tokens is not None and not is_final:
+            nodes = min(nodes, max(0, upto_tokens) // self.path.block_tokens)
+        is_still = is_final and not self._movers
+        return PreparedCommit(self, ready, self._costs_us[wanted], is_final, is_still, nodes, handover)
 
     def _finish(self, prepared: PreparedCommit) -> None:
         """It was committed. Under this transaction's lock."""
@@ -292,6 +309,24 @@ class Transaction(BaseTransaction):
         if self._party is not None:
             party, joints = self._party
             joints.fail(party, reason)
+
+    def expire(self) -> None:
+        """It has been open for longer than the store bears."""
+        if self._end_reason is not None or self._pool.is_closed:
+            return
+        reason = (
+            f"it was open for longer than the {self._pool.limits.writer_max_s:g} s that the store was opened with "
+            "(StoreLimits.writer_max_s)"
+        )
+        self._pool.expired(writers=1)
+        LOG.warning("a writer of %d tokens was aborted: %s", self.path.tokens, reason)
+        self.abort(reason)
+        if self.on_expiry is not None:
+            self.on_expiry(reason)
+
+    def expire_if_due(self) -> None:
+        if self.ends_s != math.inf and self._pool.now_s() >= self.ends_s:
+            self.expire()
 
     @property
     def slots(self) -> SlotRows:
@@ -322,6 +357,7 @@ class PreparedCommit:
         costs_us: what each saves.
         is_final: the transaction ends with it.
         is_still: and nothing moves in its slots any more: what is given back of them needs no quarantine.
+        committed_nodes: how many nodes of the path, from the root, are written then.
         handover: what waits at the path's end from then on.
     """
 
@@ -330,6 +366,7 @@ class PreparedCommit:
     costs_us: npt.NDArray[np.uint64]
     is_final: bool
     is_still: bool
+    committed_nodes: int
     handover: HandOver | None
 
 
@@ -348,6 +385,7 @@ def commit_together(pool: Pool, commits: Sequence[tuple[Transaction, int | None,
     if len(set(map(id, transactions))) != len(transactions) or any(each._pool is not pool for each in transactions):
         raise WriteError("a joint commit names each transaction once, all of one pool")
     for transaction in transactions:
+        transaction.expire_if_due()
         transaction._check_open()
     try:
         with ExitStack() as locks:

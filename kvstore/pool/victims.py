@@ -78,22 +78,43 @@ class PolicyFeed:
             chosen_bytes = self._native.choose(target_bytes)
             if chosen_bytes >= target_bytes:
                 return chosen_bytes
+        self._check_works()
+        return chosen_bytes
+
+    def choose_in(self, salt: bytes, target_bytes: int) -> int:
+        """As `PrefixIndex.choose_in`: what the policy ranks, looked through for one salt; nothing is pushed.
+
+        Raises:
+            PoolError: there is not enough, and the policy has failed, now or before.
+        """
+        chosen_bytes = 0
+        for keys, are_states in self._batches():
+            chosen_bytes = self._native.choose_named_in(salt, keys, are_states, target_bytes)
+            if chosen_bytes >= target_bytes:
+                return chosen_bytes
+        self._check_works()
+        return chosen_bytes
+
+    def _check_works(self) -> None:
         if self._failure is not None:
             raise PoolError(
                 f"not enough can be evicted: the eviction policy {type(self._policy).__name__} failed with "
                 f"{type(self._failure).__name__}: {self._failure}; open the store again with a policy that works"
             ) from self._failure
-        return chosen_bytes
 
     def _pushes(self) -> Iterator[None]:
         """Push what the policy ranks first, then what comes next, until it is exhausted or fails."""
+        for keys, are_states in self._batches():
+            self._native.push_victims(keys, are_states)
+            yield
+
+    def _batches(self) -> Iterator[tuple[bytes, bytes]]:
+        """What the policy ranks, the first first: keys, and whether each is a state; until it is exhausted or fails."""
         if self._failure is None:
             try:
                 ranked = iter(self._policy.ranked())
                 while batch := list(islice(ranked, VICTIMS_AHEAD)):
-                    keys = b"".join(item.key for item in batch)
-                    self._native.push_victims(keys, bytes(item.is_state for item in batch))
-                    yield
+                    yield b"".join(item.key for item in batch), bytes(item.is_state for item in batch)
             except Exception as error:
                 self._failure = error
 

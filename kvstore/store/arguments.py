@@ -6,9 +6,9 @@ import operator
 import os
 from typing import TYPE_CHECKING
 
-from kvstore.errors import AttachError, KVStoreError, LeaseError, SpecError, WriteError
-from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX
-from kvstore.pool import Match
+from kvstore.errors import AttachError, ConfigError, KVStoreError, LeaseError, SpecError, WriteError
+from kvstore.limits import CHECKPOINTS_PER_WRITE_MAX, LIFE_S_MAX
+from kvstore.pool import Match, StoreLimits
 from kvstore.spec import ChunkGrid, Coverage, ModelSpec, Shard
 from kvstore.store.lease import Lease
 
@@ -23,6 +23,28 @@ def check_spec(spec: ModelSpec) -> None:
             f"{spec!r} is no kvstore.ModelSpec; make one with ModelSpec.from_transformers, or by hand as in "
             "docs/model-spec.md"
         )
+
+
+def check_ttl(ttl_s: float | None, *, may_be_over: bool = False) -> None:
+    """Raises `WriteError` for anything else than a time to live in seconds, or None.
+
+    Args:
+        may_be_over: 0 is one, too.
+    """
+    if ttl_s is None:
+        return
+    is_number = isinstance(ttl_s, int | float) and not isinstance(ttl_s, bool)
+    if not is_number or not 0 <= ttl_s <= LIFE_S_MAX or (ttl_s == 0 and not may_be_over):
+        least = "from 0 on" if may_be_over else "above 0"
+        raise WriteError(
+            f"ttl_s={ttl_s!r} is no time to live; give seconds {least}, at most {LIFE_S_MAX:.0f}, or None for no end"
+        )
+
+
+def check_limits(limits: StoreLimits | None) -> None:
+    """Raises `ConfigError` for anything else than limits."""
+    if not isinstance(limits, StoreLimits | None):
+        raise ConfigError(f"limits={limits!r} are no kvstore.StoreLimits; pass StoreLimits(quota='2GiB'), or None")
 
 
 def check_position(shard: Shard, grid: ChunkGrid | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -12,19 +13,20 @@ from kvstore.placement.ssd import open_ssd
 from kvstore.placement.tiered import TieredPool
 from kvstore.pool import Pool
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
-from kvstore.store.arguments import check_deadline, check_spec, socket_path
+from kvstore.store.arguments import check_deadline, check_limits, check_spec, socket_path
 from kvstore.store.store import Store
 from kvstore.tiers import ArenaTier
 from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy
     from kvstore.placement.gpu.slab_shelf import GpuOptions, SlabShelf
     from kvstore.placement.shelf import Shelf
     from kvstore.placement.ssd.options import AnySsd
+    from kvstore.pool import StoreLimits
     from kvstore.spec import ModelSpec
 
 DRAM_DEFAULT = "1GiB"
@@ -38,11 +40,13 @@ def open_store(
     ssd: AnySsd | None = None,
     eviction: EvictionPolicy | None = None,
     checkpoints: CheckpointPolicy | None = None,
+    limits: StoreLimits | None = None,
     socket: str | os.PathLike[str] | None = None,
     arena: str | None = None,
     allow_uids: Iterable[int] = (),
     silence_s: float = ATTACHED_SILENCE_S,
     verify: bool = False,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Store:
     """Open a store in this process; also `kvstore.open`.
 
@@ -56,21 +60,25 @@ def open_store(
             such, one for each drive, or `SsdOptions`.
         eviction: ranks what may go; least recently used by default.
         checkpoints: suggests where to take states; a halving ladder by default.
+        limits: what each salt may take, and how long leases and writers may last (docs/limits.md); none by default.
         socket: path of a Unix socket at which other processes of this host attach, with `kvstore.attach`.
         arena: name of the shared memory in `/dev/shm`; by default it has none, and goes with the last process.
         allow_uids: users that may attach besides this process's own and root. They can read and write the arena.
         silence_s: an attached process that is silent for longer loses its leases and writers.
         verify: recompute the checksum of every piece that an attached process wrote before it is committed.
+        clock: seconds, by which records, pins, leases and writers end; for tests and simulations.
 
     Raises:
         ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
         one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
         argument says how processes attach.
         ValueError: `dram` or `gpu` is not a size. SpecError: `spec` is none. UnavailableError, DeviceError: there is no
-        such device, or it has too little memory. ConfigError: `ssd` names no directory and capacity. SsdDirectoryError:
+        such device, or it has too little memory. ConfigError: `ssd` names no directory and capacity, or
+        `limits` are none. SsdDirectoryError:
         a directory of it is another process's, another model's, of a newer format, or cannot be used.
     """
     check_spec(spec)
+    check_limits(limits)
     path = None if socket is None else socket_path(socket)
     allow_uids = tuple(allow_uids)
     is_owner_told = bool(allow_uids) or silence_s != ATTACHED_SILENCE_S or verify
@@ -89,9 +97,11 @@ def open_store(
             shelves.append(open_ssd(spec, ssd))
             undoing.callback(shelves[-1].close)
         if shelves:
-            pool: Pool = TieredPool(spec, tier, shelves, eviction=eviction, checkpoints=checkpoints)
+            pool: Pool = TieredPool(
+                spec, tier, shelves, eviction=eviction, checkpoints=checkpoints, limits=limits, clock=clock
+            )
         else:
-            pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints)
+            pool = Pool(spec, tier, eviction=eviction, checkpoints=checkpoints, limits=limits, clock=clock)
         undoing.pop_all()
         undoing.callback(pool.close)
         owner = None

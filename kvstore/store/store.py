@@ -23,7 +23,7 @@ from kvstore.errors import (
     WriteError,
 )
 from kvstore.events import EVENT_KINDS
-from kvstore.limits import EVENTS_CAPACITY_DEFAULT, FLUSH_DEADLINE_S, LOAD_DEADLINE_S
+from kvstore.limits import EVENTS_CAPACITY_DEFAULT, FLUSH_DEADLINE_S, LOAD_DEADLINE_S, PROMPT_TOKENS_MAX
 from kvstore.pool import BasePool, HandOver, JointName, Match, NodePath, PoolStatistics, Prompt
 from kvstore.spec import WHOLE, ReuseRule
 from kvstore.store.arguments import (
@@ -33,6 +33,7 @@ from kvstore.store.arguments import (
     check_lease,
     check_match,
     check_position,
+    check_ttl,
 )
 from kvstore.store.devices import DeviceCopies
 from kvstore.store.lease import Lease
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
     from kvstore.metrics import StoreMetrics
-    from kvstore.pool import BaseHold, BaseTransaction
+    from kvstore.pool import BaseHold, BaseTransaction, Pin
     from kvstore.pool.explanation import Explanation
     from kvstore.pool.observer import Observer
     from kvstore.pool.path import RecordPlace
@@ -247,6 +248,7 @@ class Store(NodeOperations):
         shard: Shard = WHOLE,
         joint: str | None = None,
         coverage: Coverage | None = None,
+        ttl_s: float | None = None,
     ) -> Writer:
         """Reserve space for what the store lacks of a prompt, and write it while it is computed.
 
@@ -263,9 +265,12 @@ class Store(NodeOperations):
             coverage: which tokens of each attention layer will be put, where a sparse or pruned prefill leaves some
                 out. What is written is then found by readers that accept coverage only. If the store has all of the
                 prompt whole, nothing is written.
+            ttl_s: how long after its commit this is wanted, in seconds; then it is not matched any more, and its space
+                is given back. What other prompts share with it lives as long as they do. None: while there is room.
 
         Raises:
-            PoolFullError: there is no room, and nothing more can be evicted; nothing was changed.
+            PoolFullError: there is no room, and nothing more can be evicted; nothing was changed. QuotaError: nor can
+            enough be evicted of this salt, which has used up its quota.
             WriteError: a length in `resume_at` is impossible, or `resume` is no lease of this store on this prompt.
             LeaseError: `resume` was released. LeaseGoneError: it was found damaged since it was leased.
             TokenError: as `prompt`. SpecError: a `Prompt` of another spec; `shard` or `grid` is of another type, or the
@@ -274,7 +279,7 @@ class Store(NodeOperations):
         """
         try:
             target = self._as_prompt(prompt, salt, adapter, extras, coverage)
-            return self._write(target, resume_at, resume, grid, shard, joint)
+            return self._write(target, resume_at, resume, grid, shard, joint, ttl_s)
         except KVStoreError as error:
             self.observer.meters.refused(error)
             raise
@@ -287,10 +292,12 @@ class Store(NodeOperations):
         grid: ChunkGrid | None,
         shard: Shard,
         joint: str | None,
+        ttl_s: float | None,
     ) -> Writer:
         check_position(shard, grid)
         check_lease(resume)
         check_joint(joint)
+        check_ttl(ttl_s)
         if resume is not None:
             resume.check_current()
             if not resume.continues_in(self.pool, target):
@@ -306,9 +313,9 @@ class Store(NodeOperations):
         name = JointName(joint, shard.index, shard.count) if joint is not None else None
         transaction = None
         if target.masks and name is None and (resume is None or resume.is_exact):
-            transaction = self._begin_whole(target.exact, lengths, resume, grid, shard)
+            transaction = self._begin_whole(target.exact, lengths, resume, grid, shard, ttl_s)
         if transaction is None:
-            transaction = self._begin(target, lengths, resume, grid, shard, name)
+            transaction = self._begin(target, lengths, resume, grid, shard, name, ttl_s)
         writer = Writer(self, target, transaction, lengths, shard, target.path.coverage(self.spec))
         try:
             if target.masks:
@@ -328,6 +335,7 @@ class Store(NodeOperations):
         grid: ChunkGrid | None,
         shard: Shard,
         joint: JointName | None,
+        ttl_s: float | None,
     ) -> BaseTransaction:
         path = written_path(target, lengths)
         first = resume.tokens // self.spec.block_tokens if resume is not None else 0
@@ -339,6 +347,7 @@ class Store(NodeOperations):
             resume_nodes=[node for length in lengths if (node := path.node_at(length)) is not None],
             basis=resume.records if resume is not None else (),
             joint=joint,
+            ttl_s=ttl_s,
         )
 
     def _begin_whole(
@@ -348,17 +357,73 @@ class Store(NodeOperations):
         resume: Lease | None,
         grid: ChunkGrid | None,
         shard: Shard,
+        ttl_s: float | None,
     ) -> BaseTransaction | None:
         """A transaction that writes nothing, if all of a prompt that is to be held in part is there whole."""
         path = written_path(exact, lengths)
         if self.pool.missing(path, names_written(self.spec, path, lengths, 0, shard), grid):
             return None
-        transaction = self._begin(exact, lengths, resume, grid, shard, None)
+        transaction = self._begin(exact, lengths, resume, grid, shard, None, ttl_s)
         if transaction.records:
             # Evicted in this moment. Nothing that holds part of the tokens may ever be written here.
             transaction.abort("a sparse prefill writes no whole records")
             return None
         return transaction
+
+    # Keeping
+
+    def pin(self, match: Match, *, ttl_s: float | None = None) -> Pin:
+        """Keep a match's resume point from being evicted, without holding its memory as a lease does.
+
+        How much pins may keep, of the tier and of each salt's quota, is limited (`StoreLimits.pinned_fraction`).
+
+        Args:
+            match: the resume point is its first candidate; `Match.at` chooses another.
+            ttl_s: the pin ends after so many seconds by itself; None: when it is closed or dropped.
+
+        Raises:
+            PinLimitError: pins keep too much already. LeaseGoneError: it was evicted since it was matched.
+            LeaseError: the match is a miss, or is none. WriteError: `ttl_s` is no time. UnavailableError: this process
+            is attached to a pool that another one owns; pin there.
+        """
+        check_match(match)
+        check_ttl(ttl_s)
+        return self.pool.pin(match.candidates[0].path, shard=match.shard, grid=match.grid, ttl_s=ttl_s)
+
+    def expire(
+        self,
+        prompt: Any,
+        ttl_s: float | None = 0.0,
+        *,
+        after_tokens: int | None = None,
+        salt: bytes = b"",
+        adapter: str = "",
+        extras: Iterable[ExtraInput] = (),
+        coverage: Coverage | None = None,
+    ) -> int:
+        """How long a prompt that is stored is wanted from now on: by default no longer.
+
+        Afterwards it is not matched any more, and its space is given back, at once or when its leases end. What other
+        prompts share with it, longer or shorter ones, lives as long as they do.
+
+        Args:
+            prompt, salt, adapter, extras, coverage: which; its deepest prefix that is stored is meant.
+            ttl_s: seconds from now; None: while there is room.
+            after_tokens: shorter resume points and prompts on its path, past this length, end then, too: 0 for a whole
+                conversation, the system prompt's length for all of it but that.
+
+        Returns:
+            The length of the prefix that was stored; 0 if there is none.
+
+        Raises:
+            WriteError: `ttl_s` is no time, or `after_tokens` no length. TokenError, SpecError: as `prompt`.
+            UnavailableError: this process is attached to a pool that another one owns.
+        """
+        check_ttl(ttl_s, may_be_over=True)
+        if after_tokens is not None and not (isinstance(after_tokens, int) and 0 <= after_tokens <= PROMPT_TOKENS_MAX):
+            raise WriteError(f"after_tokens={after_tokens!r} is no length; give one from 0 on, or None")
+        target = self._as_prompt(prompt, salt, adapter, extras, coverage)
+        return self.pool.expire(target.path, ttl_s, after_tokens=after_tokens)
 
     # Waiting
 

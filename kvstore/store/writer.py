@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -99,6 +100,14 @@ class Writer:
         self._whole_pieces = np.zeros(len(transaction.records), np.int64)
         self._costs_s = np.zeros(len(transaction.records))
         self._listeners: list[WriteListener] = []
+        own = weakref.ref(self)
+
+        def expired(reason: str) -> None:
+            writer = own()
+            if writer is not None:
+                writer._aborted(reason)
+
+        transaction.on_expiry = expired
         self._device_puts = DevicePuts(transaction, self.abort)
         # Records, and the pieces that became whole in each of them at once.
         self._whole: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstore.errors import LeaseError, LeaseGoneError, PoolFullError, QuarantineFullError, WriteError
-from kvstore.pool import HandOver, Pool, RecordName, Transaction
+from kvstore.errors import LeaseError, LeaseGoneError, PoolFullError, QuarantineFullError, QuotaError, WriteError
+from kvstore.pool import HandOver, Pool, RecordName, StoreLimits, Transaction
 from kvstore.spec import UNKNOWN_GRID, WHOLE, ChunkGrid, ReuseRule, Shard, UnitRange
 from kvstore.store import open_store
 from kvstore.testing.specs import check_lease, put_states, put_tokens, tensors_of
@@ -38,6 +38,8 @@ LIVE_MAX = 4
 """Writers, and leases, that are open at once."""
 FEW, MANY = 3, 10
 """Prefixes with records before single ones, or all, are evicted: an empty store shows little."""
+ROOMY_BYTES_MIN = 16 << 20
+"""With so much nothing is evicted for want of room."""
 GRIDS = (None, None, 2, 4)
 SHARDS = (WHOLE, WHOLE, Shard(0, 2), Shard(1, 2))
 
@@ -54,6 +56,7 @@ class LiveWriter:
     todo: list[Put]
     done: list[Put] = field(default_factory=list)
     resume: LiveLease | None = None
+    ttl_s: float | None = None
 
 
 @dataclass
@@ -63,6 +66,7 @@ class LiveLease:
     ids: Ids
     prompt: Prompt
     is_damaged: bool = False
+    has_ended: bool = False
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -71,25 +75,34 @@ class StoreMachine(RuleBasedStateMachine):
     spec: ClassVar[ModelSpec]
     dram_bytes: ClassVar[int]
     policy: ClassVar[type[EvictionPolicy] | None]
+    limits: ClassVar[StoreLimits] = StoreLimits()
     patience_s: ClassVar[float] = 0.0
     """How long what one call brings about for another may take: nothing, within one process."""
 
     @classmethod
     def for_spec(
-        cls, spec: ModelSpec, *, dram_bytes: int, policy: type[EvictionPolicy] | None = None
+        cls,
+        spec: ModelSpec,
+        *,
+        dram_bytes: int,
+        policy: type[EvictionPolicy] | None = None,
+        limits: StoreLimits | None = None,
     ) -> type[StoreMachine]:
         """A machine for a spec; small blocks make many nodes of few tokens. Without room it tests eviction.
 
         Args:
             policy: ranks victims; by default the index's own order of use does.
+            limits: quotas of the salts `b""` and `b"other"`, and the like.
         """
-        members = {"spec": spec, "dram_bytes": dram_bytes, "policy": policy}
+        members = {"spec": spec, "dram_bytes": dram_bytes, "policy": policy, "limits": limits or StoreLimits()}
         return type(f"{cls.__name__}_{spec.model}_{dram_bytes}", (cls,), members)
 
     def __init__(self) -> None:
         super().__init__()
+        eviction = self.policy() if self.policy is not None else None
+        self.now_s = 1000.0
         self.store = open_store(
-            self.spec, dram=self.dram_bytes, eviction=self.policy() if self.policy is not None else None
+            self.spec, dram=self.dram_bytes, eviction=eviction, limits=self.limits, clock=lambda: self.now_s
         )
         self.model = StoreModel(self.spec)
         self.writers: list[LiveWriter] = []
@@ -171,8 +184,14 @@ class StoreMachine(RuleBasedStateMachine):
         before = {prefix: list(copies) for prefix, copies in self.model.records.items()}
         prompt = self.store.prompt(ids, salt=salt)
         lease = resume.lease if resume is not None else None
+        ttl_s = self._draw_ttl(data)
         try:
-            writer = self.store.write(prompt, resume_at=lengths, resume=lease, grid=grid, shard=shard)
+            writer = self.store.write(prompt, resume_at=lengths, resume=lease, grid=grid, shard=shard, ttl_s=ttl_s)
+        except QuotaError:
+            assert self.limits.quota_of(salt) is not None, "a salt without a quota has used it up"
+            assert not self._vanished(), "a refused write evicted something"
+            assert self.model.records == before
+            return
         except (PoolFullError, QuarantineFullError):
             assert not self._vanished(), "a refused write evicted something"
             assert self.model.records == before
@@ -183,16 +202,33 @@ class StoreMachine(RuleBasedStateMachine):
             return
         except LeaseGoneError:
             assert resume is not None
-            assert resume.is_damaged, "a good lease was refused"
+            assert resume.is_damaged or resume.has_ended, "a good lease was refused"
             return
         assert path, "there was nothing to write"
-        assert resume is None or not resume.is_damaged, "a writer builds on damaged records"
+        is_good = resume is None or not (resume.is_damaged or resume.has_ended)
+        assert is_good, "a writer builds on damaged records, or on what has ended"
+        others = [item for item in self.model.items() if item[0][0] != salt]
         self._accept_evictions()
+        if self.dram_bytes >= ROOMY_BYTES_MIN:
+            assert others == [item for item in self.model.items() if item[0][0] != salt], "another salt made room"
         reserved = [(prefix, copy) for prefix, copy in named if not self.model.find(prefix, copy)]
         found = {(r.header.end_tokens, r.name.group, r.name.units) for r in writer.transaction.records}
         assert found == {(len(prefix[1]), copy.group, copy.units) for prefix, copy in reserved}
         todo = self._cut(data, ids, lengths, start)
-        self.writers.append(LiveWriter(writer, salt, ids, path, reserved, todo, resume=resume))
+        self.writers.append(LiveWriter(writer, salt, ids, path, reserved, todo, resume=resume, ttl_s=ttl_s))
+
+    def _draw_ttl(self, data: st.DataObject) -> float | None:
+        """How long a write's records are to live."""
+        del data
+        return None
+
+    def _before_commit(self) -> None:
+        """Records are about to appear in the model."""
+
+    def _after_commit(
+        self, path: list[Prefix], lengths: tuple[int, ...], ttl_s: float | None, *, is_final: bool
+    ) -> None:
+        """A writer has committed these prefixes, with states at these lengths, whoever provided the records."""
 
     def _named(
         self, path: list[Prefix], lengths: tuple[int, ...], start: int, shard: Shard, grid: ChunkGrid | None
@@ -321,14 +357,17 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             live.writer.commit(upto)
         except LeaseGoneError:
-            assert is_damaged, "a good write was refused"
+            assert is_damaged or (live.resume is not None and live.resume.has_ended), "a good write was refused"
             self.writers.remove(live)
             return
         assert not is_damaged, "what was computed from damaged records was committed"
+        self._before_commit()
         for prefix, copy in ready:
             if not self.model.find(prefix, copy) and self._is_reachable(live.path, prefix, copy):
                 self.model.add(prefix, copy)
         live.reserved = [item for item in live.reserved if item not in ready]
+        committed = live.path if limit >= end else live.path[: limit // self.spec.block_tokens]
+        self._after_commit(committed, live.writer.resume_at, live.ttl_s, is_final=limit >= end)
         if limit >= end:
             self.writers.remove(live)
             assert not live.writer.transaction.is_open
@@ -353,15 +392,18 @@ class StoreMachine(RuleBasedStateMachine):
             assert not is_complete, "complete writers were refused"
             return
         except LeaseGoneError:
-            assert is_damaged, "good writers were refused"
+            ended = [live for live in chosen if live.resume is not None and live.resume.has_ended]
+            assert is_damaged or ended, "good writers were refused"
             self.writers = [live for live in self.writers if live.writer.transaction.is_open]
             return
         assert is_complete
         assert not is_damaged
+        self._before_commit()
         for live in chosen:
             for prefix, copy in live.reserved:
                 if not self.model.find(prefix, copy) and self._is_reachable(live.path, prefix, copy):
                     self.model.add(prefix, copy)
+            self._after_commit(live.path, live.writer.resume_at, live.ttl_s, is_final=True)
             self.writers.remove(live)
             assert not live.writer.transaction.is_open
 
@@ -561,9 +603,11 @@ class StoreMachine(RuleBasedStateMachine):
         with arrival.lease as lease:
             assert lease.tokens == len(ids)
             check_lease(lease, prompt)
+            self._before_commit()
             for prefix, copy in named:
                 if not self.model.find(prefix, copy):
                     self.model.add(prefix, copy)
+            self._after_commit(path, (len(ids),), None, is_final=True)
         if len(ids) % self.spec.block_tokens and not was_there:
             del self.model.records[path[-1]]
         self.evicted = self.store.statistics().evicted_records
@@ -579,6 +623,9 @@ class StoreMachine(RuleBasedStateMachine):
             assert statistics.reserved_bytes == 0
             if not self.leases:
                 assert statistics.quarantined_bytes == 0
+        for salt, size_bytes in statistics.bytes_by_salt.items():
+            quota_bytes = self.limits.quota_of(salt)
+            assert quota_bytes is None or size_bytes <= quota_bytes, "a salt has more than its quota"
 
     @invariant()
     def nothing_unfinished_is_seen(self) -> None:

@@ -99,7 +99,10 @@ class Worker:
         return self.answer()
 
     def stop(self) -> None:
+        """SIGSTOP, and wait until no thread of it runs any more: a signal is not at once."""
         self.process.send_signal(signal.SIGSTOP)
+        which = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+        eventually(lambda: os.waitid(os.P_PID, self.process.pid, which) is not None)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -29,12 +29,14 @@ from kvstore.errors import (
     LeaseGoneError,
     OwnerGoneError,
     QuarantineFullError,
+    QuotaTooSmallError,
     SpecError,
     StoreClosedError,
     TransferAbortedError,
+    UnavailableError,
     WriteError,
 )
-from kvstore.pool import HandOver, Pool, Transaction
+from kvstore.pool import HandOver, Pool, StoreLimits, Transaction
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all, put_tokens
@@ -123,6 +125,46 @@ def test_a_hand_over_between_workers(path: str) -> None:
         prefill.call("commit", first_token=17)
         assert decode.answer() == 17
         assert store.match([*IDS, 0]).tokens == len(IDS)
+
+
+def test_a_worker_gives_a_prefix_its_time_to_live_and_its_salt_has_a_quota(path: str) -> None:
+    now_s = [1000.0]
+    limits = StoreLimits(quotas={b"small": "64KiB"}, lease_max_s=30)
+    with (
+        opened(path, limits=limits, clock=lambda: now_s[0]),
+        kvstore.attach(path, deadline_s=DEADLINE_S) as attached,
+    ):
+        write(attached, ttl_s=10)
+        with pytest.raises(QuotaTooSmallError, match="the quota of salt b'small' is 65536"):
+            attached.write(IDS, salt=b"small")
+        for refused in (lambda: attached.pin(attached.match([*IDS, 0])), lambda: attached.expire(IDS)):
+            with pytest.raises(UnavailableError, match="process that owns the pool"):
+                refused()
+        now_s[0] += 9.9
+        check_read(attached)
+        now_s[0] += 0.1
+        assert attached.match([*IDS, 0]).tokens == 0
+
+
+def test_a_worker_that_holds_a_lease_for_too_long_loses_what_it_has(path: str) -> None:
+    now_s = [1000.0]
+    with (
+        opened(path, limits=StoreLimits(lease_max_s=30), clock=lambda: now_s[0]) as store,
+        kvstore.attach(path, deadline_s=DEADLINE_S) as attached,
+    ):
+        write(store)
+        lease = attached.read(attached.match([*IDS, 0]))
+        now_s[0] += 29.9
+        check_lease(lease, store.prompt(IDS))
+        assert attached.match([*IDS, 0]).tokens == len(IDS)
+        check_lease(lease, store.prompt(IDS))
+        now_s[0] += 0.2
+        assert attached.match([*IDS, 0]).tokens == len(IDS)  # whatever the owner answers it has seen the end before
+        with pytest.raises(LeaseGoneError, match="held a lease for longer than its owner bears"):
+            check_lease(lease, store.prompt(IDS))
+        assert store.statistics().expired_leases == 1
+        check_read(attached)
+        eventually(lambda: store.pool.evict(store.prompt(IDS).path.key(0)))
 
 
 def test_in_one_process_too(path: str) -> None:

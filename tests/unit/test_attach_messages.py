@@ -68,7 +68,7 @@ ROUND_TRIPS: list[tuple[Any, Callable[[memoryview], Any]]] = [
         lambda data: MissingRequest.parse(data, SPEC),
     ),
     (
-        BeginRequest(PATH, b"tenant", BEGIN_NAMES, (0, 2), (Slot(1, 2, 4096),), True, JointName("réquest", 1, 4)),
+        BeginRequest(PATH, b"tenant", BEGIN_NAMES, (0, 2), (Slot(1, 2, 4096),), True, JointName("réquest", 1, 4), 0.25),
         lambda data: BeginRequest.parse(data, SPEC),
     ),
     (Begun(4, 1, placed(), placed()[:1]), lambda data: Begun.parse(data, SPEC, PATH, ARENA_BYTES)),

@@ -27,9 +27,7 @@ from kvstore.testing.specs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kvstore.abc import Slot
+    from kvstore.abc import SlotRows
 
 B = 16
 IDS = [(11 * number) % 1000 for number in range(40)]
@@ -353,8 +351,8 @@ def test_what_is_given_back_while_nothing_moves_is_never_in_quarantine(
     seen = []
     give_back_all = Room.give_back_all
 
-    def watch(self: Room, slots: Sequence[Slot]) -> None:
-        give_back_all(self, slots)
+    def watch(self: Room, slots: SlotRows, salt: bytes) -> None:
+        give_back_all(self, slots, salt)
         seen.append((len(slots), store.pool._tier.quarantined_bytes))
 
     with store.write(IDS) as first, store.write(IDS) as second:

@@ -68,8 +68,12 @@ nb::tuple changes_to_python(const Index& index, std::span<const Change> changes)
 
 class PrefixIndex {
   public:
-    PrefixIndex(std::vector<bool> is_state_group, std::uint32_t ghosts_max, bool keeps_order)
-        : group_count_(is_state_group.size()), index_(std::move(is_state_group), ghosts_max, keeps_order, seed()) {}
+    PrefixIndex(std::vector<bool> is_state_group, std::uint32_t ghosts_max, bool keeps_order, bool keeps_salt_orders)
+        : group_count_(is_state_group.size()), index_(std::move(is_state_group), ghosts_max, keeps_order, seed()) {
+        if (keeps_salt_orders) {
+            index_.keep_salt_orders();
+        }
+    }
 
     PrefixIndex(const PrefixIndex&) = delete;
     PrefixIndex& operator=(const PrefixIndex&) = delete;
@@ -153,9 +157,13 @@ class PrefixIndex {
     }
 
     std::vector<std::uint32_t> commit(const WriteSet& set, const AnyArray& ready_array, const AnyArray& cost_array,
-                                      std::uint8_t tier, std::uint8_t codec, bool is_lossy) {
+                                      std::uint8_t tier, std::uint8_t codec, bool is_lossy, Moment ends_at,
+                                      std::uint32_t committed_nodes) {
         const auto ready = uint64_values(ready_array, 0, "ready");
         const auto costs = uint64_values(cost_array, 0, "costs_us");
+        if (committed_nodes > set.nodes.size()) {
+            throw std::out_of_range("more nodes are committed than a writer has");
+        }
         if (ready.size() != costs.size() || set.nodes.empty()) {
             throw std::invalid_argument("each record that is committed has a cost, and a node");
         }
@@ -164,13 +172,40 @@ class PrefixIndex {
                 throw std::out_of_range("a record that was not reserved cannot be committed");
             }
         }
-        return index_.commit(set, ready, costs, {tier, codec, is_lossy});
+        return index_.commit(set, ready, costs, {tier, codec, is_lossy}, {ends_at, committed_nodes});
+    }
+
+    std::uint32_t set_end(const nb::tuple& packed, Moment at, std::uint32_t after_tokens) {
+        return index_.set_end(*PackedPath(packed), at, after_tokens);
+    }
+
+    Table ends_of(const nb::tuple& packed) const { return make_table(index_.ends_of(*PackedPath(packed)), 2); }
+
+    nb::list take_expired() {
+        nb::list expired;
+        for (const Expired& each : index_.take_expired()) {
+            expired.append(nb::make_tuple(key_bytes(each.key), each.is_state));
+        }
+        return expired;
     }
 
     std::uint64_t choose(std::uint64_t target_bytes) { return index_.choose(target_bytes); }
 
     // Names of evictables that the policy outside ranks first; what is not there is passed over.
     void push_victims(const nb::bytes& keys, const nb::bytes& are_states) {
+        index_.push_victims(handles_of(keys, are_states));
+    }
+
+    std::uint64_t choose_in(const nb::bytes& salt, std::uint64_t target_bytes) {
+        return index_.choose_in(std::string(salt.c_str(), salt.size()), target_bytes);
+    }
+
+    std::uint64_t choose_named_in(const nb::bytes& salt, const nb::bytes& keys, const nb::bytes& are_states,
+                                  std::uint64_t target_bytes) {
+        return index_.choose_in(std::string(salt.c_str(), salt.size()), handles_of(keys, are_states), target_bytes);
+    }
+
+    std::vector<Handle> handles_of(const nb::bytes& keys, const nb::bytes& are_states) const {
         const Digest* digests = digests_of(keys, "the keys");
         if (size_of(keys) != size_of(are_states) * digest_bytes) {
             throw std::invalid_argument("each victim has a key and a kind");
@@ -182,7 +217,7 @@ class PrefixIndex {
                 handles.push_back(handle);
             }
         }
-        index_.push_victims(handles);
+        return handles;
     }
 
     nb::list take_events() {
@@ -372,7 +407,8 @@ void bind_index(nb::module_& module) {
     auto index = nb::class_<PrefixIndex>(
         module, "PrefixIndex",
         "Which records are there, for which prefix. Not thread-safe: the pool calls it under its lock.");
-    index.def(nb::init<std::vector<bool>, std::uint32_t, bool>(), "is_state_group"_a, "ghosts_max"_a, "keeps_order"_a)
+    index.def(nb::init<std::vector<bool>, std::uint32_t, bool, bool>(), "is_state_group"_a, "ghosts_max"_a,
+              "keeps_order"_a, "keeps_salt_orders"_a = false)
         .def("__len__", [](const PrefixIndex& self) { return self.index().node_count(); })
         .def_prop_ro("ghost_count", [](const PrefixIndex& self) { return self.index().ghost_count(); })
         .def_prop_ro("record_count", [](const PrefixIndex& self) { return self.index().record_count(); })
@@ -380,6 +416,12 @@ void bind_index(nb::module_& module) {
         .def_prop_ro("memory_bytes", [](const PrefixIndex& self) { return self.index().memory_bytes(); })
         .def_prop_ro("allocated_bytes", [](const PrefixIndex& self) { return self.index().allocated_bytes(); })
         .def_prop_ro("bytes_by_salt", &PrefixIndex::bytes_by_salt)
+        .def("share_of",
+             [](const PrefixIndex& self, const nb::bytes& salt) {
+                 return self.index().share_of(std::string(salt.c_str(), salt.size()));
+             },
+             "salt"_a)
+        .def_prop_ro("node_share_bytes", [](const PrefixIndex& self) { return self.index().node_share(); })
         .def("find", &PrefixIndex::find, "key"_a)
         .def("match", &PrefixIndex::match, "path"_a, "token_ids"_a, "cap_tokens"_a, "needs"_a, "grid"_a.none(),
              "candidates_max"_a, "excluded"_a)
@@ -392,10 +434,17 @@ void bind_index(nb::module_& module) {
         .def("enter", &PrefixIndex::enter, "writes"_a, "path"_a, "salt"_a, "basis_tail"_a, "resume_nodes"_a)
         .def("undo", [](PrefixIndex& self, WriteSet& set) { self.index().undo(set); }, "writes"_a)
         .def("commit", &PrefixIndex::commit, "writes"_a, "ready"_a, "costs_us"_a, "tier"_a = 0, "codec"_a = 0,
-             "is_lossy"_a = false)
+             "is_lossy"_a = false, "ends_at_us"_a = lasting, "committed_nodes"_a = 0)
         .def("leave", [](PrefixIndex& self, WriteSet& set) { self.index().leave(set); }, "writes"_a)
         .def("let_go", [](PrefixIndex& self, WriteSet& set) { return slot_table(self.index().let_go(set)); },
              "writes"_a)
+        .def("set_end", &PrefixIndex::set_end, "path"_a, "ends_at_us"_a, "after_tokens"_a = none)
+        .def("expire",
+             [](PrefixIndex& self, Moment now_us) { return slot_table(self.index().expire(now_us)); }, "now_us"_a)
+        .def("take_expired", &PrefixIndex::take_expired)
+        .def("ends_of", &PrefixIndex::ends_of, "path"_a)
+        .def_prop_ro("next_end_us", [](const PrefixIndex& self) { return self.index().next_end(); })
+        .def_prop_ro("life_bytes", [](const PrefixIndex& self) { return self.index().life_bytes(); })
         .def("evict",
              [](PrefixIndex& self, NodeId id, bool states_only) {
                  return slot_table(self.index().evict(self.live(id), states_only));
@@ -427,6 +476,8 @@ void bind_index(nb::module_& module) {
         .def("drop_ghosts", [](PrefixIndex& self, std::uint32_t count) { return self.index().drop_ghosts(count); },
              "count"_a)
         .def("choose", &PrefixIndex::choose, "target_bytes"_a)
+        .def("choose_in", &PrefixIndex::choose_in, "salt"_a, "target_bytes"_a)
+        .def("choose_named_in", &PrefixIndex::choose_named_in, "salt"_a, "keys"_a, "are_states"_a, "target_bytes"_a)
         .def("push_victims", &PrefixIndex::push_victims, "keys"_a, "are_states"_a)
         .def_prop_ro("pushed_count", [](const PrefixIndex& self) { return self.index().pushed_count(); })
         .def_prop_ro("chosen_count", [](const PrefixIndex& self) { return self.index().chosen_count(); })
@@ -475,6 +526,7 @@ void bind_index(nb::module_& module) {
              },
              "node"_a, "is_state"_a)
         .def("check", [](const PrefixIndex& self) { return self.index().check(); });
+    index.attr("LASTING_US") = lasting;
     index.attr("NODE_BYTES") = Index::node_bytes;
     index.attr("RECORD_BYTES") = Index::record_bytes;
 }

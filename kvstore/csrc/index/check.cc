@@ -14,7 +14,11 @@ std::string Index::check() const {
     std::uint32_t idle = 0;
     std::uint32_t ranked = 0;
     std::uint32_t roots = 0;
+    std::uint32_t timed = 0;
     std::vector<std::uint64_t> salt_bytes(salts_.size());
+    std::vector<std::uint32_t> salt_records(salts_.size());
+    std::vector<std::uint32_t> salt_nodes(salts_.size());
+    std::vector<std::uint32_t> salt_ranked(salts_.size());
     std::vector<std::uint32_t> grid_users(1);
     const auto expect = [&](bool holds, const char* what) {
         if (!holds && wrong.empty()) {
@@ -39,6 +43,7 @@ std::string Index::check() const {
         expect(nodes_.has(id, is_pending) == (node.pending != 0), "a node is wrongly pending, or not");
         expect(!nodes_.has(id, is_chosen) && !nodes_.has(id, is_chosen << 1), "a victim was chosen and left");
         ghosts += nodes_.has(id, is_ghost);
+        salt_nodes[salt_of(id)] += !nodes_.has(id, is_ghost);
         idle += nodes_.has(id, is_idle);
         std::uint32_t of_kind[2] = {0, 0};
         std::uint64_t order = 0;
@@ -47,6 +52,7 @@ std::string Index::check() const {
             ++records;
             bytes += record.slot_bytes;
             salt_bytes[salt_of(id)] += record.slot_bytes;
+            ++salt_records[salt_of(id)];
             if (record.grid >= grid_users.size()) {
                 grid_users.resize(record.grid + 1);
             }
@@ -65,14 +71,28 @@ std::string Index::check() const {
             expect(nodes_.has(id, kind != 0 ? has_states : has_attention) == is_there, "a node forgot what it has");
             expect(nodes_.has(id, is_ranked << kind) == is_there, "what a node has is not ranked, or ranked without it");
             ranked += is_there;
+            salt_ranked[salt_of(id)] += is_there;
+            const Moment ends_at = lives_.of(nodes_, handle_of(id, kind != 0));
+            timed += ends_at != lasting;
+            expect(is_there || ends_at == lasting, "what is not there has an end");
+            const NodeId parent = nodes_.parent(id);
+            expect(kind != 0 || !is_there || nodes_.has(parent, is_root) ||
+                       ends_at <= lives_.of(nodes_, handle_of(parent, false)),
+                   "attention ends before what hangs on it");
         }
     });
+    expect(timed == lives_.size(), "what has an end is miscounted");
+    expect(lives_.entry_count() <= 4 * lives_.size() + 4096 + 64, "ends of long ago pile up");
     expect(ghosts == ghosts_ && idle == idle_.size(), "ghosts are miscounted");
     expect(records == records_.size() && bytes == committed_bytes_, "records are miscounted");
     expect(!keeps_order_ || ranked == order_.size(), "the order of use lacks something");
     std::uint32_t salt_roots = 0;
     for (std::size_t number = 0; number < salts_.size(); ++number) {
         expect(salts_[number].bytes == salt_bytes[number], "a salt's bytes are miscounted");
+        expect(salts_[number].records == salt_records[number], "a salt's records are miscounted");
+        expect(salts_[number].nodes == salt_nodes[number], "a salt's nodes are miscounted");
+        expect(!keeps_salt_orders_ || salts_[number].order.size() == salt_ranked[number],
+               "a salt's order of use lacks something");
         salt_roots += salts_[number].roots;
     }
     expect(salt_roots == roots + changes_.size(), "roots are miscounted");

@@ -29,6 +29,13 @@ void Index::log(PolicyEvent::Kind kind, NodeId id, bool is_state) {
                        nodes_.key(id)});
 }
 
+void Index::rank(NodeId id, bool is_state) {
+    order_.append(nodes_, handle_of(id, is_state));
+    if (keeps_salt_orders_) {
+        owner(id).order.append(salt_links_, handle_of(id, is_state));
+    }
+}
+
 void Index::unrank(NodeId id, bool is_state) {
     if (!nodes_.has(id, is_ranked << static_cast<unsigned>(is_state))) {
         return;
@@ -36,6 +43,9 @@ void Index::unrank(NodeId id, bool is_state) {
     nodes_.clear(id, (is_ranked | is_pushed) << static_cast<unsigned>(is_state));
     if (keeps_order_) {
         order_.remove(nodes_, handle_of(id, is_state));
+        if (keeps_salt_orders_) {
+            owner(id).order.remove(salt_links_, handle_of(id, is_state));
+        }
     } else {
         log(PolicyEvent::remove, id, is_state);
     }
@@ -48,7 +58,7 @@ void Index::refresh(NodeId id, bool is_state) {
     }
     nodes_.set(id, is_ranked << static_cast<unsigned>(is_state));
     if (keeps_order_) {
-        order_.append(nodes_, handle_of(id, is_state));
+        rank(id, is_state);
     } else {
         log(PolicyEvent::insert, id, is_state);
     }
@@ -60,7 +70,10 @@ void Index::access(NodeId id, bool is_state) {
     }
     if (keeps_order_) {
         order_.remove(nodes_, handle_of(id, is_state));
-        order_.append(nodes_, handle_of(id, is_state));
+        if (keeps_salt_orders_) {
+            owner(id).order.remove(salt_links_, handle_of(id, is_state));
+        }
+        rank(id, is_state);
     } else {
         nodes_.clear(id, is_pushed << static_cast<unsigned>(is_state));
         log(PolicyEvent::access, id, is_state);
@@ -137,26 +150,61 @@ std::uint64_t Index::choose(std::uint64_t target_bytes) {
             }
             nodes_.clear(id, is_pushed << kind);
         }
-        if (nodes_.has(id, is_chosen << kind)) {
-            continue;
-        }
-        found.clear();
-        if (!closure(id, kind != 0, found)) {
-            continue;
-        }
-        for (const Handle member : found) {
-            const NodeId member_id = node_of(member);
-            if (nodes_.has(member_id, is_chosen << kind_of(member))) {
-                continue;
-            }
-            chosen_.push_back(member);
-            nodes_.set(member_id, is_chosen << kind_of(member));
-            chosen_bytes_ += bytes_of(member_id, kind_of(member) != 0) +
-                             count_of(member_id, kind_of(member) != 0) * record_bytes;
-        }
-        chosen_ends_.push_back(chosen_.size());
+        choose_one(handle, found);
     }
     return chosen_bytes_;
+}
+
+// Choose an evictable with all that goes with it, unless it was chosen or something of it is held.
+// `found` is memory to work in.
+bool Index::choose_one(Handle handle, std::vector<Handle>& found) {
+    if (nodes_.has(node_of(handle), is_chosen << kind_of(handle))) {
+        return false;
+    }
+    found.clear();
+    if (!closure(node_of(handle), kind_of(handle) != 0, found)) {
+        return false;
+    }
+    for (const Handle member : found) {
+        const NodeId id = node_of(member);
+        const bool is_state = kind_of(member) != 0;
+        if (nodes_.has(id, is_chosen << kind_of(member))) {
+            continue;
+        }
+        chosen_.push_back(member);
+        nodes_.set(id, is_chosen << kind_of(member));
+        const std::uint64_t bytes = bytes_of(id, is_state) + count_of(id, is_state) * record_bytes;
+        const bool keeps_other = nodes_.has(id, is_state ? has_attention : has_states) &&
+                                 !nodes_.has(id, is_chosen << (is_state ? 0U : 1U));
+        chosen_bytes_ += bytes;
+        chosen_share_ += bytes + (keeps_other || nodes_[id].reserved != 0 ? 0 : node_share());
+    }
+    chosen_ends_.push_back(chosen_.size());
+    return true;
+}
+
+std::uint64_t Index::choose_in(const std::string& salt, std::uint64_t target_bytes) {
+    const auto number = salt_numbers_.find(salt);
+    if (number == salt_numbers_.end()) {
+        return 0;
+    }
+    const UseOrder& order = salts_[number->second].order;
+    std::vector<Handle> found;
+    for (Handle at = order.oldest(); at != none && chosen_share_ < target_bytes; at = order.later(salt_links_, at)) {
+        choose_one(at, found);
+    }
+    return chosen_share_;
+}
+
+std::uint64_t Index::choose_in(const std::string& salt, std::span<const Handle> handles,
+                               std::uint64_t target_bytes) {
+    std::vector<Handle> found;
+    for (std::size_t at = 0; at < handles.size() && chosen_share_ < target_bytes; ++at) {
+        if (this->salt(node_of(handles[at])) == salt) {
+            choose_one(handles[at], found);
+        }
+    }
+    return chosen_share_;
 }
 
 void Index::push_victims(std::span<const Handle> handles) {
@@ -204,6 +252,7 @@ void Index::drop_choice() {
     chosen_.clear();
     chosen_ends_.clear();
     chosen_bytes_ = 0;
+    chosen_share_ = 0;
     is_choosing_ = false;
 }
 
@@ -239,18 +288,23 @@ bool Index::has_slot(NodeId id, bool is_state, const Slot& slot) const {
     return false;
 }
 
+// A node's attention and states, and those of all that hangs on it, children first.
+void Index::everything_below(NodeId id, std::vector<Handle>& handles) const {
+    std::vector<NodeId> members;
+    nodes_.below(id, members, [](NodeId) { return false; });
+    members.push_back(id);
+    for (const NodeId member : members) {
+        handles.insert(handles.end(), {handle_of(member, true), handle_of(member, false)});
+    }
+}
+
 std::vector<Slot> Index::condemn(NodeId id, bool is_state) {
     std::vector<Slot> freed;
     std::vector<Handle> handles;
     if (is_state) {
         handles.push_back(handle_of(id, true));
     } else {
-        std::vector<NodeId> members;
-        nodes_.below(id, members, [](NodeId) { return false; });
-        members.push_back(id);
-        for (const NodeId member : members) {
-            handles.insert(handles.end(), {handle_of(member, true), handle_of(member, false)});
-        }
+        everything_below(id, handles);
     }
     reserve_removal(handles, freed);
     for (const Handle handle : handles) {
@@ -332,7 +386,8 @@ void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
         freed.push_back(record.slot());
         size_bytes += record.slot_bytes;
         committed_bytes_ -= record.slot_bytes;
-        salts_[salt_of(id)].bytes -= record.slot_bytes;
+        owner(id).bytes -= record.slot_bytes;
+        --owner(id).records;
         grids_.drop(record.grid);
         records_.remove(at);
     }
@@ -341,6 +396,10 @@ void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
     }
     nodes_.clear(id, is_state ? has_states : has_attention);
     unrank(id, is_state);
+    lives_.clear(nodes_, handle_of(id, is_state));
+    if (!holds_records(id)) {
+        nodes_.clear(id, ends_prompt | has_end);
+    }
     if (nodes_.has(id, has_handover)) {
         nodes_.clear(id, has_handover);
         lost_handovers_.push_back(id);
@@ -362,6 +421,7 @@ void Index::retire(NodeId id) {
     if (!nodes_.has(id, is_ghost)) {
         nodes_.set(id, is_ghost);
         ++ghosts_;
+        --owner(id).nodes;
     }
     if (nodes_.is_leaf(id)) {
         become_idle(id);
@@ -390,12 +450,16 @@ void Index::no_ghost(NodeId id) {
     if (nodes_.has(id, is_idle)) {
         idle_.remove(nodes_, handle_of(id, false));
     }
-    ghosts_ -= nodes_.has(id, is_ghost);
+    if (nodes_.has(id, is_ghost)) {
+        --ghosts_;
+        ++owner(id).nodes;
+    }
     nodes_.clear(id, is_ghost | is_idle);
 }
 
 void Index::forget(NodeId id) {
     no_ghost(id);
+    --owner(id).nodes;
     const NodeId parent = nodes_.parent(id);
     nodes_.detach(id);
     recycle_if_unused(id);

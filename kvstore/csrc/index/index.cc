@@ -8,13 +8,14 @@ Index::Index(std::vector<bool> is_state_group, std::uint32_t ghosts_max, bool ke
 // What the index holds, by the size of each part. Freed places are used again before there are new ones.
 std::size_t Index::memory_bytes() const {
     const std::size_t nodes = std::size_t{nodes_.prefix_count()} + nodes_.root_count() + nodes_.detached_count();
-    return nodes * node_bytes + records_.size() * record_bytes + nodes_.tail_ids_bytes() +
-           grids_.size() * Grids::grid_bytes + salt_name_bytes_;
+    return nodes * node_share() + records_.size() * record_bytes + nodes_.tail_ids_bytes() +
+           grids_.size() * Grids::grid_bytes + salt_name_bytes_ + lives_.memory_bytes();
 }
 
 std::size_t Index::allocated_bytes() const {
     return nodes_.allocated_bytes() + records_.allocated_bytes() + grids_.size() * Grids::grid_bytes +
-           salt_name_bytes_ + pushed_.capacity() * sizeof(Handle);
+           salt_name_bytes_ + pushed_.capacity() * sizeof(Handle) + salt_links_.allocated_bytes() +
+           lives_.allocated_bytes();
 }
 
 std::uint32_t Index::use_salt(const std::string& name) {
@@ -33,7 +34,7 @@ std::uint32_t Index::use_salt(const std::string& name) {
     } else {
         free_salts_.pop_back();
     }
-    salts_[number] = {std::move(kept), 0, 1};
+    salts_[number] = Salt{.name = std::move(kept), .roots = 1};
     salt_name_bytes_ += 2 * name.size();
     return number;
 }
@@ -46,6 +47,15 @@ void Index::drop_salt_root(std::uint32_t number) {
         salt.name = {};
         free_salts_.push_back(number);
     }
+}
+
+std::uint64_t Index::share_of(const std::string& salt) const {
+    const auto found = salt_numbers_.find(salt);
+    if (found == salt_numbers_.end()) {
+        return 0;
+    }
+    const Salt& owner = salts_[found->second];
+    return owner.bytes + owner.records * std::uint64_t{record_bytes} + owner.nodes * std::uint64_t{node_share()};
 }
 
 std::vector<std::pair<std::string, std::uint64_t>> Index::bytes_by_salt() const {

@@ -12,7 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "chunked.h"
 #include "grids.h"
+#include "lives.h"
 #include "needs.h"
 #include "nodes.h"
 #include "records.h"
@@ -142,6 +144,18 @@ struct PolicyEvent {
     Digest key;
 };
 
+// How long what a writer commits is wanted, and how many of its nodes, from the root, have been committed.
+struct Life {
+    Moment ends_at = lasting;
+    std::uint32_t nodes = 0;
+};
+
+// What has ended by itself: a node's states, or its attention and all that hung on it.
+struct Expired {
+    Digest key;
+    bool is_state;
+};
+
 // What a node has of one kind has appeared or grown, or is gone: for whoever watches the index from outside.
 struct Change {
     bool is_added;
@@ -173,6 +187,13 @@ class Index {
     std::size_t memory_bytes() const;
     std::size_t allocated_bytes() const;
     std::vector<std::pair<std::string, std::uint64_t>> bytes_by_salt() const;
+    // Committed records of a salt, and the index's memory for them and for their nodes; ghosts are nobody's.
+    std::uint64_t share_of(const std::string& salt) const;
+    // What one node counts for in it.
+    std::size_t node_share() const { return node_bytes + (keeps_salt_orders_ ? sizeof(OrderLinks) : 0); }
+    // Also keep the order of use of each salt by itself, so that `choose_in` need not look past others' records.
+    // Only before there is anything, and without a policy outside.
+    void keep_salt_orders() { keeps_salt_orders_ = keeps_order_; }
 
     // Nodes
     NodeId find(const Digest& key) const;
@@ -214,7 +235,7 @@ class Index {
     void undo(WriteSet& set);
     // The records of `ready` appear; the numbers of those that another writer has committed, or that nothing leads to.
     std::vector<std::uint32_t> commit(const WriteSet& set, std::span<const std::uint64_t> ready,
-                                      std::span<const std::uint64_t> costs_us, Residency residency);
+                                      std::span<const std::uint64_t> costs_us, Residency residency, Life life = {});
     // The writer has ended; what it relied on stays until `let_go`.
     void leave(WriteSet& set);
     std::vector<Slot> let_go(WriteSet& set);
@@ -231,6 +252,10 @@ class Index {
 
     // Choose victims until `target_bytes` would be freed, from the order of use or from what was pushed; the bytes so far.
     std::uint64_t choose(std::uint64_t target_bytes);
+    // The same within one salt, before any `choose`: until its share would shrink by so much; by how much it would so
+    // far. In the order of use, which `keep_salt_orders` has to have been asked for; or by the order of `handles`.
+    std::uint64_t choose_in(const std::string& salt, std::uint64_t target_bytes);
+    std::uint64_t choose_in(const std::string& salt, std::span<const Handle> handles, std::uint64_t target_bytes);
     void push_victims(std::span<const Handle> handles);
     std::size_t pushed_count() const { return pushed_.size() - next_pushed_; }
     // How many evictables were named so far for whom there is a choice, and what the first so many of them would free.
@@ -241,6 +266,19 @@ class Index {
     std::vector<Slot> evict_chosen();
     void drop_choice();
     Handle ranked_handle(const Digest& key, bool is_state) const;
+
+    // Time to live
+    // The deepest prefix of a path that is stored is wanted until a moment, and so are shorter resume points of it past
+    // `after_tokens`; what is shared with others that are wanted for longer stays. The prefix's length, 0 without one.
+    std::uint32_t set_end(const Path& path, Moment at, std::uint32_t after_tokens);
+    // Forget what has ended, held or not; but not what a running writer goes on from: that is for when it has ended.
+    std::vector<Slot> expire(Moment now);
+    // When there may be something to expire.
+    Moment next_end() const { return lives_.next(); }
+    std::size_t life_bytes() const { return lives_.memory_bytes(); }
+    // When the attention and the states of each node of a path end; 0 for what is not there.
+    std::vector<Moment> ends_of(const Path& path) const;
+    std::vector<Expired> take_expired() { return std::exchange(expired_, {}); }
 
     // For the pool to act upon after each call that changes something.
     std::vector<NodeId> take_lost_handovers() { return std::exchange(lost_handovers_, {}); }
@@ -298,6 +336,9 @@ class Index {
     void release_nodes(const std::vector<NodeId>& nodes, std::uint32_t made);
     void drop_if_over(NodeId id, std::vector<Slot>& freed);
 
+    // lives.cc
+    void live_on(const WriteSet& set, Life life);
+    Moment wanted_until(NodeId id) const;
     // restore.cc
     std::vector<NodeId> restore_nodes(std::uint32_t block_tokens, std::span<const KeptNode> nodes,
                                       std::span<const KeptRoot> roots, std::vector<NodeId>& made);
@@ -309,6 +350,7 @@ class Index {
     void note(NodeId id, bool is_state, std::uint64_t size_bytes, bool is_added);
 
     // evict.cc
+    void everything_below(NodeId id, std::vector<Handle>& handles) const;
     void reserve_removal(std::span<const Handle> handles, std::vector<Slot>& freed);
     void remove(NodeId id, bool is_state, std::vector<Slot>& freed);
     void refresh(NodeId id, bool is_state);
@@ -320,6 +362,8 @@ class Index {
     std::uint32_t count_of(NodeId id, bool is_state) const;
     bool is_held(NodeId id, bool is_state) const;
     bool closure(NodeId id, bool is_state, std::vector<Handle>& found) const;
+    bool choose_one(Handle handle, std::vector<Handle>& found);
+    void rank(NodeId id, bool is_state);
     void retire(NodeId id);
     void forget(NodeId id);
     void become_idle(NodeId id);
@@ -328,8 +372,12 @@ class Index {
     struct Salt {
         std::string name;
         std::uint64_t bytes = 0;
+        std::uint32_t records = 0;
+        std::uint32_t nodes = 0;  // that are no ghosts
         std::uint32_t roots = 0;
+        UseOrder order{};  // of its evictables, if asked for
     };
+    Salt& owner(NodeId id) { return salts_[salt_of(id)]; }
     std::uint32_t salt_of(NodeId id) const { return nodes_[nodes_[id].root].root; }
     std::uint32_t use_salt(const std::string& name);
     void drop_salt_root(std::uint32_t number);
@@ -337,6 +385,7 @@ class Index {
     std::vector<bool> is_state_group_;
     std::uint32_t ghosts_max_;
     bool keeps_order_;
+    bool keeps_salt_orders_ = false;
     Nodes nodes_;
     Records records_;
     Grids grids_;
@@ -347,11 +396,13 @@ class Index {
     std::size_t grid_holds_ = 0;  // of write sets
     UseOrder order_;
     UseOrder idle_;
+    Chunked<OrderLinks> salt_links_;  // of the orders of use of single salts, by node
     std::uint32_t ghosts_ = 0;
     std::uint64_t committed_bytes_ = 0;
     std::vector<Handle> chosen_;
     std::vector<std::size_t> chosen_ends_;  // in `chosen_`, after each evictable with all that goes with it
     std::uint64_t chosen_bytes_ = 0;
+    std::uint64_t chosen_share_ = 0;  // of the salts that it is of: as `chosen_bytes_`, and the nodes that would go
     Handle cursor_ = none;
     bool is_choosing_ = false;
     std::vector<Handle> pushed_;
@@ -362,6 +413,8 @@ class Index {
     bool is_watched_ = false;
     std::vector<Change> changes_;
     std::vector<NodeId> lost_handovers_;
+    Lives lives_;
+    std::vector<Expired> expired_;
     mutable std::vector<std::uint64_t> lacking_;
     mutable std::vector<NodeId> scratch_;
 };

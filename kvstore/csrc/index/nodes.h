@@ -31,6 +31,9 @@ enum Flag : std::uint32_t {
     is_ranked = 1U << 13,
     is_chosen = 1U << 15,
     is_pushed = 1U << 17,  // named as a victim by a policy outside, and not used since
+    is_timed = 1U << 19,   // ends at some moment
+    ends_prompt = 1U << 21,  // somebody wrote a prompt that ends here
+    has_end = 1U << 22,      // and such prompts end at some moment
 };
 
 // What a match looks at on its way to the root.
@@ -80,6 +83,8 @@ class Nodes {
     void prefetch(const Digest& key) const { table_.prefetch(hash(key)); }
     std::uint32_t hash(const Digest& key) const { return fold(hash_(key)); }
 
+    // Ids that were ever given out, those that are free again included.
+    std::uint32_t id_count() const { return steps_.size(); }
     std::uint32_t prefix_count() const { return prefixes_; }
     std::uint32_t root_count() const { return roots_; }
     std::uint32_t detached_count() const { return detached_; }

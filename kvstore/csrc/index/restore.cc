@@ -26,6 +26,9 @@ std::vector<NodeId> Index::restore_nodes(std::uint32_t block_tokens, std::span<c
                                          std::span<const KeptRoot> roots, std::vector<NodeId>& made) {
     std::vector<NodeId> ids(nodes.size(), none);
     nodes_.reserve(nodes.size() + roots.size(), 0);
+    while (keeps_salt_orders_ && salt_links_.size() < nodes_.id_count() + nodes.size() + roots.size()) {
+        salt_links_.append({});
+    }
     for (const std::uint32_t number : parents_first(nodes)) {
         const KeptNode& kept = nodes[number];
         const KeptRoot& kept_root = roots[kept.root];
@@ -54,6 +57,7 @@ std::vector<NodeId> Index::restore_nodes(std::uint32_t block_tokens, std::span<c
         }
         ids[number] = tail_tokens != 0 ? nodes_.add_tail(*kept.key, parent, kept.end_tokens, kept.tail_ids)
                                        : nodes_.add(*kept.key, parent, kept.end_tokens);
+        ++owner(ids[number]).nodes;
         made.push_back(ids[number]);
     }
     return ids;

@@ -104,6 +104,9 @@ void Index::make_nodes(WriteSet& set, const Path& path, const std::string& salt)
     const std::uint32_t count = path.size();
     set.nodes.reserve(count);
     nodes_.reserve(std::size_t{set.new_nodes} + 1, path.tail_ids.size());
+    while (keeps_salt_orders_ && salt_links_.size() < nodes_.id_count() + set.new_nodes + 1) {
+        salt_links_.append({});
+    }
     NodeId parent = nodes_.find(path.root);
     if (parent == none) {
         parent = nodes_.add_root(path.root, use_salt(salt));
@@ -118,6 +121,7 @@ void Index::make_nodes(WriteSet& set, const Path& path, const std::string& salt)
                          ? nodes_.add_tail(path.key(number), parent, path.end_tokens(number), path.tail_ids)
                          : nodes_.add(path.key(number), parent, path.end_tokens(number));
                 ++made;
+                ++owner(id).nodes;
             }
             no_ghost(id);
             ++nodes_[id].reserved;
@@ -186,6 +190,7 @@ void Index::undo(WriteSet& set) {
     set_pending(set, false);
     stop_relying(set);
     release_nodes(set.nodes, set.new_nodes);
+    lives_.wake();
     for (const NodeId id : set.basis_tail) {
         recycle_if_unused(id);
     }
@@ -245,7 +250,7 @@ bool Index::is_reachable(NodeId id, const Row& row, bool is_lossy) const {
 }
 
 std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const std::uint64_t> ready,
-                                         std::span<const std::uint64_t> costs_us, Residency residency) {
+                                         std::span<const std::uint64_t> costs_us, Residency residency, Life life) {
     std::vector<std::uint32_t> order(ready.size());
     for (std::uint32_t number = 0; number < order.size(); ++number) {
         order[number] = number;
@@ -265,6 +270,9 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
         words = std::max<std::size_t>(words, set.missing[index].units.stop / 64U + 1U);
     }
     lacking_.reserve(words);
+    if (life.ends_at != lasting) {
+        lives_.reserve(nodes_, ready.size() + life.nodes + set.resume_nodes.size());
+    }
     if (!keeps_order_) {
         events_.reserve(events_.size() + 2 * ready.size() + set.nodes.size() + 1);
     }
@@ -282,8 +290,12 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
             given_back.push_back(index);
             continue;
         }
-        add_record(id, row, costs_us[number], residency);
         const Handle handle = handle_of(id, is_state_group_[row.group]);
+        const bool is_first = !nodes_.has(id, is_state_group_[row.group] ? has_states : has_attention);
+        add_record(id, row, costs_us[number], residency);
+        if (is_first) {
+            lives_.set(nodes_, handle, life.ends_at);
+        }
         const auto latest = changed.size() > 2 ? changed.end() - 2 : changed.begin();  // a node has two at most
         const auto known = std::find(latest, changed.end(), handle);
         const std::size_t place = noted + static_cast<std::size_t>(known - changed.begin());
@@ -304,6 +316,7 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
     if (!order.empty()) {
         touch(std::span(set.nodes).first(set.missing[ready[order.back()]].node + 1));
     }
+    live_on(set, life);
     return given_back;
 }
 
@@ -330,13 +343,15 @@ void Index::add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residen
     *link = added;
     nodes_.set(id, is_state_group_[row.group] ? has_states | had_states : has_attention);
     committed_bytes_ += row.slot.size_bytes;
-    salts_[salt_of(id)].bytes += row.slot.size_bytes;
+    owner(id).bytes += row.slot.size_bytes;
+    ++owner(id).records;
 }
 
 void Index::leave(WriteSet& set) {
     drop_grids(set);
     set_pending(set, false);
     release_nodes(set.nodes, 0);
+    lives_.wake();
 }
 
 std::vector<Slot> Index::let_go(WriteSet& set) {

@@ -96,6 +96,7 @@ int until_it_succeeds(const Index& index, Action action, Unchanged unchanged) {
 
 void test_every_allocation(bool keeps_order, bool is_watched) {
     Index index({false, true}, 8, keeps_order, 5);
+    index.keep_salt_orders();
     index.watch(is_watched);
     int failures = 0;
     const auto counts = [&] {
@@ -117,7 +118,9 @@ void test_every_allocation(bool keeps_order, bool is_watched) {
             ready[at] = at;
         }
         const std::vector<std::uint64_t> costs(ready.size(), 1);
-        failures += until_it_succeeds(index, [&] { check(index.commit(set, ready, costs, {}).empty(), "given back"); }, counts);
+        const Life life{number % 2 == 0 ? lasting : number, prompt.path().size()};
+        failures += until_it_succeeds(
+            index, [&] { check(index.commit(set, ready, costs, {}, life).empty(), "given back"); }, counts);
         index.leave(set);
         index.let_go(set);
         check(index.check().empty(), index.check());
@@ -133,6 +136,17 @@ void test_every_allocation(bool keeps_order, bool is_watched) {
         }
         static_cast<void>(index.take_events());
         index.drop_changes();
+        if (number % 5 == 4) {
+            const NodeId node = index.find(prompt.keys[0]);
+            const bool is_there = node != none && index.holds_records(node);
+            failures += until_it_succeeds(
+                index, [&] { check((index.set_end(prompt.path(), 1, 0) != 0) == is_there, "another has ended"); }, counts);
+            failures += until_it_succeeds(
+                index, [&] { check(index.expire(1).empty() != is_there, "it did not end"); }, counts);
+            index.expire(1);  // where memory ran out half way, the rest
+            check(node == none || !index.holds_records(node), "it did not end");
+            static_cast<void>(index.take_events());
+        }
     }
     check(failures > 400, "too few allocations failed: " + std::to_string(failures));
 }

@@ -97,6 +97,9 @@ class Machine {
           keeps_order_(keeps_order),
           is_watched_(seed % 4 != 1),
           index_({false, true}, 20, keeps_order, seed) {
+        if (seed % 2 == 0) {
+            index_.keep_salt_orders();
+        }
         for (std::uint16_t unit = 0; unit <= unit_count; ++unit) {
             // Whole, then each half.
             Needs needs;
@@ -114,7 +117,7 @@ class Machine {
 
     void run(int steps) {
         for (int step = 0; step < steps; ++step) {
-            switch (draw(12)) {
+            switch (draw(15)) {
                 case 0:
                 case 1:
                 case 2:
@@ -141,6 +144,15 @@ class Machine {
                     break;
                 case 10:
                     make_room();
+                    break;
+                case 11:
+                    make_room_in_salt();
+                    break;
+                case 12:
+                    expire();
+                    break;
+                case 13:
+                    set_end();
                     break;
                 default:
                     match();
@@ -266,8 +278,19 @@ class Machine {
             }
         }
         const std::vector<std::uint64_t> costs(ready.size(), 7);
-        const auto given_back = index_.commit(writer.set, ready, costs, {});
+        const Path path = writer.prompt.path();
+        const Moment ends_at = draw(2) == 0 ? lasting : now_ + draw(40);
+        const auto given_back = index_.commit(writer.set, ready, costs, {}, {ends_at, path.size()});
         check(std::set(given_back.begin(), given_back.end()) == expected, "other records were given back");
+        for (std::uint32_t node = 0; node < path.size(); ++node) {
+            live_on({writer.salt, writer.prompt.prefix(node), 0}, ends_at);
+        }
+        const Place last{writer.salt, writer.prompt.ids, 1};
+        live_on(last, ends_at);
+        if (holds_records(last)) {
+            Moment& prompts = prompts_[{last.salt, last.ids, 0}];
+            prompts = std::max(prompts, ends_at);
+        }
         end(number);
     }
 
@@ -364,6 +387,110 @@ class Machine {
         return false;
     }
 
+    // Time to live: every place has the latest end of the commits that went through it.
+
+    void live_on(const Place& place, Moment ends_at) {
+        if (model_.contains(place)) {
+            Moment& ends = ends_[place];  // of a new one 0
+            ends = std::max(ends, ends_at);
+        }
+    }
+
+    bool holds_records(const Place& place) const {
+        return model_.contains({place.salt, place.ids, 0}) || model_.contains({place.salt, place.ids, 1});
+    }
+
+    void forget_ends() {
+        std::erase_if(ends_, [&](const auto& each) { return !model_.contains(each.first); });
+        std::erase_if(prompts_, [&](const auto& each) { return !holds_records(each.first); });
+    }
+
+    bool is_written(const Place& place) const {
+        return std::any_of(writers_.begin(), writers_.end(), [&](const Writer& writer) {
+            const Path path = writer.prompt.path();
+            for (std::uint32_t node = 0; node < path.size(); ++node) {
+                if (writer.salt == place.salt && writer.prompt.prefix(node) == place.ids) {
+                    return true;
+                }
+            }
+            return false;
+        });
+    }
+
+    void expire() {
+        now_ += draw(12);
+        std::set<Place> expected;
+        for (const auto& [place, ends_at] : ends_) {
+            if (ends_at <= now_ && !(place.group == 0 && is_written(place))) {
+                expected.insert(place);
+            }
+        }
+        const bool is_due = index_.next_end() <= now_;
+        check(expected.empty() || is_due, "what ends is not announced");
+        for (Reader& reader : readers_) {
+            const Path path = reader.prompt.path();
+            for (std::uint32_t node = 0; node < path.size(); ++node) {
+                reader.is_damaged = reader.is_damaged || expected.contains({reader.salt, reader.prompt.prefix(node), 0});
+            }
+            reader.is_damaged = reader.is_damaged || expected.contains({reader.salt, reader.prompt.ids, 1});
+        }
+        std::set<Place> before;
+        for (const auto& [place, parts] : model_) {
+            before.insert(place);
+        }
+        forget(index_.expire(now_), true);
+        for (const Place& place : before) {
+            check(model_.contains(place) != expected.contains(place), "something ended too early, or not at all");
+        }
+        check(index_.next_end() > now_ || !writers_.empty(), "what has ended is still announced");
+        check(index_.take_expired().empty() == expected.empty(), "nobody is told what has ended");
+        index_.take_lost_handovers();
+        index_.take_events();
+    }
+
+    void set_end() {
+        const std::uint32_t salt = draw(2);
+        const Prompt prompt = draw_prompt(salt);
+        const Path path = prompt.path();
+        const Moment at = draw(3) == 0 ? lasting : now_ + draw(20);
+        const std::uint32_t after_tokens = draw(2) == 0 ? none : draw(8);
+        std::uint32_t deepest = path.size();
+        while (deepest > 0 && !holds_records({salt, prompt.prefix(deepest - 1), 0})) {
+            --deepest;
+        }
+        const std::uint32_t tokens = deepest == 0 ? 0 : path.end_tokens(deepest - 1);
+        check(index_.set_end(path, at, after_tokens) == tokens, "another prefix was given an end");
+        for (std::uint32_t node = deepest; node-- > 0;) {
+            const Place place{salt, prompt.prefix(node), 0};
+            if (node + 1 == deepest || path.end_tokens(node) > after_tokens) {
+                if (model_.contains({salt, place.ids, 1})) {
+                    ends_[{salt, place.ids, 1}] = at;
+                }
+                if (node + 1 == deepest || prompts_.contains(place)) {
+                    prompts_[place] = at;
+                }
+            }
+        }
+        for (std::uint32_t node = deepest; node-- > 0;) {
+            const Place place{salt, prompt.prefix(node), 0};
+            if (!model_.contains(place)) {
+                break;
+            }
+            Moment wanted = at;
+            if (const auto found = prompts_.find(place); found != prompts_.end()) {
+                wanted = std::max(wanted, found->second);
+            }
+            for (const auto& [other, ends_at] : ends_) {
+                const bool is_below = other.salt == salt && other.ids.size() >= place.ids.size() &&
+                                      std::equal(place.ids.begin(), place.ids.end(), other.ids.begin()) &&
+                                      !(other.ids == place.ids && other.group == 0) &&
+                                      (other.ids == place.ids || place.ids.size() % block_tokens == 0);
+                wanted = is_below ? std::max(wanted, ends_at) : wanted;
+            }
+            ends_[place] = wanted;
+        }
+    }
+
     // These slots have gone: take them from the model.
     void forget(const std::vector<Slot>& slots, bool may_be_held = false) {
         std::set<std::uint64_t> gone;
@@ -379,6 +506,7 @@ class Machine {
             at = parts.empty() ? model_.erase(at) : std::next(at);
         }
         check(gone.empty(), "a slot was freed that held nothing");
+        forget_ends();
     }
 
     const Place* draw_place() {
@@ -462,11 +590,8 @@ class Machine {
         check(mirrored_ == there, "the changes do not add up to what is there");
     }
 
-    // What a policy outside would push: everything, in any order.
-    void push_all() {
-        if (keeps_order_) {
-            return;
-        }
+    // What a policy outside would name: everything, in any order.
+    std::vector<Handle> shuffled() {
         std::vector<Handle> handles;
         for (const auto& [place, parts] : model_) {
             const Prompt prompt(place.ids, place.salt);
@@ -475,7 +600,53 @@ class Machine {
             handles.push_back(handle);
         }
         std::shuffle(handles.begin(), handles.end(), random_);
-        index_.push_victims(handles);
+        return handles;
+    }
+
+    void push_all() {
+        if (!keeps_order_) {
+            index_.push_victims(shuffled());
+        }
+    }
+
+    // A salt is over its quota: only what is its own goes, and its share shrinks by what was promised.
+    void make_room_in_salt() {
+        const std::uint32_t salt = draw(2);
+        const std::string name = salt == 0 ? "" : "tenant";
+        const std::uint64_t before = index_.share_of(name);
+        const std::uint64_t target = draw(10) * (slot_bytes + Index::record_bytes);
+        const std::uint64_t chosen = index_.node_share() != Index::node_bytes
+                                         ? index_.choose_in(name, target)
+                                         : index_.choose_in(name, shuffled(), target);
+        const std::vector<Slot> slots = index_.chosen_slots(index_.chosen_count());
+        std::uint64_t others = 0;
+        for (const auto& [place, parts] : model_) {
+            others += place.salt == salt ? 0 : parts.size();
+        }
+        if (chosen < target) {
+            check(!writers_.empty() || !readers_.empty() || slots.size() + others == total(), "a victim was overlooked");
+        }
+        if (draw(4) == 0) {
+            index_.drop_choice();
+            check(index_.share_of(name) == before, "a choice changed something");
+            return;
+        }
+        if (draw(2) == 0) {  // and then for the tier: from all
+            push_all();
+            index_.choose(draw(10) * (slot_bytes + Index::record_bytes));
+            forget(index_.evict_chosen());
+            check(index_.share_of(name) + chosen <= before, "a choice of one salt was forgotten");
+        } else {
+            forget(index_.evict_chosen());
+            check(index_.share_of(name) + chosen == before, "the share of a salt did not shrink by what was promised");
+            std::uint64_t left = 0;
+            for (const auto& [place, parts] : model_) {
+                left += place.salt == salt ? 0 : parts.size();
+            }
+            check(left == others, "another salt lost something");
+        }
+        index_.take_lost_handovers();
+        index_.take_events();
     }
 
     void make_room() {
@@ -505,6 +676,9 @@ class Machine {
     std::map<std::tuple<std::array<std::uint8_t, digest_bytes>, bool>, std::uint64_t> mirrored_;
     std::vector<Needs> needs_;
     std::map<Place, std::vector<std::pair<Units, Slot>>> model_;
+    std::map<Place, Moment> ends_;
+    std::map<Place, Moment> prompts_;  // that end at a node, by its attention's place
+    Moment now_ = 1;
     std::vector<Writer> writers_;
     std::vector<Reader> readers_;
     std::uint64_t next_slot_ = 0;
