@@ -69,7 +69,7 @@ def fill(path: str, spec: ModelSpec, records: int) -> None:
     layout = record_layout(spec, 0, 0, spec.groups[0].all_units)
     generator = np.random.default_rng(7)
     with closing(DirectFiles(path)) as files:
-        finding, journal = find_and_settle(files, ensure_made(files, spec))
+        finding, journal = find_and_settle(files, ensure_made(files, spec), is_alone=True)
         per_segment = -(-records // SEGMENTS // PROMPT_BLOCKS) * PROMPT_BLOCKS
         deadline = Deadline.after(WAIT_S)
         for number, first in enumerate(range(0, records, per_segment), 1):

@@ -10,7 +10,7 @@ write. Both sides alternate in one run.
 - reopen: seconds until a store on everything that was written is open.
 
     python -m benchmarks.ssd_tier [--directory DIR] [--model NAME] [--tokens N] [--rounds N] [--engine NAME ...]
-        [--depth N] [--output FILE]
+        [--output FILE]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,11 +34,14 @@ import kvstore
 from benchmarks.paired import Absent, Row, report
 from kvstore.bench.shapes import shape
 from kvstore.limits import FILE_DEPTH_DEFAULT, FILE_PIECE_BYTES
+from kvstore.placement.ssd.options import SsdPlace
 from kvstore.spec import ReuseRule
 from kvstore.testing.specs import tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy.typing as npt
 
     from kvstore.spec import ModelSpec
     from kvstore.store.store import Store
@@ -76,35 +79,34 @@ class Setting:
     @contextmanager
     def opened(self, prompts: int) -> Iterator[Store]:
         """A store whose SSD tier holds so many prompts, and whose memory little more than two."""
-        options = kvstore.SsdOptions(
-            directories=(str(self.directory / "tier"),),
-            capacity_bytes=(prompts + 2) * self.prompt_bytes * 2,
-            engine=self.engine,
-            depth=self.depth,
-        )
+        place = SsdPlace(str(self.directory / "tier"), (prompts + 2) * self.prompt_bytes * 2)
+        options = kvstore.SsdOptions((place,), engine=self.engine)
         with kvstore.open(self.spec, dram=int(self.prompt_bytes * 2.5), ssd=options) as store:
             yield store
 
 
-def put_whole(store: Store, token_ids: list[int], values: dict[tuple[int, str], np.ndarray]) -> kvstore.Writer:
+def put_whole(store: Store, token_ids: list[int], values: dict[tuple[int, str], npt.NDArray[Any]]) -> kvstore.Writer:
     """A writer with everything in place but the commit."""
     spec = store.spec
     tokens = len(token_ids) - 1
     writer = store.write(token_ids[:-1])
     for layer, names in tensors_of(spec, ReuseRule.ATTENTION):
-        writer.put(layer, tokens=slice(0, tokens), **{name: values[layer % 2, name] for name in names})
+        put_values: dict[str, Any] = {name: values[layer % 2, name] for name in names}
+        writer.put(layer, tokens=slice(0, tokens), **put_values)
     for layer, names in tensors_of(spec, ReuseRule.STATE):
-        writer.put_state(layer, at=tokens, **{name: values[layer % 2, name] for name in names})
+        state_values: dict[str, Any] = {name: values[layer % 2, name] for name in names}
+        writer.put_state(layer, at=tokens, **state_values)
     return writer
 
 
-def values_of(spec: ModelSpec, tokens: int) -> dict[tuple[int, str], np.ndarray]:
+def values_of(spec: ModelSpec, tokens: int) -> dict[tuple[int, str], npt.NDArray[Any]]:
     """Two layers' worth of noise for each tensor: what is written does not compress, and takes little memory here."""
     random = np.random.default_rng(7)
-    made: dict[tuple[int, str], np.ndarray] = {}
+    made: dict[tuple[int, str], npt.NDArray[Any]] = {}
     for group in spec.groups:
         for tensor in group.tensors:
-            dims = tensor.shape(tensor.rows, tokens if group.rule is ReuseRule.ATTENTION else group.valid_tokens(1, tokens))
+            held = tokens if group.rule is ReuseRule.ATTENTION else group.valid_tokens(1, tokens)
+            dims = tensor.shape(tensor.rows, held)
             for parity in (0, 1):
                 noise = random.integers(0, 255, int(np.prod(dims)) * tensor.dtype.storage.itemsize, np.uint8)
                 made[parity, tensor.name] = noise.view(tensor.dtype.storage).reshape(dims)
@@ -145,7 +147,7 @@ def fio(setting: Setting, file: str, *, writes: bool) -> float:
         with open(setting.directory / file, "rb") as written:
             os.fdatasync(written)
         moved_s += time.perf_counter() - begin
-    return moved_s * setting.prompt_bytes / side["io_bytes"]
+    return moved_s * setting.prompt_bytes / int(side["io_bytes"])
 
 
 def measure(setting: Setting) -> tuple[list[Row], list[tuple[str, str]]]:
@@ -219,7 +221,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", nargs="+", choices=sorted(FIO_ENGINES), default=sorted(FIO_ENGINES))
-    parser.add_argument("--depth", type=int, default=FILE_DEPTH_DEFAULT)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/ssd_tier.json"))
     arguments = parser.parse_args()
     if shutil.which("fio") is None:
@@ -230,7 +231,7 @@ def main() -> None:
     for engine in arguments.engine:
         with tempfile.TemporaryDirectory(prefix="kvstore-bench-", dir=arguments.directory) as directory:
             setting = Setting(
-                Path(directory), engine, arguments.depth, shape(arguments.model), arguments.tokens, arguments.rounds
+                Path(directory), engine, FILE_DEPTH_DEFAULT, shape(arguments.model), arguments.tokens, arguments.rounds
             )
             try:
                 more, said = measure(setting)
