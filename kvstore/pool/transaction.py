@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from kvstore.pool.held import HeldRecord, PlacedRows, TransactionRecord
     from kvstore.pool.joint import JointCommits, Party
     from kvstore.pool.path import HandOver, NodePath, RecordPlace
-    from kvstore.pool.pool import Pool
     from kvstore.pool.seam import CommitEnd, JointName
+    from kvstore.pool.writes import PoolWrites
     from kvstore.record import RecordLayout
 
 LOG = logging.getLogger("kvstore.pool")
@@ -73,7 +73,7 @@ class Transaction(BaseTransaction):
 
     def __init__(
         self,
-        pool: Pool,
+        pool: PoolWrites,
         path: NodePath,
         writes: WriteSet,
         placed: PlacedRows,
@@ -370,7 +370,7 @@ class PreparedCommit:
     handover: HandOver | None
 
 
-def commit_together(pool: Pool, commits: Sequence[tuple[Transaction, int | None, HandOver | None]]) -> None:
+def commit_together(pool: PoolWrites, commits: Sequence[tuple[Transaction, int | None, HandOver | None]]) -> None:
     """As `Transaction.commit` for several transactions of one pool: all become visible in one step, or none.
 
     Args:
