@@ -80,6 +80,7 @@ class Load:
         self._wanted = 0
         self._goes_on = False
         self._is_given_up = False
+        self._has_stopped = False
         self._thread = threading.Thread(target=self._run, name=f"kvstore-load-{shelf.name}", daemon=True)
 
     def start(self) -> None:
@@ -91,7 +92,8 @@ class Load:
     def pinned(self) -> ExitStack | None:
         """One more wants the records, which stay where they are until the stack is closed; None once it is over."""
         with ExitStack() as undoing:
-            self.join()
+            if not self.join():
+                return None
             undoing.callback(self.leave)
             try:
                 undoing.enter_context(self._transaction.moving())
@@ -99,16 +101,18 @@ class Load:
                 return None
             return undoing.pop_all()
 
-    def join(self) -> None:
-        """One more wants it; `leave` once for each."""
+    def join(self) -> bool:
+        """One more wants it, and `leave`s it once; False if it has stopped since nobody did, which cannot be undone."""
         with self._changed:
+            if self._has_stopped:
+                return False
             self._wanted += 1
+            return True
 
     def leave(self) -> None:
-        """One wants it no more. Does not wait."""
+        """One wants it no more. Does not wait; if nobody else comes by then, it stops at its next look."""
         with self._changed:
             self._wanted -= 1
-            self._give_up_if_unwanted()
 
     def go_on(self) -> None:
         """It is to go on even if nobody waits for it: it will be asked for again."""
@@ -119,12 +123,6 @@ class Load:
         """End it as soon as nothing moves, whoever wants it. Does not wait; see `wait_for_end`."""
         with self._changed:
             self._is_given_up = True
-            self._changed.notify_all()
-
-    def _give_up_if_unwanted(self) -> None:
-        if not self._wanted and not self._goes_on and not self._is_over:
-            self._is_given_up = True
-            self._changed.notify_all()
 
     def wait_for_end(self, deadline_s: float) -> None:
         """Until its thread has ended."""
@@ -269,7 +267,9 @@ class Load:
         return arrived
 
     def _check_wanted(self) -> None:
-        if self._is_given_up:
+        with self._changed:
+            self._has_stopped = self._is_given_up or not (self._wanted or self._goes_on)
+        if self._has_stopped:
             raise LoadFailedError("loading was given up: nobody wanted the records any more; match again")
 
     def _unsound(self, begin: int, end: int, failed: list[int]) -> list[int]:

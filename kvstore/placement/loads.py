@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
-from kvstore.errors import PoolError, StoreClosedError
-from kvstore.limits import GIB, LOADS_MAX
+from kvstore.errors import LoadFailedError, PoolError, StoreClosedError
+from kvstore.limits import GIB, LOAD_PROGRESS_DEADLINE_S, LOADS_MAX
 from kvstore.placement.load import Load
 
 if TYPE_CHECKING:
@@ -74,17 +74,33 @@ class Loads:
         Args:
             hold: holds it on the shelf; None if it is not there, and then there is no load.
 
+        One that has just stopped, because whoever wanted it left, is waited for; then another one is begun.
+
         Raises:
-            PoolError: too many are under way. Otherwise as `Load`.
+            PoolError: too many are under way. LoadFailedError: the other one does not end. Otherwise as `Load`.
         """
+        while True:
+            load, is_stopping = self._begin(key, shelf, hold)
+            if load is None or not is_stopping:
+                return load
+            load.wait_for_end(LOAD_PROGRESS_DEADLINE_S)
+            if not load.is_over:
+                raise LoadFailedError(
+                    f"a load from the {shelf.name} tier that nobody wanted any more has not ended for "
+                    f"{LOAD_PROGRESS_DEADLINE_S:g} s; its device hangs"
+                )
+
+    def _begin(self, key: LoadKey, shelf: Shelf, hold: Callable[[], ShelfHold | None]) -> tuple[Load | None, bool]:
+        """As `begin`; or a load that is about to end without the records, and True."""
         with self._lock:
             if self._is_closed:
                 raise StoreClosedError("the store is closed; open it again")
             load = self._running.get(key)
             if load is not None and not load.is_over:
-                load.join()
+                if not load.join():
+                    return load, True
                 self._counts["joined"] += 1
-                return load
+                return load, False
             if len(self._running) >= LOADS_MAX:
                 raise PoolError(f"{LOADS_MAX} resume points are being loaded, which is the limit; try again later")
             held = hold()
@@ -92,7 +108,7 @@ class Loads:
                 failed = self._unheard.pop(key, None)
                 if failed is not None:
                     failed.join()
-                return failed
+                return failed, False
             try:
                 load = Load(self._pool, shelf, held, lambda ended: self._ended(key, ended))
             except BaseException as error:
@@ -102,7 +118,7 @@ class Loads:
             load.join()
             self._running[key] = load
             load.start()
-            return load
+            return load, False
 
     def _ended(self, key: LoadKey, load: Load) -> None:
         if load.damaged_records:

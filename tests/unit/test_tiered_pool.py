@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -84,6 +85,7 @@ def open_tiers(
     shelf_bytes: int = 8 << 20,
     medium: ShelfMedium | None = None,
     shelves: int = 1,
+    close_deadline_s: float = TEST_S,
 ) -> Tiers:
     spec = spec or hybrid(B)
     made = [
@@ -91,7 +93,7 @@ def open_tiers(
         for number in range(shelves)
     ]
     arena = ArenaTier(dram, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=slot_sizes_bytes(spec))
-    pool = TieredPool(spec, arena, made, close_deadline_s=1.0)
+    pool = TieredPool(spec, arena, made, close_deadline_s=close_deadline_s)
     return Tiers(Store(pool), pool, made[0], made[1] if shelves > 1 else None)
 
 
@@ -313,6 +315,58 @@ def test_readers_of_one_prefix_share_one_load(tiers: Tiers) -> None:
     loading = tiers.statistics().loading
     assert (loading.loads, loading.joined) == (1, 4)
     assert loading.loaded_bytes == tiers.shelf.statistics().loaded_bytes
+
+
+def test_a_load_that_was_just_left_serves_who_comes_next(tiers: Tiers) -> None:
+    tiers.write()
+    tiers.forget_here()
+    tiers.shelf.loads.close(after=1)
+    found = tiers.store.match(MORE)
+    lease = layered(tiers)
+    tiers.shelf.loads.wait_for_somebody(Deadline.after(TEST_S))
+    (load,) = tiers.pool._loads._running.values()
+    with load._changed:  # it does not notice in between
+        lease.release()
+        assert tiers.pool._loads.begin(next(iter(tiers.pool._loads._running)), tiers.shelf, lambda: None) is load
+    reading = Background(lambda: tiers.store.read(found, deadline_s=TEST_S))
+    tiers.shelf.loads.open()
+    with reading.result(TEST_S) as lease:
+        assert lease.tokens == 22
+        tiers.check(lease)
+    load.leave()
+    assert (tiers.statistics().loading.loads, tiers.statistics().loading.failed) == (1, 0)
+
+
+def test_a_load_that_was_left_and_stopped_is_begun_anew(tiers: Tiers) -> None:
+    """Whoever comes while it is ending is not told that nobody wanted it."""
+    tiers.write()
+    tiers.forget_here()
+    tiers.shelf.loads.close(after=1)
+    found = tiers.store.match(MORE)
+    lease = layered(tiers)
+    tiers.shelf.loads.wait_for_somebody(Deadline.after(TEST_S))
+    (load,) = tiers.pool._loads._running.values()
+    may_end, is_ending = threading.Event(), threading.Event()
+    release = load._held.release
+
+    def release_late() -> None:
+        is_ending.set()
+        assert may_end.wait(TEST_S)
+        release()
+
+    load._held.release = release_late  # type: ignore[method-assign]
+    lease.release()
+    assert is_ending.wait(TEST_S)
+    tiers.shelf.loads.open()
+    reading = Background(lambda: tiers.store.read(found, deadline_s=TEST_S))
+    with suppress(AssertionError):
+        reading.result(0.05)  # it waits for the other's end
+    assert reading.is_running
+    may_end.set()
+    with reading.result(TEST_S) as lease:
+        assert lease.tokens == 22
+        tiers.check(lease)
+    assert (tiers.statistics().loading.loads, tiers.statistics().loading.failed) == (1, 1)
 
 
 def test_a_read_that_is_late_goes_on_loading(tiers: Tiers) -> None:
@@ -627,7 +681,8 @@ def test_closing_keeps_what_was_committed() -> None:
         assert [tiers.store.match((*range(100 * n, 100 * n + 12), 9)).tokens for n in range(5)] == [12] * 5
 
 
-def test_closing_does_not_wait_for_ever(tiers: Tiers) -> None:
+def test_closing_does_not_wait_for_ever() -> None:
+    tiers = open_tiers(close_deadline_s=0.2)
     tiers.shelf.keeps.close()
     with tiers.store.write(IDS) as writer:
         put_all(writer)
