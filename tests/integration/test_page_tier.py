@@ -57,9 +57,13 @@ def test_a_prompt_is_read_out_of_pages(store: Store, shelf: PageShelf, engine: E
         check_lease(lease, prompt)
         # Into other pages of the same engine: what it computes for one request serves another that it keeps apart.
         lease.copy_to_pages(shelf.pages, {"attention": range(8, 16), "window": range(8, 16), "state": 21})
+        lease.wait()  # a layer is there before all of them are committed
     engine.check_prompt(prompt, range(8, 16), 0, 22, {22: {"state": 21}})
     # What was loaded is in memory as well; without it, and without the pages, it is gone.
     assert store.match([*ids, 0]).tier == "dram"
+    pool = store.pool
+    assert isinstance(pool, TieredPool)
+    pool._keeper.flush(Deadline.after(TEST_S))  # what was committed is offered to the pages behind the reader's back
     shelf.forget(range(24))
     assert store.match([*ids, 0]).tier == "dram"
     store.pool.evict(prompt.path.key(0))

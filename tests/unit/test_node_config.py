@@ -209,7 +209,7 @@ def test_any_value_is_used_or_refused(values: dict[str, Any]) -> None:
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_file_is_used_or_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "node.toml"
     path.write_bytes(data)

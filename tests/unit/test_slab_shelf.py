@@ -134,6 +134,9 @@ def test_no_place_is_reused_while_a_load_reads_it(shelf: SlabShelf, source: Stor
     assert isinstance(reading, LaggingStream)
     reading.is_held = True
     load = hold.load(np.arange(len(hold.rows)), landing.addresses)
+    until = Deadline.after(TEST_S)
+    while not reading.queue:
+        until.check("the load to be asked of the device")
     shelf.condemn(original.path.key(0), is_state=False)
     assert found(shelf, source, range(40)) == 0
     assert shelf._tier.quarantined_bytes == original.placed.slots.size_bytes

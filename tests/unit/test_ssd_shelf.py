@@ -434,6 +434,9 @@ def test_close_with_writes_in_flight(source: Store) -> None:
     handles = [shelf.keep(hold.path, hold.salt, hold.placed) for hold in holds]
     closer = threading.Thread(target=shelf.close)
     closer.start()
+    until = Deadline.after(TEST_S)
+    while not shelf._writer._is_closing:
+        until.check("closing to begin")
     while closer.is_alive():
         disks[0].release(1)
         closer.join(0.001)

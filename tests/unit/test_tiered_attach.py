@@ -35,7 +35,7 @@ class Host:
     def __init__(self, path: str, silence_s: float) -> None:
         arena = ArenaTier(4 << 20, largest_slot_bytes=largest_slot_bytes(SPEC), slot_sizes_bytes=slot_sizes_bytes(SPEC))
         self.shelf = MemoryShelf(SPEC, capacity_bytes=8 << 20, medium=ShelfMedium())
-        self.pool = TieredPool(SPEC, arena, [self.shelf], close_deadline_s=1.0)
+        self.pool = TieredPool(SPEC, arena, [self.shelf], close_deadline_s=TEST_S)
         self.owner = Store(self.pool, Owner(self.pool, arena, path, silence_s=silence_s))
         self.worker = kvstore.attach(path, deadline_s=TEST_S)
 
@@ -63,7 +63,7 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    with closing(Host(str(tmp_path / "socket"), 10.0)) as opened:
+    with closing(Host(str(tmp_path / "socket"), TEST_S)) as opened:
         yield opened
 
 
@@ -87,13 +87,13 @@ def test_a_worker_finds_and_reads_what_the_shelf_has(host: Host) -> None:
 
 def test_other_requests_go_on_while_one_loads(tmp_path: Path) -> None:
     """The owner answers signs of life and matches meanwhile; the process is not taken for silent, nor the owner."""
-    with closing(Host(str(tmp_path / "socket"), 0.4)) as host:
+    with closing(Host(str(tmp_path / "socket"), 2.0)) as host:
         host.write()
         with host.worker.write(range(100, 108)) as writer:  # what a silent process would lose
             host.shelf.loads.close(after=1)
             reading = Background(lambda: host.worker.read(host.worker.match(MORE), deadline_s=TEST_S))
             host.shelf.loads.wait_for_somebody(Deadline.after(TEST_S))
-            beats = Deadline.after(1.0)  # more than twice the silence that the owner bears
+            beats = Deadline.after(3.0)  # longer than the silence that the owner bears
             while not beats.has_passed:
                 assert host.worker.match(MORE).tokens == 22
             assert reading.is_running
