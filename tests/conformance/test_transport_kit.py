@@ -200,7 +200,7 @@ def test_leaks_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="kvstore-testing"), leaves_nothing():
         waiting = Background(lambda: go_on.wait(60.0))
     go_on.set()
-    assert waiting.result(5.0)
+    assert waiting.result(30.0)
     with pytest.raises(AssertionError, match="/dev/null"), leaves_nothing():
         left_open = open("/dev/null", "rb")  # noqa: SIM115
     left_open.close()

@@ -41,8 +41,8 @@ def test_what_was_computed_otherwise_does_not_mix_in(earlier: ChunkGrid | None) 
             transfer = writer.send(endpoint.address, is_transient=True)
             put_constant(writer, len(IDS), 2)
             writer.commit(handover=HandOver(7))
-        transfer.result(10.0)
-        arrival = receiver.accept(IDS).result(5.0)
+        transfer.result(30.0)
+        arrival = receiver.accept(IDS).result(30.0)
         with receiver.read(arrival.match) as lease:
             for view in lease:
                 for name in view.names:

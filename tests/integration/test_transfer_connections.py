@@ -255,7 +255,7 @@ class Hand:
     def greet(self, transfer: TransferId, generation: int) -> tuple[FrameLink, int]:
         """A connection after HELLO, and the number that it got."""
         connection = transport_for(self.endpoint.address).connect(
-            self.endpoint.address, TransportOptions(), Deadline.after(5.0)
+            self.endpoint.address, TransportOptions(), Deadline.after(WITHIN_S)
         )
         link = FrameLink(connection, 5.0)
         self.links.append(link)

@@ -379,7 +379,7 @@ class RawPeer:
 
     def connect(self) -> None:
         transport = transport_for(self.endpoint.address)
-        connection = transport.connect(self.endpoint.address, TransportOptions(), Deadline.after(5.0))
+        connection = transport.connect(self.endpoint.address, TransportOptions(), Deadline.after(WITHIN_S))
         self.link = FrameLink(connection, 5.0)
         hello = make_hello(self.store.spec, self.transfer.epoch, FAST, connection)
         self.link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
@@ -398,7 +398,7 @@ class RawPeer:
 
     def receive(self) -> tuple[FrameHeader, memoryview]:
         assert self.link is not None
-        header = self.link.receive_header(Deadline.after(5.0))
+        header = self.link.receive_header(Deadline.after(WITHIN_S))
         return header, self.link.receive_payload(header)
 
     def offer_raw(self) -> tuple[FrameHeader, memoryview]:
@@ -608,7 +608,7 @@ def test_the_receiver_holds_the_total_deadline_too(
                 peer.data(100)
             except PeerGoneError:
                 break
-        assert time.monotonic() - begin < 5.0
+        assert time.monotonic() - begin < WITHIN_S / 2
     wait_until(lambda: endpoint.transfer_count == 0, "it was given up")
     assert_settled(target)
 
@@ -708,7 +708,8 @@ def test_a_new_connection_takes_over_from_a_hanging_one(
         old.send(Kind.PING)
         assert old.receive()[0].kind is Kind.PONG
         assert old.link is not None
-        old.link.connection.send([FrameHeader(Kind.SEAL, old.transfer, old.generation, 24).pack()], Deadline.after(5.0))
+        seal = FrameHeader(Kind.SEAL, old.transfer, old.generation, 24)
+        old.link.connection.send([seal.pack()], Deadline.after(WITHIN_S))
         with old.again() as new:
             missing = new.offer()
             sizes = [r.layout.piece_sizes for r in new.source.records]
@@ -791,10 +792,10 @@ def test_a_receiver_of_another_version_is_named_on_both_sides(
     struct.pack_into("<H", packed, 4, 2)
     struct.pack_into("<I", packed, 60, crc32c(packed[:60]))
     transport = transport_for(endpoint.address)
-    connection = transport.connect(endpoint.address, TransportOptions(), Deadline.after(5.0))
-    connection.send([bytes(packed), bytes(8)], Deadline.after(5.0))
+    connection = transport.connect(endpoint.address, TransportOptions(), Deadline.after(WITHIN_S))
+    connection.send([bytes(packed), bytes(8)], Deadline.after(WITHIN_S))
     with pytest.raises(PeerGoneError):
-        connection.receive([memoryview(bytearray(64))], Deadline.after(5.0))
+        connection.receive([memoryview(bytearray(64))], Deadline.after(WITHIN_S))
     connection.close()
     assert endpoint.last_error is not None
     assert isinstance(endpoint.last_error[1], PeerMismatchError)
@@ -810,11 +811,11 @@ def test_a_sender_names_the_versions_of_a_foreign_receiver(source: kvstore.Store
     def serve() -> None:
         connection = listener.accept(Deadline.after(WITHIN_S))
         link = FrameLink(connection, 5.0)
-        link.receive_payload(link.receive_header(Deadline.after(5.0)))
+        link.receive_payload(link.receive_header(Deadline.after(WITHIN_S)))
         hello = Hello(9, source.spec.fingerprint, "tiny", 1000, 0, 1 << 24, 4096, version_min=2, version_max=3)
         link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
         with pytest.raises(KVStoreError):
-            link.receive_header(Deadline.after(5.0))
+            link.receive_header(Deadline.after(WITHIN_S))
         link.close()
 
     thread = threading.Thread(target=serve, daemon=True)
@@ -842,11 +843,11 @@ def test_a_receiver_that_answers_nonsense(source: kvstore.Store, scheme: str, se
                 return
             link = FrameLink(connection, 1.0)
             try:
-                link.receive_payload(link.receive_header(Deadline.after(5.0)))
+                link.receive_payload(link.receive_header(Deadline.after(WITHIN_S)))
                 hello = make_hello(source.spec, 9, FAST, connection)
                 link.send(Kind.HELLO, NO_TRANSFER, payload=hello.pack())
-                link.receive_payload(link.receive_header(Deadline.after(5.0)))
-                connection.send([generator.randbytes(300)], Deadline.after(5.0))
+                link.receive_payload(link.receive_header(Deadline.after(WITHIN_S)))
+                connection.send([generator.randbytes(300)], Deadline.after(WITHIN_S))
             except KVStoreError:
                 pass
             finally:
@@ -892,9 +893,9 @@ def honest_stream(endpoint: Endpoint, source: kvstore.Store) -> bytes:
 def pour(endpoint: Endpoint, data: bytes) -> None:
     """Send bytes, whatever they are, and hang up once the endpoint has nothing more to say."""
     transport = transport_for(endpoint.address)
-    connection = transport.connect(endpoint.address, TransportOptions(), Deadline.after(5.0))
+    connection = transport.connect(endpoint.address, TransportOptions(), Deadline.after(WITHIN_S))
     try:
-        connection.send([data], Deadline.after(5.0))
+        connection.send([data], Deadline.after(WITHIN_S))
         while True:
             connection.receive([memoryview(bytearray(1))], Deadline.after(0.05))
     except KVStoreError:
@@ -1018,7 +1019,7 @@ def test_a_killed_sender_leaves_nothing_behind() -> None:
             with child("send", endpoint.address, "4e6") as sender:
                 time.sleep(generator.uniform(0.0, 0.5))
                 sender.kill()
-                wait_until(lambda: endpoint.transfer_count == 0, "the transfer was given up", 10.0)
+                wait_until(lambda: endpoint.transfer_count == 0, "the transfer was given up")
             if match_all(target, ids):
                 assert_same(reference, target, ids, BIG_TOKENS)
                 target.pool.evict(target.prompt(ids).path.keys[0])
@@ -1028,7 +1029,7 @@ def test_a_killed_sender_leaves_nothing_behind() -> None:
 
 def test_a_stopped_receiver_is_noticed_within_the_deadline() -> None:
     spec, ids = tiny_spec(BIG_WIDTH), prompt(BIG_TOKENS)
-    impatient = TransferSettings(progress_deadline_s=0.5)
+    impatient = TransferSettings(progress_deadline_s=1.0)
     with (
         kvstore.open(spec, dram="64MiB") as source,
         Sender(settings=impatient) as sender,
@@ -1037,13 +1038,13 @@ def test_a_stopped_receiver_is_noticed_within_the_deadline() -> None:
     ):
         # The producer has nothing to send, so only the keep-alive can tell.
         handle = kvstore.transfer.send_writer(writer, receiver.line, sender=sender)
-        time.sleep(0.8)
+        time.sleep(1.5)
         assert not handle.done()
         receiver.stop()
         begin = time.monotonic()
         with pytest.raises(PeerGoneError):
             handle.result(WITHIN_S)
-        assert time.monotonic() - begin < 3.0
+        assert time.monotonic() - begin < 4.5, "the default of 5 s was in force"
     assert_settled(source)
 
 

@@ -75,10 +75,10 @@ def test_a_listener_on_two_addresses_takes_connections_on_both() -> None:
         assert first.startswith("tcp://127.0.0.1:")
         assert second.startswith("tcp://127.0.0.2:")
         for address in (second, first, listener.address):
-            near = transport.connect(address, TransportOptions(), Deadline.after(10.0))
-            far = listener.accept(Deadline.after(10.0))
-            near.send([b"x"], Deadline.after(10.0))
-            far.receive([memoryview(bytearray(1))], Deadline.after(10.0))
+            near = transport.connect(address, TransportOptions(), Deadline.after(WITHIN_S))
+            far = listener.accept(Deadline.after(WITHIN_S))
+            near.send([b"x"], Deadline.after(WITHIN_S))
+            far.receive([memoryview(bytearray(1))], Deadline.after(WITHIN_S))
             near.close()
             far.close()
     finally:
@@ -94,8 +94,8 @@ def test_connections_leave_from_the_addresses_that_are_named() -> None:
     try:
         seen = []
         for address, route in transport.routes(listener.address, options):
-            near = transport.connect(address, route, Deadline.after(10.0))
-            far = listener.accept(Deadline.after(10.0))
+            near = transport.connect(address, route, Deadline.after(WITHIN_S))
+            far = listener.accept(Deadline.after(WITHIN_S))
             seen.append(far.peer_address.rpartition(":")[0])
             near.close()
             far.close()

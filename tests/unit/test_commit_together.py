@@ -147,7 +147,7 @@ def test_a_hand_over_of_all_shards(store: Store) -> None:
         waiting = store.accept(ids)
         assert not waiting.done()
         commit(store, writers, HandOver(5, b"logits"))
-        arrival = waiting.result(10)
+        arrival = waiting.result(30)
         assert arrival.handover == HandOver(5, b"logits")
         with arrival.lease as lease:
             check_lease(lease, store.prompt(ids))

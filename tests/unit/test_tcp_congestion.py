@@ -29,8 +29,8 @@ MESSAGE = bytes(1 << 20)
 def connected(options: TransportOptions, transport: Transport, address: str) -> Iterator[tuple[Connection, Connection]]:
     listener = transport.listen(address, options)
     try:
-        near = transport.connect(listener.address, options, Deadline.after(10.0))
-        far = listener.accept(Deadline.after(10.0))
+        near = transport.connect(listener.address, options, Deadline.after(30.0))
+        far = listener.accept(Deadline.after(30.0))
         try:
             yield near, far
         finally:
@@ -97,11 +97,11 @@ def test_a_connection_tells_of_its_path(address: str) -> None:
     with tcp_pair(address=address) as (near, far):
         received = bytearray(len(MESSAGE))
         for _ in range(4):
-            near.send([MESSAGE[: 1 << 17]], Deadline.after(10.0))
-            far.receive([memoryview(received)[: 1 << 17]], Deadline.after(10.0))
+            near.send([MESSAGE[: 1 << 17]], Deadline.after(30.0))
+            far.receive([memoryview(received)[: 1 << 17]], Deadline.after(30.0))
         # A reply, so that everything before it has been acknowledged.
-        far.send([b"done"], Deadline.after(10.0))
-        near.receive([memoryview(received)[:4]], Deadline.after(10.0))
+        far.send([b"done"], Deadline.after(30.0))
+        near.receive([memoryview(received)[:4]], Deadline.after(30.0))
         told = near.information()
         assert told.acknowledged_bytes is not None
         assert (1 << 19) - (1 << 17) <= told.acknowledged_bytes <= (1 << 19) + 1

@@ -29,8 +29,8 @@ def is_offered() -> bool:
 def test_both_ends_of_a_connection_have_short_pauses() -> None:
     transport = transport_for("tcp://127.0.0.1:0")
     listener = transport.listen("tcp://127.0.0.1:0", OPTIONS)
-    ours = transport.connect(listener.address, OPTIONS, Deadline.after(10.0))
-    theirs = listener.accept(Deadline.after(10.0))
+    ours = transport.connect(listener.address, OPTIONS, Deadline.after(30.0))
+    theirs = listener.accept(Deadline.after(30.0))
     try:
         for connection in (ours, theirs):
             descriptor = connection.native_stream()

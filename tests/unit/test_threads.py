@@ -158,4 +158,4 @@ def test_closing_while_others_work() -> None:
         store.close()
         for thread in threads:
             with pytest.raises(StoreClosedError):
-                thread.result(10)
+                thread.result(30)
