@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
@@ -16,10 +18,16 @@ from kvstore.limits import KEEP_AGAIN_S, KEEP_QUEUE_MAX, KEPT_KNOWN_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeAlias
 
     from kvstore.placement.shelf import Shelf
     from kvstore.pool import Hold, NodePath
-    from kvstore.spec import Shard
+    from kvstore.pool.path import RecordPlace
+    from kvstore.spec import ChunkGrid, Shard
+
+    WantedKey: TypeAlias = tuple[bytes, Shard, ChunkGrid | None, int | None]
+
+LOG = logging.getLogger("kvstore.placement")
 
 NOT_LOST = frozenset(("sparse", "transient"))
 """Reasons for which a resume point is not kept by design: `flush` does not speak of them."""
@@ -48,14 +56,30 @@ class KeepStatistics:
 
 
 @dataclass(frozen=True)
-class _Offer:
-    number: int
+class Wanted:
+    """A resume point that is to be kept, and which of the variants that may be there of it.
+
+    Attributes:
+        path, shard: whose share of what.
+        grid, grids: of which chunk boundaries, as `kvstore.pool.BasePool.hold` takes them; without either, whichever.
+    """
+
     path: NodePath
     shard: Shard
+    grid: ChunkGrid | None = None
+    grids: Mapping[RecordPlace, bytes] | None = None
 
-    @property
-    def key(self) -> tuple[bytes, Shard]:
-        return self.path.key(len(self.path) - 1), self.shard
+    @cached_property
+    def key(self) -> WantedKey:
+        """What tells it from others."""
+        grids = None if self.grids is None else hash(frozenset(self.grids.items()))
+        return self.path.key(len(self.path) - 1), self.shard, self.grid, grids
+
+
+@dataclass(frozen=True)
+class _Offer:
+    number: int
+    wanted: Wanted
 
 
 @dataclass(frozen=True)
@@ -72,21 +96,20 @@ class Keeper:
     """One thread offers resume points to the shelves, oldest first. Any thread may call; no call waits but `flush`.
 
     Args:
-        hold: holds a resume point in the pool's own tier; raises `LeaseGoneError`.
+        hold: holds a resume point in the pool's own tier until it is released, however long that takes; raises
+            `LeaseGoneError`.
         shelves: each is offered everything.
         pinned_bytes_max: what may be pinned at once; a single resume point may be more.
     """
 
-    def __init__(
-        self, hold: Callable[[NodePath, Shard], Hold], shelves: Sequence[Shelf], pinned_bytes_max: int
-    ) -> None:
+    def __init__(self, hold: Callable[[Wanted], Hold], shelves: Sequence[Shelf], pinned_bytes_max: int) -> None:
         self._hold = hold
         self._shelves = tuple(shelves)
         self._pinned_bytes_max = pinned_bytes_max
         self._changed = threading.Condition()
         self._queue: deque[_Offer] = deque()
-        self._queued: set[tuple[bytes, Shard]] = set()
-        self._known: OrderedDict[tuple[bytes, Shard], Deadline | None] = OrderedDict()
+        self._queued: set[WantedKey] = set()
+        self._known: OrderedDict[WantedKey, Deadline | None] = OrderedDict()
         """What need not be offered: what all shelves have, and for a while what one has refused."""
         self._evicted_before = 0
         self._keeping: list[_Keeping] = []
@@ -104,23 +127,22 @@ class Keeper:
 
     # Offering
 
-    def offer(self, path: NodePath, shard: Shard) -> None:
+    def offer(self, wanted: Wanted) -> None:
         """A resume point is in the pool: keep what the shelves lack of it."""
+        key = wanted.key
         with self._changed:
-            if self._is_stopping:
+            if self._is_stopping or key in self._queued or self._is_known(key):
                 return
-            offer = _Offer(self._last_number + 1, path, shard)
-            if offer.key in self._queued or self._is_known(offer.key):
-                return
+            offer = _Offer(self._last_number + 1, wanted)
             self._last_number = offer.number
             self._queue.append(offer)
-            self._queued.add(offer.key)
+            self._queued.add(key)
             self._busy.add(offer.number)
             if len(self._queue) > KEEP_QUEUE_MAX:
                 self._drop(self._queue.popleft(), "queue")
             os.eventfd_write(self._wake, 1)
 
-    def _is_known(self, key: tuple[bytes, Shard]) -> bool:
+    def _is_known(self, key: WantedKey) -> bool:
         until = self._known.get(key, _NEVER)
         return until is None or not until.has_passed
 
@@ -131,7 +153,7 @@ class Keeper:
 
     def _drop(self, offer: _Offer, reason: str) -> None:
         """With the lock."""
-        self._queued.discard(offer.key)
+        self._queued.discard(offer.wanted.key)
         self._busy.discard(offer.number)
         self._count_dropped(reason)
         self._changed.notify_all()
@@ -151,24 +173,30 @@ class Keeper:
                     return
                 may_begin = bool(self._queue) and self._has_room() and not self._is_stopping
                 offer = self._queue.popleft() if may_begin else None
-            if offer is None or not self._begin(offer):
+            if offer is None or not self._tried(offer):
                 self._wait()
 
     def _has_room(self) -> bool:
         return not self._pinned_bytes or self._pinned_bytes < self._pinned_bytes_max
 
-    def _begin(self, offer: _Offer) -> bool:
-        """Have the shelves take it; False if there is no room to pin it now."""
-        lacking = [shelf for shelf in self._shelves if not _has(shelf, offer)]
-        if not lacking:
-            self._done(offer, 0, 0)
-            return True
+    def _tried(self, offer: _Offer) -> bool:
+        """As `_begin`, which must not end this thread whatever happens in a tier."""
         try:
-            hold = self._hold(offer.path, offer.shard)
-        except KVStoreError as error:
+            return self._begin(offer)
+        except Exception as error:
+            if not isinstance(error, KVStoreError):
+                LOG.exception("%d tokens could not be kept in other tiers", offer.wanted.path.tokens)
             with self._changed:
                 self._drop(offer, "evicted" if isinstance(error, LeaseGoneError) else "failed")
             return True
+
+    def _begin(self, offer: _Offer) -> bool:
+        """Have the shelves take it; False if there is no room to pin it now."""
+        lacking = [shelf for shelf in self._shelves if not _has(shelf, offer.wanted)]
+        if not lacking:
+            self._done(offer, 0, 0)
+            return True
+        hold = self._hold(offer.wanted)
         size_bytes = hold.placed.slots.size_bytes
         with self._changed:
             fits = not self._pinned_bytes or self._pinned_bytes + size_bytes <= self._pinned_bytes_max
@@ -177,9 +205,9 @@ class Keeper:
             else:
                 self._queue.appendleft(offer)
         if not fits:
-            hold.release()
+            _release(hold)
             return False
-        handles = [(shelf, _keep(shelf, offer.path, hold)) for shelf in lacking]
+        handles = [(shelf, _keep(shelf, offer.wanted.path, hold)) for shelf in lacking]
         self._keeping.append(_Keeping(offer, hold, handles, size_bytes))
         return True
 
@@ -199,12 +227,12 @@ class Keeper:
         ended = [each for each in self._keeping if all(handle.done() for _, handle in each.handles)]
         for keeping in ended:
             self._keeping.remove(keeping)
-            keeping.hold.release()
+            _release(keeping.hold)
             kept_bytes, refusals = 0, 0
             for shelf, handle in keeping.handles:
                 try:
                     kept_bytes += handle.result(0.0)
-                except KVStoreError as error:
+                except Exception as error:  # whatever a shelf says: the others' and the next ones' turn comes
                     refusals += 1
                     reason = error.reason if isinstance(error, ShelfRefusedError) else "failed"
                     with self._changed:
@@ -218,9 +246,9 @@ class Keeper:
 
     def _done(self, offer: _Offer, kept_bytes: int, refusals: int) -> None:
         with self._changed:
-            self._queued.discard(offer.key)
-            self._known[offer.key] = Deadline.after(KEEP_AGAIN_S) if refusals else None
-            self._known.move_to_end(offer.key)
+            self._queued.discard(offer.wanted.key)
+            self._known[offer.wanted.key] = Deadline.after(KEEP_AGAIN_S) if refusals else None
+            self._known.move_to_end(offer.wanted.key)
             while len(self._known) > KEPT_KNOWN_MAX:
                 self._known.popitem(last=False)
             self._kept_bytes += kept_bytes
@@ -229,7 +257,12 @@ class Keeper:
 
     def _forget_evicted(self) -> None:
         """What a shelf has lost may be offered anew."""
-        found = [shelf.statistics() for shelf in self._shelves]
+        try:
+            found = [shelf.statistics() for shelf in self._shelves]
+        except Exception:  # who cannot say what it has lost is asked for everything
+            LOG.exception("a tier cannot say what it has lost")
+            self.forget_known()
+            return
         evicted = sum(each.evicted_records + each.damaged_records for each in found)
         if evicted != self._evicted_before:
             self._evicted_before = evicted
@@ -314,8 +347,16 @@ def _keep(shelf: Shelf, path: NodePath, hold: Hold) -> Handle[int]:
         return failed
 
 
-def _has(shelf: Shelf, offer: _Offer) -> bool:
-    held = shelf.hold(offer.path, shard=offer.shard)
+def _release(hold: Hold) -> None:
+    """As `Hold.release`, which tells whoever listens to the pool: what they raise is none of this thread's."""
+    try:
+        hold.release()
+    except Exception:
+        LOG.exception("a listener of the pool failed")
+
+
+def _has(shelf: Shelf, wanted: Wanted) -> bool:
+    held = shelf.hold(wanted.path, shard=wanted.shard, grid=wanted.grid, grids=wanted.grids)
     if held is None:
         return False
     held.release()

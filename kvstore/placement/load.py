@@ -84,8 +84,16 @@ class Load:
         self._thread = threading.Thread(target=self._run, name=f"kvstore-load-{shelf.name}", daemon=True)
 
     def start(self) -> None:
-        """Begin. Once."""
-        self._thread.start()
+        """Begin. Once. If there can be no thread for it, it has failed by then."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._finish(
+                LoadFailedError(
+                    f"{self.path.tokens} tokens cannot be loaded from the {self.shelf.name} tier: {error}; "
+                    "raise the limit of threads of this process"
+                )
+            )
 
     # Who wants it
 
@@ -124,8 +132,8 @@ class Load:
         with self._changed:
             self._is_given_up = True
 
-    def wait_for_end(self, deadline_s: float) -> None:
-        """Until its thread has ended."""
+    def wait_for_end(self, deadline_s: float | None) -> None:
+        """Until its thread has ended; None for however long that takes."""
         if threading.current_thread() is not self._thread and self._thread.ident is not None:
             self._thread.join(deadline_s)
 
@@ -196,6 +204,10 @@ class Load:
         except Exception as failure:  # a fault of ours or of a shelf must not leave readers waiting
             error = LoadFailedError(f"loading from the {self.shelf.name} tier failed: {failure!r}")
             error.__cause__ = failure
+        self._finish(error)
+
+    def _finish(self, error: KVStoreError | None) -> None:
+        """Give back what is not needed any more."""
         try:
             if error is not None:
                 self._transaction.abort(str(error))
@@ -221,6 +233,7 @@ class Load:
         rows = self._order.rows
         if not len(rows):
             return
+        self._check_wanted()  # who gave it up before it had a thread has not waited for its end
         shelf_numbers = self._row_numbers[rows]
         load = self._held.load(shelf_numbers, self._transaction.placed.addresses[rows])
         try:

@@ -66,6 +66,7 @@ class Loads:
             ("loads", "failed", "joined", "loaded_bytes", "damaged_records", "refused_full"), 0
         )
         self._rates: dict[str, tuple[float, float]] = {}
+        self._given_up: list[Load] = []
         self._is_closed = False
 
     def begin(self, key: LoadKey, shelf: Shelf, hold: Callable[[], ShelfHold | None]) -> Load | None:
@@ -92,7 +93,7 @@ class Loads:
 
     def _begin(self, key: LoadKey, shelf: Shelf, hold: Callable[[], ShelfHold | None]) -> tuple[Load | None, bool]:
         """As `begin`; or a load that is about to end without the records, and True."""
-        with self._lock:
+        with self._pool.settled(), self._lock:
             if self._is_closed:
                 raise StoreClosedError("the store is closed; open it again")
             load = self._running.get(key)
@@ -117,8 +118,8 @@ class Loads:
                 raise
             load.join()
             self._running[key] = load
-            load.start()
-            return load, False
+        load.start()  # not under the lock, which its end takes
+        return load, False
 
     def _ended(self, key: LoadKey, load: Load) -> None:
         if load.damaged_records:
@@ -159,15 +160,26 @@ class Loads:
         with self._lock:
             self._is_closed = True
             self._unheard.clear()
-            running = list(self._running.values())
+            running = self._given_up = list(self._running.values())
         for load in running:
             load.give_up()
         deadline = Deadline.after(deadline_s)
         for load in running:
             load.wait_for_end(deadline.remaining_s())
 
+    def join(self) -> None:
+        """After `close`, and after the shelves were closed: until no thread looks at the pool's memory any more.
+
+        There is nothing to wait for then but the verifying of what has come: memory that is unmapped meanwhile would
+        take the process with it.
+        """
+        given_up, self._given_up = self._given_up, []
+        for load in given_up:
+            load.wait_for_end(None)
+
     def close_in_child(self) -> None:
         """After a fork, in the child, which has none of the threads."""
         self._lock = threading.Lock()
         self._running = {}
+        self._given_up = []
         self._is_closed = True

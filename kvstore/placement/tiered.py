@@ -14,7 +14,7 @@ from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, LeaseGoneError, PoolError, UnavailableError
 from kvstore.limits import KEEP_CLOSE_DEADLINE_S, KEEP_PINNED_FRACTION_MAX, LOAD_DEADLINE_S, SHELVES_MAX
 from kvstore.placement.joining import joined_tiers
-from kvstore.placement.keeper import Keeper, KeepStatistics
+from kvstore.placement.keeper import Keeper, KeepStatistics, Wanted
 from kvstore.placement.layered import LayeredHold
 from kvstore.placement.loads import Loads, LoadStatistics
 from kvstore.pool.explain import TierLookup
@@ -22,6 +22,7 @@ from kvstore.pool.pool import Pool
 from kvstore.pool.rows import GROUP, NODE
 from kvstore.pool.search import Query, answer
 from kvstore.pool.statistics import PoolStatistics
+from kvstore.spec.grid import UNKNOWN_GRID
 from kvstore.spec.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from kvstore.pool.match import Match
     from kvstore.pool.path import RecordPlace
     from kvstore.pool.rows import Rows
-    from kvstore.pool.transaction import PreparedCommit
+    from kvstore.pool.transaction import PreparedCommit, Transaction
     from kvstore.spec import ChunkGrid, ModelSpec
 
 
@@ -162,7 +163,7 @@ class TieredPool(Pool):
     ) -> Hold:
         hold = self.hold_here(path, shard=shard, grid=grid, grids=grids)
         if path.is_exact:
-            self._keeper.offer(path, shard)
+            self._keeper.offer(Wanted(path, shard, grid, grids))
         return hold
 
     def _held(
@@ -251,17 +252,24 @@ class TieredPool(Pool):
             if not self.spec.state_groups and len(path) > 1:
                 nodes.add(len(path) - 2)
         shard = _shard_of(self.spec, rows)
+        grids = _known_grids(transaction)
         for node in sorted(nodes):
-            self._keeper.offer(path.prefix(node + 1), shard)
+            # What was computed with other chunk boundaries is another variant, and kept beside this one.
+            of_node = {place: digest for place, digest in grids.items() if place[0] <= node} or None
+            self._keeper.offer(Wanted(path.prefix(node + 1), shard, grids=of_node))
 
-    def _hold_to_keep(self, path: NodePath, shard: Shard) -> Hold:
+    def _hold_to_keep(self, wanted: Wanted) -> Hold:
         """All of it; or one worker's share, where nobody stores the others' here."""
         try:
-            return self.hold_here(path)
+            hold = self.hold_here(wanted.path, grid=wanted.grid, grids=wanted.grids)
         except LeaseGoneError:
-            if shard == WHOLE:
+            if wanted.shard == WHOLE:
                 raise
-            return self.hold_here(path, shard=shard)
+            hold = self.hold_here(wanted.path, shard=wanted.shard, grid=wanted.grid, grids=wanted.grids)
+        # Shelves read it until they are done; the longest lease is that of who asks for one.
+        self.exempt(hold)
+        hold.check()
+        return hold
 
     def flush(self, deadline_s: float) -> None:
         """Wait until everything that was committed before is durable.
@@ -333,6 +341,8 @@ class TieredPool(Pool):
             self._keeper.stop(self._close_deadline_s)
             for shelf in self.shelves:
                 shelf.close()
+            # No byte moves any more, but what has come may still be looked at where it lies.
+            self._loads.join()
             self._keeper.join(self._close_deadline_s)
             super().close()
 
@@ -355,6 +365,14 @@ def _resume_nodes(spec: ModelSpec, rows: Rows, numbers: np.ndarray[tuple[int], n
     has_state = np.isin(table[:, GROUP].astype(np.int64), np.array(spec.state_groups))
     nodes: list[int] = np.unique(table[has_state, NODE]).astype(np.int64).tolist()
     return nodes
+
+
+def _known_grids(transaction: Transaction) -> dict[RecordPlace, bytes]:
+    """Chunk grid digests of what a transaction provides or builds on, where they are known."""
+    known = (*transaction.placed.rows.digests, *transaction.placed_held.rows.digests)
+    if all(digest == UNKNOWN_GRID for digest in known):
+        return {}
+    return {place: digest for place, digest in transaction.grids().items() if digest != UNKNOWN_GRID}
 
 
 def _shard_of(spec: ModelSpec, rows: Rows) -> Shard:

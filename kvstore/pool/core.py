@@ -6,6 +6,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvstore.errors import (
@@ -29,7 +30,7 @@ from kvstore.record import record_layout
 from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvstore._native import Finding
     from kvstore.abc import CheckpointPolicy, EvictionPolicy, Slot, Tier
@@ -127,6 +128,20 @@ class PoolCore(BasePool):
                 self._end_due()
         finally:
             self._settling.is_running = False
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """End what was dropped or has ended, and nothing of it in the body, by this thread.
+
+        For who holds a lock of its own in the body: what ends is told to listeners, and these may want that lock.
+        """
+        self._settle()
+        before = getattr(self._settling, "is_running", False)
+        self._settling.is_running = True
+        try:
+            yield
+        finally:
+            self._settling.is_running = before
 
     def _end_due(self) -> None:
         with self._lock:
