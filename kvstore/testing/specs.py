@@ -52,6 +52,13 @@ def pure_state(block_tokens: int = 16, *, weights: str = "seed 0") -> ModelSpec:
     return ModelSpec("test-state", weights, block_tokens, (_state("state", (0, 1)),))
 
 
+def windowed(block_tokens: int = 16, *, weights: str = "seed 0") -> ModelSpec:
+    """Attention beside a sliding window that is longer than a block."""
+    return ModelSpec(
+        "test-windowed", weights, block_tokens, (_attention("attention", (0, 2)), _window((1, 3), block_tokens + 3))
+    )
+
+
 def latent(block_tokens: int = 16, *, weights: str = "seed 0") -> ModelSpec:
     """Latent attention, of which every worker holds all, beside a state that splits."""
     tensors = (
