@@ -1,4 +1,4 @@
-"""A store with a small memory and a tier on disk, used at random: by processes that are killed, and until power cuts."""
+"""A store with a small memory and a tier on disk, used at random until its process is killed or the power goes off."""
 
 from __future__ import annotations
 

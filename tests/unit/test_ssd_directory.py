@@ -18,7 +18,7 @@ from kvstore.limits import FILE_ALIGN_BYTES
 from kvstore.spec import UnitRange
 from kvstore.testing.forgetful_disk import Fault, ForgetfulDisk
 from kvstore.testing.specs import dense, hybrid, pure_state
-from kvstore.tiers.ssd import manifest, staging
+from kvstore.tiers.ssd import frame, journal, manifest, parts, staging
 from kvstore.tiers.ssd.direct_files import DirectFiles
 from kvstore.tiers.ssd.directory import SsdDirectory
 from kvstore.tiers.ssd.lock import DirectoryLock
@@ -710,3 +710,81 @@ def test_contents_differ() -> None:
     first, second = path_of(SPEC, range(8))
     slots: Iterator[bytes] = (record_of(SPEC, node, 0, 0, ALL).tobytes() for node in (first, second))
     assert len(set(slots)) == 2
+
+
+# A batch that takes several frames
+
+
+SMALL_FRAME_BYTES = 2 * FILE_ALIGN_BYTES
+
+
+@pytest.fixture
+def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of the journal that take a dozen nodes."""
+    for module in (frame, journal, parts):
+        monkeypatch.setattr(module, "JOURNAL_FRAME_BYTES_MAX", SMALL_FRAME_BYTES)
+    monkeypatch.setattr(journal, "_WINDOW_BYTES", 2 * SMALL_FRAME_BYTES)
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_a_batch_that_no_frame_takes_goes_into_several(disk: ForgetfulDisk) -> None:
+    loads = [whole_load(SPEC, path_of(SPEC, range(first, first + 150), b"salt")) for first in (0, 1000)]
+    with closing(open_directory(disk.files())) as directory:
+        append(directory, loads[0])
+        directory.forget([bytes([number]) * 32 for number in range(200)], [False] * 200)
+        append(directory, loads[1])
+        assert directory.journal_bytes > 2 * SMALL_FRAME_BYTES
+    names = {name for load in loads for name in load.names}
+    with closing(open_directory(disk.files())) as directory:
+        assert check_recovered(SPEC, directory) == names
+        directory.rewrite_journal(*directory.recovered, deadline())
+    with closing(open_directory(disk.files())) as directory:
+        assert check_recovered(SPEC, directory) == names
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_the_power_goes_off_within_a_batch_of_several_frames() -> None:
+    load = whole_load(SPEC, path_of(SPEC, range(100), b"salt"))
+    other = whole_load(SPEC, path_of(SPEC, range(1000, 1030)))
+    for change in range(1, 200):
+        disk = ForgetfulDisk(seed=change)
+        filled(disk, other)
+        directory = open_directory(disk.files())
+        disk.cut_after(change)
+        is_durable = True
+        try:
+            append(directory, load)
+        except OSError:
+            is_durable = False
+        directory.close()
+        is_over = not disk.boots
+        disk.cut_power()
+        with closing(open_directory(disk.files())) as directory:
+            found = check_recovered(SPEC, directory)
+            assert set(other.names) <= found <= {*other.names, *load.names}
+            assert not is_durable or found == {*other.names, *load.names}
+            append(directory, load)
+        with closing(open_directory(disk.files())) as directory:
+            assert check_recovered(SPEC, directory) == {*other.names, *load.names}
+        if is_over:
+            return
+    pytest.fail("an append takes fewer changes than that")
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_a_node_that_no_frame_takes_is_refused_before_anything_is_written(
+    disk: ForgetfulDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "JOURNAL_FRAME_BYTES_MAX", 5000)
+    spec = dense(256)
+    with closing(open_directory(disk.files(), spec)) as directory:
+        load = whole_load(spec, path_of(spec, range(250)))
+        before = contents(disk)
+        with pytest.raises(ValueError, match="use smaller blocks"):
+            append(directory, load)
+        assert contents(disk) == before
+        assert not directory.trouble
+        small = whole_load(spec, path_of(spec, range(5)))
+        append(directory, small)
+    with closing(open_directory(disk.files(), spec)) as directory:
+        assert check_recovered(spec, directory) == set(small.names)

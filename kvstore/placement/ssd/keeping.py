@@ -9,6 +9,7 @@ import numpy as np
 
 from kvstore.errors import ShelfRefusedError
 from kvstore.keys import KEY_BYTES
+from kvstore.limits import SSD_APPEND_ROWS_MAX
 from kvstore.pool.rows import COST_US, DIGEST, GROUP, NODE, SPAN, STOP, Rows
 from kvstore.tiers.ssd.rows import NodeRows, RecordRows
 
@@ -247,6 +248,8 @@ def chunks_of(keepings: Sequence[Keeping], chunk_bytes: int) -> Iterator[Chunk]:
     if not owners:
         return
     owner_of, number_of, size_of = np.concatenate(owners), np.concatenate(numbers), np.concatenate(sizes)
+    # A chunk of small records is one that an append takes.
+    size_of = np.maximum(size_of, -(-chunk_bytes // SSD_APPEND_ROWS_MAX))
     ends = np.cumsum(size_of)
     chunk = (ends - size_of) // max(1, chunk_bytes)
     for each in np.unique(chunk).tolist():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +13,14 @@ from kvstore.abc.files import FileOperation
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, SsdDirectoryError
 from kvstore.keys import KEY_BYTES
-from kvstore.limits import SEGMENT_BYTES_MIN, SEGMENT_FRACTION, SEGMENTS_MAX, SSD_APPEND_ROWS_MAX, SSD_SETTLE_S
+from kvstore.limits import SEGMENT_BYTES_MIN, SEGMENT_FRACTION, SEGMENTS_MAX, SSD_SETTLE_S
 from kvstore.tiers.ssd.finding import find, own_manifest
 from kvstore.tiers.ssd.frame import FrameKind
 from kvstore.tiers.ssd.lock import DirectoryLock
 from kvstore.tiers.ssd.moves import OperationsError, UnsettledError, move, sync
 from kvstore.tiers.ssd.names import FileName, parse_name
 from kvstore.tiers.ssd.opening import ensure_made, find_and_settle, segment_keys
+from kvstore.tiers.ssd.parts import check_fits, frames_of
 from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, NodeRows, RecordRows
 from kvstore.tiers.ssd.segment import Segment, seal
 from kvstore.tiers.ssd.snapshot import write_snapshot
@@ -168,10 +169,12 @@ class SsdDirectory:
             OSError: it could not be written; nothing of it counts. The directory remains usable where that may help
                 (a full disk), else `trouble` says why nothing is written to it any more.
             DeadlineError: as `OSError`. What had not ended is named by `has_settled`.
-            ValueError: the rows contradict each other or the spec. Nothing was written.
+            ValueError: the rows contradict each other or the spec, or no frame of the journal takes one of them.
+                Nothing was written.
         """
         journal = self._writable_journal()
         classes = check_rows(self._spec, nodes, records, addresses)
+        check_fits(nodes, records)
         records = replace(records, metadata_crc32c=read_checksums(classes, nodes, records, addresses))
         staged = empty_staging(records)
         try:
@@ -410,27 +413,28 @@ class SsdDirectory:
         segments: dict[int, tuple[int, tuple[int, int, int, int]]],
         deadline: Deadline,
     ) -> None:
-        """Write and sync a batch. If that fails its frame may come back after a crash: what it names is there."""
-        while len(self._forgotten) > SSD_APPEND_ROWS_MAX:
-            part = self._forgotten[:SSD_APPEND_ROWS_MAX]
-            self._add_frame(journal, pack_tables(NodeRows.empty(), RecordRows.empty(), part, {}), deadline)
-            del self._forgotten[:SSD_APPEND_ROWS_MAX]
-        self._add_frame(journal, pack_tables(nodes, records, self._forgotten, segments), deadline)
-        self._forgotten.clear()
+        """Write and sync a batch, in several frames if one cannot take it.
 
-    def _add_frame(self, journal: Journal, tables: Sequence[npt.NDArray[Any]], deadline: Deadline) -> None:
+        If that fails some of them may come back after a crash: what they name is there.
+        """
+        frames = frames_of(nodes, records, self._forgotten)
         end, rows = journal.end, journal.rows
         try:
-            journal.add(tables, FrameKind.BATCH, self._next_segment, deadline)
-            try:
-                journal.sync(deadline)
-            except OSError as error:
-                self._note(error, is_sync=True)
-                raise
+            for part_nodes, part_records, forgotten in frames:
+                named = {int(number): segments[int(number)] for number in np.unique(part_records.place[:, SEGMENT])}
+                tables = pack_tables(part_nodes, part_records, forgotten, named)
+                journal.add(tables, FrameKind.BATCH, self._next_segment, deadline)
+                # Each by itself: whoever opens it next relies on no more than the last frame being unsafe.
+                try:
+                    journal.sync(deadline)
+                except OSError as error:
+                    self._note(error, is_sync=True)
+                    raise
         except OSError as error:
             journal.rewind(end, rows)
             self._note(error, is_sync=error.errno not in _FULL)
             raise
+        self._forgotten.clear()
 
     def _count(self, staged: Staged) -> None:
         for number, (segment, _) in staged.ends.items():

@@ -8,17 +8,17 @@ import numpy as np
 
 from kvstore.tiers.ssd.frame import FrameKind
 from kvstore.tiers.ssd.journal import Journal
+from kvstore.tiers.ssd.parts import parts_of
 from kvstore.tiers.ssd.rows import SEGMENT, NodeRows, RecordRows
 from kvstore.tiers.ssd.tables import pack_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from kvstore.abc.files import Files
     from kvstore.clock import Deadline
     from kvstore.tiers.ssd.tables import SegmentKey
 
-_ROWS_PER_FRAME = 1 << 15
 _END_FRAMES = 2
 """The frame that ends a snapshot is written twice: damage to one page must not make all of the snapshot doubtful."""
 
@@ -42,7 +42,7 @@ def write_snapshot(
     """
     journal = Journal.create(files, number, directory_id, sequence=sequence)
     try:
-        for part_nodes, part_records in _parts(nodes, records):
+        for part_nodes, part_records in parts_of(nodes, records):
             named = {int(each): segments[int(each)] for each in np.unique(part_records.place[:, SEGMENT])}
             journal.add(pack_tables(part_nodes, part_records, (), named), FrameKind.SNAPSHOT, next_segment, deadline)
         # Its end says that all before it is there, also after a crash.
@@ -56,21 +56,3 @@ def write_snapshot(
         journal.close()
         raise
     return journal
-
-
-def _parts(nodes: NodeRows, records: RecordRows) -> Iterator[tuple[NodeRows, RecordRows]]:
-    """Consecutive nodes with their records, few enough for a frame."""
-    order = np.argsort(records.node, kind="stable")
-    ends = np.searchsorted(records.node[order], np.arange(len(nodes)), side="right")
-    first = 0
-    while first < len(nodes):
-        begin = int(ends[first - 1]) if first else 0
-        fitting = int(np.searchsorted(ends, begin + _ROWS_PER_FRAME, side="right"))
-        stop = max(first + 1, min(fitting, first + _ROWS_PER_FRAME, len(nodes)))
-        part = records.taken(order[begin : int(ends[stop - 1])])
-        shifted = RecordRows(
-            part.node - np.int32(first), part.name, part.grids, part.digests, part.cost_us, part.place,
-            part.metadata_crc32c,
-        )  # fmt: skip
-        yield nodes.taken(np.arange(first, stop)), shifted
-        first = stop
