@@ -104,7 +104,7 @@ class Files(ABC):
 
     @abstractmethod
     def truncate(self, file: int, size_bytes: int) -> None:
-        """Cut an open file to a size. Durable after a SYNC."""
+        """Cut an open file to a size, or make it longer by zeros that take no room. Durable after a SYNC."""
 
     @abstractmethod
     def close_file(self, file: int) -> None:

@@ -65,7 +65,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Change:
-    """A write (`data`) or a cut to a size, at a moment of the disk's counter."""
+    """A write (`data`) or a change of size, at a moment of the disk's counter."""
 
     moment: int
     offset: int
@@ -74,11 +74,16 @@ class Change:
 
 @dataclass
 class Inode:
-    """A file: as it is seen, as it would be after a cut that keeps nothing else, and what lies between."""
+    """A file: as it is seen, as it would be after a cut that keeps nothing else, and what lies between.
+
+    Attributes:
+        used_bytes: up to where it has been written; what it is longer is a hole, which takes no room.
+    """
 
     seen: bytearray = field(default_factory=bytearray)
     safe: bytearray = field(default_factory=bytearray)
     pending: list[Change] = field(default_factory=list)
+    used_bytes: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +182,7 @@ class ForgetfulDisk:
             apply(inode.safe, Change(0, size_max, None))
         inode.pending.clear()
         inode.seen = bytearray(inode.safe)
+        inode.used_bytes = len(inode.safe.rstrip(b"\0"))
 
     # Slowness
 
@@ -243,7 +249,7 @@ class ForgetfulDisk:
     @property
     def used_bytes(self) -> int:
         with self.lock:
-            return sum(len(inode.seen) for inode in self.names.values())
+            return sum(inode.used_bytes for inode in self.names.values())
 
     # For `ForgetfulFiles`, under the lock
 

@@ -196,7 +196,7 @@ class ForgetfulFiles(Files):
         if not may_write:
             raise OSError(errno.EBADF, "the file is open for reading only", name)
         fault = self.disk.check(self._boot, "write", name)
-        grown = max(0, offset + size - len(inode.seen))
+        grown = max(0, offset + size - inode.used_bytes)
         if self.disk.used_bytes + grown > self.disk.capacity_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         data = ctypes.string_at(address, size // 2 if fault else size)
@@ -206,6 +206,8 @@ class ForgetfulFiles(Files):
 
     def _change(self, inode: Inode, change: Change) -> None:
         apply(inode.seen, change)
+        end = change.offset + len(change.data or b"")
+        inode.used_bytes = min(inode.used_bytes, end) if change.data is None else max(inode.used_bytes, end)
         inode.pending.append(change)
         self.disk.count_change()
 

@@ -180,7 +180,10 @@ def test_a_full_disk() -> None:
     more = (WRITE, file, 2 * PAGE, content.address(), 2 * PAGE)
     assert run(files, [more]).errors()[0].errno == errno.ENOSPC
     run_well(files, [(WRITE, file, 0, content.address(), 2 * PAGE)])
+    files.truncate(file, 9 * PAGE)  # a hole takes no room
+    assert files.free_bytes() == PAGE
     files.truncate(file, 0)
+    assert files.free_bytes() == 3 * PAGE
     run_well(files, [(*more[:2], 0, *more[3:])])
 
 

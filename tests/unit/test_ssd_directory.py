@@ -380,6 +380,41 @@ def test_verify_names_what_cannot_be_read(disk: ForgetfulDisk, load: Load) -> No
         assert [each.name[0] for each in bad_records(directory, SPEC)] == [2]
 
 
+def test_a_segment_is_written_without_growing(disk: ForgetfulDisk, load: Load) -> None:
+    files = disk.files()
+    free_bytes = files.free_bytes()
+    with closing(open_directory(files, segment_bytes=1 << 20)) as directory:
+        append(directory, load)
+        sizes = {name: len(disk.peek(name)) for name in disk.names if name.startswith("segment-")}
+        assert set(sizes.values()) == {1 << 20}
+        # What is not written yet takes no room, neither here nor on the disk.
+        assert directory.used_bytes < 1 << 20
+        assert free_bytes - files.free_bytes() < 1 << 20
+        append(directory, load)
+        assert {name: len(disk.peek(name)) for name in sizes} == sizes
+        usages = directory.segments()
+    for name, usage in zip(sorted(sizes), usages, strict=True):
+        assert usage.size_bytes < len(disk.peek(name)) < usage.size_bytes + 2 * FILE_ALIGN_BYTES
+        assert pa.ipc.open_file(pa.py_buffer(disk.peek(name))).num_record_batches > 0
+
+
+def test_one_segment_that_cannot_be_sealed_keeps_no_other_from_it(disk: ForgetfulDisk, load: Load) -> None:
+    directory = open_directory(disk.files())
+    placed = append(directory, load)
+    bad, *good = sorted(name for name in disk.names if name.startswith("segment-"))
+    disk.faults.append(Fault("write", errno.EIO, bad, times=None))
+    directory.close()
+    assert pa.ipc.open_file(pa.py_buffer(disk.peek(good[0]))).num_record_batches > 0
+    assert pa.ipc.open_file(pa.py_buffer(disk.peek(good[1]))).num_record_batches > 0
+    with pytest.raises(pa.ArrowInvalid):
+        pa.ipc.open_file(pa.py_buffer(disk.peek(bad)))
+    disk.faults.clear()
+    with closing(open_directory(disk.files())) as directory:
+        assert check_recovered(SPEC, directory) == set(load.names)
+        assert sorted(directory.recovered[1].place.tolist()) == sorted(placed.place.tolist())
+    assert pa.ipc.open_file(pa.py_buffer(disk.peek(bad))).num_record_batches > 0
+
+
 # Errors while writing
 
 
@@ -397,10 +432,11 @@ def test_a_full_disk_passes(disk: ForgetfulDisk, load: Load, is_short: bool) -> 
         assert check_recovered(SPEC, directory) == set(load.names)
 
 
-def test_no_file_can_be_made(disk: ForgetfulDisk, load: Load) -> None:
+@pytest.mark.parametrize("what", ["create", "truncate"])
+def test_no_file_can_be_made(disk: ForgetfulDisk, load: Load, what: str) -> None:
     with closing(open_directory(disk.files())) as directory:
         before = contents(disk)
-        disk.faults.append(Fault("create", errno.ENOSPC, skip=1))
+        disk.faults.append(Fault(what, errno.ENOSPC, skip=1))
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             append(directory, load)
         assert contents(disk) == before

@@ -448,13 +448,19 @@ class SsdDirectory:
         """The records are safe whether or not their file gets its tail; what fails is tried again when it is opened."""
         segments, self._to_seal = self._to_seal, []
         for segment in segments:
-            if self._trouble or segment.is_headless:
-                segment.is_open = False
-                continue
-            try:
-                deadline = Deadline.after(SSD_SETTLE_S)
-                self._other_bytes_written += seal(self._files, segment, self._directory_id, deadline)
-            except (OSError, DeadlineError) as error:
+            segment.is_open = False
+        self._seal([segment for segment in segments if not segment.is_headless])
+
+    def _seal(self, segments: Sequence[Segment]) -> None:
+        if self._trouble:
+            return
+        try:
+            self._other_bytes_written += seal(self._files, segments, self._directory_id, Deadline.after(SSD_SETTLE_S))
+        except (OSError, DeadlineError) as error:
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError) and len(segments) > 1:
+                for segment in segments:
+                    self._seal([segment])
+            else:
                 self._note(error, is_sync=False)
 
     def _note(self, error: OSError | DeadlineError, *, is_sync: bool) -> None:

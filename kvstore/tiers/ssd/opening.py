@@ -135,4 +135,4 @@ def _settle_segment(files: Files, finding: Finding, number: int, segment: Segmen
     segment.file = files.open(str(segment.name), may_write=True)
     segment.offsets = offsets
     segment.end = max(head_bytes(segment.layout), offsets[-1] + slot_bytes)
-    seal(files, segment, finding.manifest.directory_id, deadline)
+    seal(files, [segment], finding.manifest.directory_id, deadline)

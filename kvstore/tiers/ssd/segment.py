@@ -20,10 +20,12 @@ from kvstore.tiers.ssd.footer import (
     parse_tail,
     tail_bytes_of,
 )
-from kvstore.tiers.ssd.moves import read, sync, write
+from kvstore.tiers.ssd.moves import move, read, sync
 from kvstore.tiers.ssd.names import FileName
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from kvstore.abc.files import Files
@@ -70,10 +72,23 @@ class Segment:
         return SegmentStamp(directory_id, self.name.number, self.name.nonce)
 
 
-def create_segment(files: Files, number: int, layout: RecordLayout) -> Segment:
-    """A new file. Its head goes with its first records. Raises `OSError`."""
+def create_segment(files: Files, number: int, layout: RecordLayout, segment_bytes: int) -> Segment:
+    """A new file, empty but as long as it may become. Its head goes with its first records.
+
+    The length is a hole, which takes no room: a file system writes a file that does not grow from many places at once,
+    and one that grows from one place after the other.
+
+    Raises:
+        OSError: it could not be made, and is not there.
+    """
     name = FileName(number, int.from_bytes(os.urandom(8), "little"), is_journal=False)
     file = files.create(str(name))
+    try:
+        files.truncate(file, max(segment_bytes, head_bytes(layout) + layout.slot_bytes))
+    except OSError:
+        files.close_file(file)
+        files.remove(str(name))
+        raise
     return Segment(name, layout, file, head_bytes(layout), is_open=True, is_headless=True)
 
 
@@ -83,22 +98,30 @@ def head_row(segment: Segment, directory_id: bytes) -> tuple[npt.NDArray[np.uint
     return head, (FileOperation.WRITE, segment.file, 0, head.ctypes.data, head.nbytes)
 
 
-def seal(files: Files, segment: Segment, directory_id: bytes, deadline: Deadline) -> int:
-    """Make it an Arrow file that ends, and take no more records; bytes written. Raises as `moves.move`.
+def seal(files: Files, segments: Sequence[Segment], directory_id: bytes, deadline: Deadline) -> int:
+    """Make them Arrow files that end, and take no more records; bytes written. Raises as `moves.move`.
 
-    Whether it fails or not, nothing is added to it any more.
+    Whether it fails or not, nothing is added to them any more.
     """
-    segment.is_open = False
-    offsets = np.array(sorted(segment.offsets), np.uint64)
-    tail = pack_tail(segment.layout, segment.stamp(directory_id), offsets, segment.end)
-    if files.size(segment.file) > segment.end:
-        # What lies there is none of its records, and would follow the footer.
-        files.truncate(segment.file, segment.end)
-    write(files, segment.file, segment.end, tail, deadline)
-    sync(files, [segment.file], deadline)
-    segment.tail_bytes = tail.nbytes
-    segment.offsets.clear()
-    return tail.nbytes
+    tails = []
+    for segment in segments:
+        segment.is_open = False
+        offsets = np.array(sorted(segment.offsets), np.uint64)
+        tails.append(pack_tail(segment.layout, segment.stamp(directory_id), offsets, segment.end))
+    for segment in segments:
+        if files.size(segment.file) > segment.end:
+            # What lies there is none of its records, and would follow the footer.
+            files.truncate(segment.file, segment.end)
+    rows = [
+        (FileOperation.WRITE, segment.file, segment.end, tail.ctypes.data, tail.nbytes)
+        for segment, tail in zip(segments, tails, strict=True)
+    ]
+    move(files, rows, deadline, tails)
+    sync(files, [segment.file for segment in segments], deadline)
+    for segment, tail in zip(segments, tails, strict=True):
+        segment.tail_bytes = tail.nbytes
+        segment.offsets.clear()
+    return sum(tail.nbytes for tail in tails)
 
 
 def find_segment(files: Files, name: FileName, layout: RecordLayout, directory_id: bytes) -> Segment | None:

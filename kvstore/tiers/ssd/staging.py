@@ -223,7 +223,7 @@ class OpenSegments:
             staged.retired.append(self._by_class.pop(record_class))
             segment = None
         if segment is None:
-            segment = create_segment(self._files, self._next_number(), layout)
+            segment = create_segment(self._files, self._next_number(), layout, self._segment_bytes)
             staged.created.append(segment)
             self._by_class[record_class] = segment
         self._by_class.move_to_end(record_class)
