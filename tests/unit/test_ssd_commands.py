@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
+import kvstore
 from kvstore.cli.main import app
-from kvstore.testing.specs import hybrid
+from kvstore.testing.specs import check_lease, hybrid, put_all
 from kvstore.tiers.ssd.direct_files import DirectFiles
 from kvstore.tiers.ssd.directory import SsdDirectory
 from tests.ssd.contents import append, check_recovered, path_of, whole_load
@@ -95,6 +96,37 @@ def test_a_damaged_journal_is_written_anew(directory: Path) -> None:
     assert invoke("verify", directory, "--repair").exit_code == 0
     assert invoke("verify", directory).exit_code == 0
     assert not journal.exists()
+
+
+def test_a_directory_may_be_one_of_several(tmp_path: Path) -> None:
+    """Its records hang on those of the other drive: they are checked, and repairing keeps them."""
+    paths = [tmp_path / "a", tmp_path / "b"]
+    where = [f"{path}:64MiB" for path in paths]
+    ids = tuple(range(22))
+    with kvstore.open(SPEC, dram="1MiB", ssd=where) as store:
+        with store.write(ids) as writer:
+            put_all(writer)
+            writer.commit()
+        store.flush(30.0)
+    documents = json.loads(invoke("verify", *paths, "--json").stdout)
+    assert min(document["records"] for document in documents) > 0
+    assert sum(document["records"] for document in documents) == 8
+    assert [document["not_counted"]["unreachable"] for document in documents] == [0, 0]
+    shown = json.loads(invoke("inspect", *paths, "--json").stdout)
+    assert [each["records"] for each in shown] == [document["records"] for document in documents]
+    for path in paths:
+        (journal,) = path.glob("journal-*")
+        flip(journal, 4096 + 100)  # the second copy of a snapshot's end: nothing but a reason to write it anew
+        assert invoke("verify", path, "--repair").exit_code == 0
+    with kvstore.open(SPEC, dram="1MiB", ssd=where) as store:
+        found = store.match((*ids, 99))
+        assert (found.tokens, found.tier) == (len(ids), "ssd")
+        with store.read(found, deadline_s=30.0) as lease:
+            check_lease(lease, store.prompt(ids))
+    for path in paths:
+        for segment in path.glob("segment-*"):
+            flip(segment, 6000)
+    assert invoke("verify", *paths).exit_code == 1
 
 
 def test_what_cannot_be_used_exits_with_2(directory: Path, tmp_path: Path) -> None:
