@@ -59,9 +59,7 @@ def verify_directory(path: Path, *, is_repairing: bool) -> dict[str, Any]:
     with opened_files(path) as files:
         spec = manifest_of(files).spec
         # It may be one of several: what hangs on records of the others is checked, and stays, all the same.
-        directory = SsdDirectory.open(
-            files, spec, capacity_bytes=1, is_read_only=not is_repairing, is_alone=False
-        )
+        directory = SsdDirectory.open(files, spec, capacity_bytes=1, is_read_only=not is_repairing, is_alone=False)
         try:
             _, records = directory.recovered
             total_bytes = int(records.place[:, SLOT_BYTES].sum())

@@ -193,7 +193,7 @@ class NodeConfig:
         """As `kvstore.open` takes them; None without a tier on disk."""
         if not self.ssd:
             return None
-        return SsdOptions(self.ssd, write_bytes_per_day=self.ssd_write_bytes_per_day)  # type: ignore[arg-type]
+        return SsdOptions(self.ssd, write_bytes_per_day=self.ssd_write_bytes_per_day)
 
 
 SECTIONS: dict[str, type] = {

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.placement.ssd import SsdOptions, SsdPlace
 from kvstore.placement.ssd.budget import DAY_S, BudgetState, WriteBudget, load_state, save_state
 from kvstore.placement.ssd.places import checksums_of, drives_of, places_of, slots_of
 from kvstore.placement.ssd.stripes import stripe
 from kvstore.testing.forgetful_disk import ForgetfulDisk
+from kvstore.tiers.ssd import engine
+from kvstore.tiers.ssd.engine import choose_engine
 
 GIB = 1 << 30
 
 
 def test_text_names_directories() -> None:
-    assert SsdOptions.of("/a:2GiB").directories == (SsdPlace("/a", 2 * GIB),)
-    assert SsdOptions.of("C:/a:2GiB").directories == (SsdPlace("C:/a", 2 * GIB),)
+    assert SsdOptions.of("/a:2GiB").places == (SsdPlace("/a", 2 * GIB),)
+    assert SsdOptions.of("C:/a:2GiB").places == (SsdPlace("C:/a", 2 * GIB),)
     several = SsdOptions.of(["/a:2GiB", SsdPlace("/b", GIB)])
-    assert several.directories == (SsdPlace("/a", 2 * GIB), SsdPlace("/b", GIB))
+    assert several.places == (SsdPlace("/a", 2 * GIB), SsdPlace("/b", GIB))
     assert several.capacity_bytes == 3 * GIB
     assert SsdOptions.of(several) is several
-    assert SsdOptions("/a:2GiB").directories == several.directories[:1]  # type: ignore[arg-type]
+    assert SsdOptions("/a:2GiB").places == several.places[:1]
 
 
 @pytest.mark.parametrize(
@@ -36,18 +40,38 @@ def test_text_names_directories() -> None:
         ("/a:4KiB", "the least is"),
         ([], "1 to 64"),
         (["/a:1GiB", "/a:2GiB"], "each directory once"),
+        (["/a:1GiB", "/b/../a:2GiB"], "each directory once"),
+        (5, "names no directories"),
+        ([5], "names no directories"),
+        (Path("/a"), "names no directories"),
         ([f"/{number}:1GiB" for number in range(65)], "1 to 64"),
     ],
 )
-def test_what_cannot_be_is_said(what: str | list[str], message: str) -> None:
+def test_what_cannot_be_is_said(what: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SsdOptions.of(what)
+        SsdOptions.of(what)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["write_bytes_per_day", "queue_bytes", "batch_bytes", "write_deadline_s"])
 def test_limits_are_positive(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         SsdOptions("/a:1GiB", **{name: 0})  # type: ignore[arg-type]
+
+
+def test_sizes_are_parsed() -> None:
+    assert SsdOptions("/a:1GiB", write_bytes_per_day="2GiB").daily_bytes == 2 * GIB
+    assert SsdOptions("/a:1GiB").daily_bytes is None
+    with pytest.raises(ConfigError, match="write_bytes_per_day of an SSD tier: 'much' is not a size"):
+        SsdOptions("/a:1GiB", write_bytes_per_day="much")
+
+
+def test_an_engine_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnavailableError, match="there is no engine 'magic' of file I/O; name one of io_uring, threads"):
+        choose_engine("magic")
+    monkeypatch.setattr(engine, "file_engines", lambda _: [("io_uring", "the kernel forbids it"), ("threads", "")])
+    with pytest.raises(UnavailableError, match="'io_uring' of file I/O cannot run here: the kernel forbids it"):
+        choose_engine("io_uring")
+    assert choose_engine("threads").name == "threads"
 
 
 # Budget

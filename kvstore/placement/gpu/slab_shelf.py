@@ -76,7 +76,8 @@ def open_slabs(spec: ModelSpec, options: GpuOptions, *, arena_memory: memoryview
         UnavailableError: there is no torch or no such device. DeviceError: the device has too little memory.
         RecordTooLargeError: not even one record fits. ValueError: `capacity` is no size.
     """
-    return SlabShelf(spec, open_device(options.device), parse_bytes(options.capacity), arena_memory=arena_memory)
+    capacity_bytes = parse_bytes(options.capacity)
+    return SlabShelf(spec, open_device(options.device), capacity_bytes, arena_memory=arena_memory)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def open_ssd(
     drives: list[Drive] = []
     left_out: list[str] = []
     try:
-        for place in options.directories:
+        for place in options.places:
             try:
                 drives.append(_open_drive(spec, place, options, make_files or _direct_files, len(drives)))
             except SsdDirectoryError as error:
@@ -76,7 +76,7 @@ def _open_drive(
             spec,
             capacity_bytes=place.capacity_bytes,
             segment_bytes=segment_bytes(place.capacity_bytes),
-            is_alone=len(options.directories) == 1,
+            is_alone=len(options.places) == 1,
         )
     except BaseException:
         files.close()

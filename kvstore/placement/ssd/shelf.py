@@ -63,11 +63,11 @@ class SsdShelf(Shelf):
         self._left_out = tuple(left_out)
         self._stock = Stock(spec, drives)
         self._stock.restore()
-        states = [load_state(drive.files) for drive in drives] if options.write_bytes_per_day is not None else []
+        states = [load_state(drive.files) for drive in drives] if options.daily_bytes is not None else []
         known = [state for state in states if state is not None]
         state = max(known, key=lambda each: each.at_s, default=None)
         clock = {} if now is None else {"now": now}
-        self._budget = WriteBudget(options.write_bytes_per_day, state, **clock)
+        self._budget = WriteBudget(options.daily_bytes, state, **clock)
         self._writer = Writer(self._stock, options, self._budget)
         self._holds: set[SsdHold] = set()
         self._closing = threading.Lock()

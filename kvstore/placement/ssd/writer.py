@@ -91,7 +91,7 @@ class Writer:
             raise ShelfRefusedError(
                 "budget",
                 f"{format_bytes(keeping.size_bytes)} would exceed the "
-                f"{format_bytes(self._options.write_bytes_per_day or 0)} that may be written to the SSD tier per day; "
+                f"{format_bytes(self._options.daily_bytes or 0)} that may be written to the SSD tier per day; "
                 "raise write_bytes_per_day, or wait",
             )
         self._queue.append(keeping)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore._native import FileEngine, choose_file_engine
+from kvstore._native import FileEngine, choose_file_engine, file_engines
 from kvstore.errors import UnavailableError
 from kvstore.limits import FILE_DEPTH_DEFAULT, FILE_DEPTH_MAX, FILE_PIECE_BYTES, FILE_URGENT_DEPTH
 
@@ -41,6 +41,14 @@ def choose_engine(name: str | None = None, *, depth: int = FILE_DEPTH_DEFAULT) -
     """
     if not 1 <= depth <= FILE_DEPTH_MAX:
         raise ValueError(f"files have a depth from 1 to {FILE_DEPTH_MAX}, not {depth}")
+    if name is not None:
+        obstacles = dict(file_engines(depth + FILE_URGENT_DEPTH))
+        if name not in obstacles:
+            raise UnavailableError(
+                f"there is no engine {name!r} of file I/O; name one of {', '.join(obstacles)}, or None"
+            )
+        if obstacles[name]:
+            raise UnavailableError(f"the engine {name!r} of file I/O cannot run here: {obstacles[name]}; name none")
     try:
         chosen, why_not_better = choose_file_engine(depth + FILE_URGENT_DEPTH, name)
     except RuntimeError as error:
