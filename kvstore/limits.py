@@ -273,6 +273,8 @@ NODE_SETTING_CHARACTERS_MAX = 4096
 NODE_DRAIN_S_MAX = 3600.0
 NODE_DEADLINE_S_MAX = 3600.0
 """Of any deadline of transfers that an operator sets."""
+NODE_LIFE_S_MAX = 7 * 24 * 3600.0
+"""Of the longest lease and writer that a node's operator sets."""
 NODE_COUNT_MAX = 1 << 16
 """Of any number of transfers, connections or pieces that an operator sets; each connection has a thread."""
 HTTP_CONNECTIONS_MAX = 16

@@ -111,6 +111,10 @@ def serve(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings in TOML.")] = None,
     spec: Annotated[str | None, typer.Option(metavar="FILE", help="The model's spec file.")] = None,
     dram: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of the pool: 8GiB.")] = None,
+    ssd: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR:SIZE", help="A tier on disk: /var/cache/kv:200GiB. Once for each drive."),
+    ] = None,
     listen: Annotated[
         list[str] | None, typer.Option(metavar="ADDRESS", help="Where other nodes connect. May be repeated.")
     ] = None,
@@ -144,6 +148,7 @@ def serve(
     flags = {
         "spec": spec,
         "dram": dram,
+        "ssd": ssd or None,
         "listen": listen or None,
         "attach.socket": socket,
         "http.listen": http,

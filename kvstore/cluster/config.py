@@ -20,10 +20,12 @@ from kvstore.limits import (
     NODE_COUNT_MAX,
     NODE_DEADLINE_S_MAX,
     NODE_DRAIN_S_MAX,
+    NODE_LIFE_S_MAX,
     RECORD_BYTES_MAX,
     SSD_DIRECTORIES_MAX,
 )
 from kvstore.placement.ssd import SsdOptions
+from kvstore.pool import StoreLimits
 from kvstore.spec import ModelSpec
 from kvstore.transfer import TransferSettings
 
@@ -99,6 +101,28 @@ class HttpConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """What each salt may take, and for how long engines may hold what they hold; see `kvstore.StoreLimits`.
+
+    Attributes:
+        quota: bytes that the records of one salt may take in memory; None: as much as there is.
+        lease_max_s: a lease that is held for longer ends; None: never.
+        writer_max_s: a writer that is open for longer is aborted; None: never.
+    """
+
+    quota: int | None = field(default=None, metadata={"kind": size()})
+    lease_max_s: float | None = field(default=None, metadata={"kind": seconds(0.001, NODE_LIFE_S_MAX)})
+    writer_max_s: float | None = field(default=None, metadata={"kind": seconds(0.001, NODE_LIFE_S_MAX)})
+
+    def __post_init__(self) -> None:
+        _parse_fields(self, "limits.")
+
+    def store_limits(self) -> StoreLimits:
+        """As `kvstore.open` takes them."""
+        return StoreLimits(quota=self.quota, lease_max_s=self.lease_max_s, writer_max_s=self.writer_max_s)
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written to standard error, one line per event.
 
@@ -147,7 +171,7 @@ class NodeConfig:
         serves: peers may ask what the pool holds, and fetch it.
         trust_network: listen beyond loopback although nothing is encrypted or authenticated.
         drain_s: how long transfers may go on after SIGTERM.
-        attach, http, log, transport: see there.
+        attach, limits, http, log, transport: see there.
         transfer: deadlines and limits of transfers.
 
     Raises:
@@ -169,6 +193,7 @@ class NodeConfig:
     trust_network: bool = field(default=False, metadata={"kind": flag()})
     drain_s: float = field(default=DRAIN_S_DEFAULT, metadata={"kind": seconds(0.0, NODE_DRAIN_S_MAX)})
     attach: AttachConfig = field(default_factory=AttachConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
@@ -198,6 +223,7 @@ class NodeConfig:
 
 SECTIONS: dict[str, type] = {
     "attach": AttachConfig,
+    "limits": LimitsConfig,
     "http": HttpConfig,
     "log": LogConfig,
     "transport": TransportConfig,

@@ -158,6 +158,7 @@ class Node:
                 spec,
                 dram=config.dram,
                 ssd=config.ssd_options(),
+                limits=config.limits.store_limits(),
                 socket=attach.socket,
                 arena=attach.arena,
                 allow_uids=attach.allow_uids,

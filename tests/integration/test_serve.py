@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import kvstore
 from kvstore.abc import TransportOptions
 from kvstore.cli.main import app
-from kvstore.errors import OwnerGoneError, PeerClosingError, PeerMismatchError, TransferError
+from kvstore.errors import OwnerGoneError, PeerClosingError, PeerMismatchError, QuotaTooSmallError, TransferError
 from kvstore.spec import Shard, save_spec
 from kvstore.testing.resources import leaves_nothing
 from tests.integration.serve_process import ROOT, ServeProcess, serving
@@ -105,6 +105,36 @@ def test_a_node_receives_tells_and_serves_its_host(source: kvstore.Store, argume
         events = [line["event"] for line in node.lines if "event" in line]
     assert events[:5] == ["starting", "http", "opened", "listening", "ready"]
     assert events[-4:] == ["signal", "draining", "drained", "closed"]
+
+
+def test_a_node_with_a_disk_has_its_cache_again(source: kvstore.Store, arguments: list[str], tmp_path: Path) -> None:
+    """What came by transfer, and what an engine of its host wrote, is there after a stop; quotas hold for engines."""
+    path = tmp_path / "pool.sock"
+    ids = prompt(40, seed=3)
+    more = ["--socket", str(path), "--ssd", f"{tmp_path}/a:1GiB", "--ssd", f"{tmp_path}/b:1GiB"]
+    with serving(*arguments, *more, "--set", "limits.quota=4MiB") as node:
+        node.wait_ready()
+        assert node.event("opened")["ssd"] == f"{tmp_path}/a:1GiB, {tmp_path}/b:1GiB"
+        source.send(match_all(source, prompt(BIG_TOKENS)), node.address).result(WITHIN_S)
+        with kvstore.attach(path) as engine:
+            store_prompt(engine, ids)
+            engine.flush(WITHIN_S)
+            with pytest.raises(QuotaTooSmallError):
+                engine.write(prompt(3 * BIG_TOKENS, seed=4))
+        node.terminate()
+        assert node.exit_status() == 0
+    with serving(*arguments, *more) as node:
+        node.wait_ready()
+        with kvstore.attach(path) as engine:
+            found = engine.match([*ids, 1])
+            assert (found.tokens, found.tier) == (40, "ssd")
+            assert found.best is not None
+            assert found.best.is_durable
+            assert_same(source, engine, prompt(BIG_TOKENS), BIG_TOKENS)
+        assert json.loads(node.get("/status")[1])["pool"]["shelves"][0]["loaded_bytes"] > 0
+        with serving(*arguments, *more[2:]) as other:
+            assert other.exit_status() == 3
+            assert "in use by process" in other.event("failed")["message"]
 
 
 def test_what_runs_ends_during_a_drain(source: kvstore.Store, arguments: list[str]) -> None:

@@ -38,6 +38,7 @@ def test_there_again_after_reopening(tmp_path: Path, spec: ModelSpec) -> None:
     with kvstore.open(spec, dram="64MiB", ssd=where) as store:
         write(store, ids)
         store.flush(TEST_S)
+        assert (tmp_path / "kv").stat().st_mode & 0o077 == 0, "others can look into it"
         found = store.match((*ids, 99))
         assert found.tier == "dram"
         assert found.best is not None

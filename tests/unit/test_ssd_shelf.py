@@ -312,6 +312,24 @@ def test_a_file_system_smaller_than_the_capacity(source: Store) -> None:
         assert not found.trouble
 
 
+def test_what_a_drive_does_is_logged_once(source: Store, caplog: pytest.LogCaptureFixture) -> None:
+    disks = Disks()
+    with closing(disks.open()) as shelf, caplog.at_level("WARNING", "kvstore.ssd"):
+        disks[0].faults.append(Fault("write", errno.ENOSPC, times=None))
+        for number in range(2):
+            assert refusal(shelf, [write(source, range(100 * number, 100 * number + 40))])
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "the disk is full" in caplog.text
+        disks[0].faults.clear()
+        keep(shelf, write(source, range(200, 240)))
+        assert "records are written there again" in caplog.records[-1].message
+        caplog.clear()
+        disks[0].faults.append(Fault("write", errno.EROFS, times=None))
+        for number in range(3, 5):
+            assert refusal(shelf, [write(source, range(100 * number, 100 * number + 40))])
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
 def test_one_drive_of_two_fails(source: Store) -> None:
     """The other one goes on with everything, and what lay on both is a miss once it cannot be read."""
     disks = Disks(2)

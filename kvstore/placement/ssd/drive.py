@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from kvstore.abc.files import Files
     from kvstore.tiers.ssd.directory import SsdDirectory
+
+LOG = logging.getLogger("kvstore.ssd")
 
 
 class Drive:
@@ -96,19 +99,21 @@ class Drive:
 
     def note_written(self) -> None:
         """A write has succeeded."""
+        if self._passing_trouble:
+            LOG.warning("%s: records are written there again", self.files.directory)
         self._passing_trouble = ""
 
     def note_write_error(self, error: BaseException) -> None:
         """A write has failed. A full disk may have room again; of one that fails nobody knows what it has kept."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not self.directory.trouble:
-            self._passing_trouble = f"{self.files.directory}: the disk is full: {error}"
+            self._pass_through(f"{self.files.directory}: the disk is full: {error}")
             return
         if isinstance(error, TimeoutError) and not self.directory.trouble:
-            self._passing_trouble = f"{self.files.directory}: the disk is slow: {error}"
+            self._pass_through(f"{self.files.directory}: the disk is slow: {error}")
             return
-        self.may_write = False
-        self._trouble = self.directory.trouble or (
-            f"{self.files.directory}: nothing is written there any more, since a write failed: {error}; "
+        self._stop_writing(
+            self.directory.trouble
+            or f"{self.files.directory}: nothing is written there any more, since a write failed: {error}; "
             "look after the drive and open the store again"
         )
 
@@ -117,8 +122,7 @@ class Drive:
         self._read_errors += 1
         if self._read_errors < SSD_READ_ERRORS_MAX:
             return False
-        self.may_write = False
-        self._trouble = (
+        self._stop_writing(
             f"{self.files.directory}: left out after {self._read_errors} reads failed, the last with: {error}; "
             "look after the drive and open the store again"
         )
@@ -126,5 +130,16 @@ class Drive:
 
     def refuse_writes(self, why: str) -> None:
         """Nothing is written there from now on."""
+        self._stop_writing(self._trouble or why)
+
+    def _pass_through(self, trouble: str) -> None:
+        """Logged once until a write succeeds."""
+        if not self._passing_trouble:
+            LOG.warning("%s; what is committed meanwhile may not be kept on disk", trouble)
+        self._passing_trouble = trouble
+
+    def _stop_writing(self, trouble: str) -> None:
         self.may_write = False
-        self._trouble = self._trouble or why
+        if trouble != self._trouble:
+            LOG.error("%s", trouble)
+        self._trouble = trouble

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.errors import SsdDirectoryError
 from kvstore.limits import SEGMENT_BYTES_MIN, SEGMENT_FRACTION, SSD_SEGMENT_FRACTION_MAX
-from kvstore.placement.ssd.drive import Drive
+from kvstore.placement.ssd.drive import LOG, Drive
 from kvstore.placement.ssd.options import SsdOptions
 from kvstore.placement.ssd.shelf import SsdShelf
 from kvstore.tiers.ssd.directory import SsdDirectory
@@ -50,6 +50,7 @@ def open_ssd(
                 if not _is_of_drive(error):
                     raise
                 left_out.append(f"{place.path}: left out, since it could not be opened: {error}")
+                LOG.error("%s", left_out[-1])
         if not drives:
             raise SsdDirectoryError(f"no directory of the SSD tier can be used: {'; '.join(left_out)}")
         return SsdShelf(spec, drives, options, left_out=left_out)
@@ -100,5 +101,5 @@ def _direct_files(place: SsdPlace, options: SsdOptions) -> Files:
     from kvstore.tiers.ssd.direct_files import DirectFiles
 
     if not os.path.isdir(place.path):
-        os.mkdir(place.path)
+        os.mkdir(place.path, 0o700)
     return DirectFiles(place.path, engine=options.engine)
