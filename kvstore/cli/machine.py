@@ -144,8 +144,8 @@ def _limits() -> list[Finding]:
             "limit.memlock",
             not memlock_low,
             "unlimited" if memlock == endless else format_bytes(memlock),
-            why_not_better="this version pins no memory"
-            + ("; RDMA and registered buffers will need more: ulimit -l" if memlock_low else ""),
+            in_use="" if memlock_low else "rings of io_uring, before Linux 5.12",
+            why_not_better="raise it where io_uring finds too little memory: ulimit -l" if memlock_low else "",
         ),
         Finding(
             "limit.nofile",

@@ -18,6 +18,7 @@ PACKAGES = {
     "torch": "pip install 'kvstore[torch]' to store and restore torch tensors on devices",
     "opentelemetry-api": "pip install 'kvstore[tracing]' and configure a provider for a span per transfer",
     "prometheus-client": "pip install 'kvstore[metrics]' for /metrics of kvstore serve, which answers 501 without",
+    "triton": "comes with torch for CUDA; gathers an engine's pages on the device, which indexed copies do without",
     "transformers": "pip install 'kvstore[transformers]' for the adapter and specs from configurations",
 }
 """Optional packages, and what for."""
@@ -265,7 +266,7 @@ def _packages() -> list[Finding]:
 
 
 def _cuda() -> Finding:
-    host = "this version stores host memory; the adapter copies device tensors to the host"
+    host = "tensors and tiers are the host's; the device tier (gpu=) runs with GpuOptions(capacity, device='cpu')"
     try:
         import torch
     except ImportError:
@@ -276,4 +277,6 @@ def _cuda() -> Finding:
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         return Finding("cuda", False, f"no device; torch is {build}", why_not_better=host)
     devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return Finding("cuda", True, f"CUDA {torch.version.cuda}: {devices}", why_not_better=host)
+    return Finding(
+        "cuda", True, f"CUDA {torch.version.cuda}: {devices}", in_use="what gpu= says; tensors of put, copy_to"
+    )
