@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from kvstore.attached import AttachedPool, Owner
 from kvstore.errors import AttachError
 from kvstore.limits import ATTACH_DEADLINE_S, ATTACHED_SILENCE_S
-from kvstore.placement.ssd import open_ssd
-from kvstore.placement.tiered import TieredPool
 from kvstore.pool import Pool
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
 from kvstore.store.arguments import check_deadline, check_limits, check_spec, socket_path
@@ -94,9 +92,13 @@ def open_store(
             undoing.callback(slabs.close)
             shelves.append(slabs)
         if ssd is not None:
+            from kvstore.placement.ssd import open_ssd
+
             shelves.append(open_ssd(spec, ssd))
             undoing.callback(shelves[-1].close)
         if shelves:
+            from kvstore.placement.tiered import TieredPool
+
             pool: Pool = TieredPool(
                 spec, tier, shelves, eviction=eviction, checkpoints=checkpoints, limits=limits, clock=clock
             )

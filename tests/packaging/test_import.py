@@ -6,23 +6,34 @@ import json
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IMPORT_S_MAX = 1.0
 """A promise of the library, far above the tens of milliseconds that the import takes."""
 
 IMPORT = """
 import json, sys, time
-begin = time.perf_counter()
+begin = time.process_time()
 import kvstore
 kvstore.open  # names are imported on first use
-print(json.dumps([time.perf_counter() - begin, sorted(sys.modules)]))
+print(json.dumps([time.process_time() - begin, sorted(sys.modules)]))
 """
 
 
-def import_in_fresh_interpreter() -> tuple[float, set[str]]:
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+@pytest.fixture(scope="module")
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled modules, as an installation has them: the promise is not about compiling."""
+    return tmp_path_factory.mktemp("bytecode")
+
+
+def import_in_fresh_interpreter(bytecode: Path) -> tuple[float, set[str]]:
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), PYTHONPYCACHEPREFIX=str(bytecode))
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     run = subprocess.run(
         [sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
@@ -30,15 +41,21 @@ def import_in_fresh_interpreter() -> tuple[float, set[str]]:
     return import_s, set(modules)
 
 
-def test_import_takes_under_a_second() -> None:
-    # The quickest of several, so that a busy machine does not decide.
-    assert min(import_in_fresh_interpreter()[0] for _ in range(5)) < IMPORT_S_MAX
+def test_import_takes_under_a_second(bytecode: Path) -> None:
+    # Of a processor, and the quickest of several, so that what else the machine does is not counted.
+    assert min(import_in_fresh_interpreter(bytecode)[0] for _ in range(5)) < IMPORT_S_MAX
 
 
-def test_import_pulls_in_no_framework() -> None:
-    _, modules = import_in_fresh_interpreter()
+def test_import_pulls_in_no_framework(bytecode: Path) -> None:
+    _, modules = import_in_fresh_interpreter(bytecode)
     assert "kvstore" in modules
     assert not {"torch", "transformers", "jax", "vllm", "sglang"} & modules
+
+
+def test_import_pulls_in_no_further_tier(bytecode: Path) -> None:
+    _, modules = import_in_fresh_interpreter(bytecode)
+    further = ("kvstore.tiers.ssd", "kvstore.placement", "triton")
+    assert [name for name in modules if name.startswith(further)] == []
 
 
 def test_version_has_one_source() -> None:
