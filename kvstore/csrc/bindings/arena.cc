@@ -9,6 +9,7 @@
 #include "../arena/slab_size.h"
 #include "array.h"
 #include "bindings.h"
+#include "gil.h"
 #include "buffer.h"
 #include "value_buffer.h"
 
@@ -47,7 +48,7 @@ std::vector<SlotHandle> slots_of(nb::handle rows) {
 std::unique_ptr<Arena> open_arena(std::uint64_t capacity_bytes, std::uint64_t largest_slot_bytes,
                                   const std::vector<std::uint64_t>& slot_sizes_bytes, const std::string& directory,
                                   const std::string& name) {
-    const nb::gil_scoped_release released;  // clearing the memory takes a while
+    const GilReleased released;  // clearing the memory takes a while
     const std::uint64_t slab_bytes = choose_slab_bytes(capacity_bytes, largest_slot_bytes, slot_sizes_bytes);
     std::shared_ptr<SharedMemory> memory = name.empty() ? SharedMemory::anonymous(capacity_bytes)
                                                         : SharedMemory::named(directory, name, capacity_bytes);
@@ -57,7 +58,7 @@ std::unique_ptr<Arena> open_arena(std::uint64_t capacity_bytes, std::uint64_t la
 nb::object allocate(Arena& arena, const std::vector<std::uint64_t>& sizes_bytes) {
     std::vector<SlotHandle> slots;
     if (!arena.allocate(sizes_bytes, slots, false)) {
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         if (!arena.allocate(sizes_bytes, slots, true)) {
             slots.clear();
         }
@@ -109,7 +110,7 @@ void write(Arena& arena, nb::handle slot, nb::handle data, std::int64_t offset) 
     if (source.size_bytes() < release_gil_bytes) {
         return arena.write(handle, bytes, source.size_bytes(), offset);
     }
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     arena.write(handle, bytes, source.size_bytes(), offset);
 }
 
@@ -120,7 +121,7 @@ void read(Arena& arena, nb::handle slot, nb::handle into, std::int64_t offset) {
     if (target.size_bytes() < release_gil_bytes) {
         return arena.read(handle, bytes, target.size_bytes(), offset);
     }
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     arena.read(handle, bytes, target.size_bytes(), offset);
 }
 

@@ -4,6 +4,7 @@
 
 #include "array.h"
 #include "bindings.h"
+#include "gil.h"
 #include "buffer.h"
 
 namespace nb = nanobind;
@@ -19,7 +20,7 @@ std::uint32_t checksum_of_buffer(nb::handle data, std::uint32_t value) {
     if (buffer.size_bytes() < release_gil_bytes) {
         return crc32c(buffer.data(), buffer.size_bytes(), value);
     }
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     return crc32c(buffer.data(), buffer.size_bytes(), value);
 }
 
@@ -41,7 +42,7 @@ Checksums checksums_of_ranges(const AnyArray& address_array, const AnyArray& siz
     }
     auto checksums = std::make_unique<std::uint32_t[]>(addresses.size());
     {
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         const Crc32cFunction function = active_crc32c_path().function;
         for (std::size_t i = 0; i < addresses.size(); ++i) {
             const auto address = static_cast<std::uintptr_t>(addresses[i]);

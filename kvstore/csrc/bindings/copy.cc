@@ -8,6 +8,7 @@
 #include "../copy/shares.h"
 #include "array.h"
 #include "bindings.h"
+#include "gil.h"
 #include "buffer.h"
 
 namespace nb = nanobind;
@@ -31,7 +32,7 @@ void run_plan(void (*function)(std::span<const Entry>, const CopyOptions&), cons
     constexpr std::size_t columns = sizeof(Entry) / sizeof(std::uint64_t);
     const auto values = uint64_values(plan_array, columns, "plan");
     const std::span<const Entry> plan(reinterpret_cast<const Entry*>(values.data()), values.size() / columns);
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     check_plan(plan);
     function(plan, options);
 }

@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "bindings.h"
+#include "gil.h"
 
 using namespace nanobind::literals;
 
@@ -239,7 +240,7 @@ class PrefixIndex {
         const std::vector<Row> rows = rows_of(nodes.size(), table, digests, group_count_);
         std::vector<bool> taken;
         {
-            const nb::gil_scoped_release released;
+            const GilReleased released;
             taken = index_.restore(block_tokens, nodes.nodes(), nodes.roots(), rows);
         }
         return flag_bytes(taken);
@@ -248,7 +249,7 @@ class PrefixIndex {
     nb::tuple survey(std::uint64_t mask, std::uint64_t value, bool in_order) const {
         Survey found;
         {
-            const nb::gil_scoped_release released;
+            const GilReleased released;
             found = index_.survey({mask, value}, in_order);
         }
         return nb::make_tuple(nodes_to_python(index_, found.nodes), rows_to_python(found.rows));

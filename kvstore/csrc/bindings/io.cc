@@ -21,6 +21,7 @@
 #include "../io/engine_choice.h"
 #include "array.h"
 #include "bindings.h"
+#include "gil.h"
 #include "value_buffer.h"
 
 namespace nb = nanobind;
@@ -70,7 +71,7 @@ BatchPointer submit(io::Engine& engine, const AnyArray& operations, bool is_urge
     check_not_inherited(engine.is_inherited());
     const auto values = uint64_values(operations, 5, "operations");
     const std::span<const io::Row> rows(reinterpret_cast<const io::Row*>(values.data()), values.size() / 5);
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     return engine.submit(rows, is_urgent);
 }
 
@@ -78,7 +79,7 @@ void close_engine(io::Engine& engine) {
     if (engine.is_inherited()) {
         return;
     }
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     engine.close();
 }
 
@@ -90,7 +91,7 @@ std::size_t wait(io::Batch& batch, std::size_t count, double until_s) {
     while (true) {
         std::size_t ended = 0;
         {
-            const nb::gil_scoped_release released;
+            const GilReleased released;
             ended = batch.wait(count, std::min(until, io::Clock::now() + wait_slice));
         }
         if (ended >= count || io::Clock::now() >= until) {
@@ -127,7 +128,7 @@ void bind_engine(nb::module_& module) {
             "cancel",
             [](io::Engine& engine, io::Batch& batch) {
                 check_not_inherited(engine.is_inherited());
-                const nb::gil_scoped_release released;
+                const GilReleased released;
                 engine.cancel(batch);
             },
             nb::arg("batch"), "What has not been begun ends with ECANCELED.")

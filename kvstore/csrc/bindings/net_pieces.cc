@@ -15,6 +15,7 @@
 #include "../net/send_pieces.h"
 #include "../net/traffic.h"
 #include "bindings.h"
+#include "gil.h"
 #include "value_buffer.h"
 
 namespace nb = nanobind;
@@ -92,7 +93,7 @@ nb::tuple receive(net::Stream& stream, net::Stream& control, net::Arrivals& arri
     order.is_observed = is_observed;
     net::Received result;
     {
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         result = net::receive_pieces(stream, control, arrivals, order, stop.is_set);
     }
     return nb::make_tuple(static_cast<int>(result.event), nb::bytes(result.header.data(), result.header.size()),
@@ -233,7 +234,7 @@ nb::tuple send(net::Stream& stream, net::Departures& departures, std::uint64_t e
     order.is_observed = is_observed;
     net::Sent result;
     {
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         result = net::send_pieces(stream, departures, flow, order, stop.is_set);
     }
     return nb::make_tuple(result.frames, net::seconds_of(result.first_frame),

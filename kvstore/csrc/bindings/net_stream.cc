@@ -12,6 +12,7 @@
 #include "../net/frame.h"
 #include "../net/socket_information.h"
 #include "bindings.h"
+#include "gil.h"
 #include "value_buffer.h"
 
 namespace nb = nanobind;
@@ -53,14 +54,14 @@ void send(net::Stream& stream, nb::sequence buffers) {
             parts.push_back({buffer.data(), buffer.size_bytes()});
         }
     }
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     stream.send(parts);
 }
 
 nb::bytes receive_header(net::Stream& stream, double deadline_s) {
     net::HeaderBytes bytes;
     {
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         bytes = stream.receive_header(net::moment_of(deadline_s));
     }
     return nb::bytes(bytes.data(), bytes.size());
@@ -68,12 +69,12 @@ nb::bytes receive_header(net::Stream& stream, double deadline_s) {
 
 void receive_into(net::Stream& stream, nb::handle into) {
     const ValueBuffer buffer(into, PyBUF_WRITABLE);
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     stream.receive(buffer.data(), buffer.size_bytes());
 }
 
 bool wait_readable(net::Stream& stream, double deadline_s) {
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     return stream.wait_readable(net::moment_of(deadline_s));
 }
 

@@ -6,6 +6,7 @@
 #include "../record/framing.h"
 #include "array.h"
 #include "bindings.h"
+#include "gil.h"
 #include "buffer.h"
 
 namespace nb = nanobind;
@@ -80,7 +81,7 @@ void run_frame_records(nb::handle header_template, const AnyArray& class_array, 
                        const AnyArray& address_array, nb::handle digest_buffer, const AnyArray& number_array) {
     const Records records("frame_records", header_template, class_array, gap_array, address_array, digest_buffer,
                           number_array);
-    const nb::gil_scoped_release released;
+    const GilReleased released;
     for (std::size_t i = 0; i < records.addresses.size(); ++i) {
         frame_record(records.framing, records.fields(i), records.numbers(i), records.memory(i));
     }
@@ -103,7 +104,7 @@ Flags run_intact_records(nb::handle header_template, const AnyArray& class_array
     const std::size_t count = records.addresses.size();
     auto flags = std::make_unique<bool[]>(count);
     {
-        const nb::gil_scoped_release released;
+        const GilReleased released;
         run_shares(count, threads, [&](std::size_t i) {
             flags[i] = is_intact(records.framing, pieces, records.fields(i), records.numbers(i), records.memory(i));
         });
