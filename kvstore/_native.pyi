@@ -636,6 +636,10 @@ class FileEngine:
     BATCH_OPERATIONS_MAX: int
     OPERATIONS_MAX: int
     ALIGN_BYTES: int
+    WHY_FILE_END: int
+    """Why an operation failed: the file ends within what was to be read."""
+    WHY_ENGINE: int
+    """Why an operation failed: the engine itself has, and so will every later operation of it."""
 
     def __init__(self, name: str, depth: int, urgent_depth: int, piece_bytes: int) -> None: ...
     def add_file(self, descriptor: int) -> int:
@@ -664,7 +668,7 @@ class FileEngineBatch:
         """Numbers of those that have ended, in that order (int64)."""
 
     def failures(self) -> bytes:
-        """(operation, error number, file, offset, 1 if the file ends there) of those that failed (int64)."""
+        """(operation, error number, file, offset, why) of those that failed (int64); why: a `FileEngine.WHY_`, or 0."""
 
     @property
     def descriptor(self) -> int: ...

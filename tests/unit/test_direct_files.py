@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -64,6 +65,89 @@ def test_an_engine_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (0, FILE_DEPTH_MAX + 1):
         with pytest.raises(ValueError, match=str(depth)):
             choose_engine("threads", depth=depth)
+
+
+def test_an_engine_of_nonsense() -> None:
+    for depth, urgent_depth, piece_bytes in (
+        (0, 1, 4096),
+        (1 << 31, 1, 4096),
+        (1, 1 << 31, 4096),
+        (1, 1, 0),
+        (1, 1, 4097),
+    ):
+        with pytest.raises(ValueError, match="an engine has a depth"):
+            FileEngine("threads", depth, urgent_depth, piece_bytes)
+
+
+@each_engine
+def test_a_moment_that_is_none_has_passed(tmp_path: Path, engine: str) -> None:
+    native = FileEngine(engine, 4, 2, PAGE)
+    reading, writing = os.pipe()
+    into = Memory(PAGE)
+    if engine == "io_uring":  # threads cannot read a pipe at an offset, so nothing would be under way
+        batch = native.submit(rows((READ, native.add_file(reading), 0, into.address(), PAGE)), False)
+        assert batch.wait(1, math.nan) == batch.wait(1, -math.inf) == 0
+        os.write(writing, bytes(PAGE))
+        assert batch.wait(1, math.inf) == 1
+    native.close()
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.skipif(bool(WHY_NO_RING), reason=f"no io_uring: {WHY_NO_RING}")
+def test_a_ring_that_fails_says_so(tmp_path: Path) -> None:
+    content = Memory(PAGE).fill(1)
+    with closing(DirectFiles(str(tmp_path), engine="io_uring")) as files:
+        file = file_of(files, "file", content)
+        rings = [int(name) for name in os.listdir("/proc/self/fd") if "io_uring" in _target(name)]
+        nothing = os.open("/dev/null", os.O_RDONLY)
+        for ring in rings:
+            os.dup2(nothing, ring, inheritable=False)
+        os.close(nothing)
+        # The first may be taken yet: the kernel looks at the ring when it is asked for more.
+        for _ in range(2):
+            batch = files.submit(rows((WRITE, file, 0, content.address(), PAGE), sync(file)))
+            batch.wait(2, Deadline.after(30))
+        errors = batch.errors()
+        assert len(errors) == 2
+        for error in errors.values():
+            assert "io_uring itself has failed" in str(error)
+            assert error.filename == str(tmp_path / "file")
+
+
+LEAVING = """
+import sys, tempfile, threading, time
+from kvstore._native import FileEngine
+from kvstore.testing.files import rows, sync
+
+engine = FileEngine(sys.argv[1], 4, 2, 4096)
+file = tempfile.TemporaryFile()
+batch = engine.submit(rows(sync(engine.add_file(file.fileno()))), False)
+waits = threading.Event()
+
+def wait():
+    while True:
+        waits.set()
+        batch.wait(2, time.monotonic() + 0.01)  # of one
+
+threading.Thread(target=wait, daemon=True).start()
+waits.wait()
+print("leaving", flush=True)
+"""
+
+
+@each_engine
+def test_an_interpreter_that_ends_while_a_thread_waits(engine: str) -> None:
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", LEAVING, engine], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
+
+
+def _target(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except FileNotFoundError:
+        return ""
 
 
 FORBIDDEN = """

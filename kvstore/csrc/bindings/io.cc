@@ -50,12 +50,26 @@ void translate(const std::exception_ptr& thrown, void*) {
     throw nb::python_error();
 }
 
+// Python's own pointer: the end of an engine waits for what has been begun, and others may run meanwhile.
+EnginePointer kept_by_python(EnginePointer engine) {
+    io::Engine* const kept = engine.get();
+    return EnginePointer(kept, [engine = std::move(engine)](io::Engine*) mutable {
+        if (!engine->is_inherited()) {
+            const GilReleased released;
+            engine->close();
+        }
+        engine.reset();
+    });
+}
+
 EnginePointer make_engine(const std::string& name, unsigned depth, unsigned urgent_depth, std::uint64_t piece_bytes) {
-    if (depth == 0 || piece_bytes == 0 || piece_bytes % io::align_bytes != 0 || piece_bytes > (1U << 30)) {
-        throw nb::value_error("an engine has a depth, and pieces of a multiple of 4096 bytes, 1 GiB at most");
+    if (depth == 0 || depth > io::depth_max || urgent_depth > io::depth_max || piece_bytes == 0 ||
+        piece_bytes % io::align_bytes != 0 || piece_bytes > (1U << 30)) {
+        throw nb::value_error("an engine has a depth, 4096 at most, and pieces of a multiple of 4096 bytes, 1 GiB at most");
     }
     try {
-        return io::Engine::make(io::mover_of(name), {.depth = depth, .urgent_depth = urgent_depth, .piece_bytes = piece_bytes});
+        return kept_by_python(io::Engine::make(
+            io::mover_of(name), {.depth = depth, .urgent_depth = urgent_depth, .piece_bytes = piece_bytes}));
     } catch (const std::system_error& error) {
         raise_os_error(error);
     }
@@ -70,7 +84,13 @@ void check_not_inherited(bool is_inherited) {
 BatchPointer submit(io::Engine& engine, const AnyArray& operations, bool is_urgent) {
     check_not_inherited(engine.is_inherited());
     const auto values = uint64_values(operations, 5, "operations");
-    const std::span<const io::Row> rows(reinterpret_cast<const io::Row*>(values.data()), values.size() / 5);
+    if (values.size() / 5 > io::batch_operations_max) {
+        throw std::invalid_argument("a batch has at most " + std::to_string(io::batch_operations_max) + " operations, not " +
+                                    std::to_string(values.size() / 5));
+    }
+    // A copy: nobody can change it between the look at a row and its use.
+    const auto* const first = reinterpret_cast<const io::Row*>(values.data());
+    const std::vector<io::Row> rows(first, first + values.size() / 5);
     const GilReleased released;
     return engine.submit(rows, is_urgent);
 }
@@ -86,8 +106,10 @@ void close_engine(io::Engine& engine) {
 std::size_t wait(io::Batch& batch, std::size_t count, double until_s) {
     check_not_inherited(batch.is_inherited());
     constexpr double longest_s = 1e9;
+    // Of a NaN, which compares with nothing, this makes the past.
+    const double bounded_s = until_s > 0 ? std::min(until_s, longest_s) : 0;
     const auto until = io::Clock::time_point(
-        std::chrono::duration_cast<io::Clock::duration>(std::chrono::duration<double>(std::clamp(until_s, 0.0, longest_s))));
+        std::chrono::duration_cast<io::Clock::duration>(std::chrono::duration<double>(bounded_s)));
     while (true) {
         std::size_t ended = 0;
         {
@@ -136,6 +158,8 @@ void bind_engine(nb::module_& module) {
     module.attr("FileEngine").attr("BATCH_OPERATIONS_MAX") = io::batch_operations_max;
     module.attr("FileEngine").attr("OPERATIONS_MAX") = io::operations_max;
     module.attr("FileEngine").attr("ALIGN_BYTES") = io::align_bytes;
+    module.attr("FileEngine").attr("WHY_FILE_END") = static_cast<std::int64_t>(io::Why::file_end);
+    module.attr("FileEngine").attr("WHY_ENGINE") = static_cast<std::int64_t>(io::Why::mover);
     nb::class_<io::Batch>(module, "FileEngineBatch", "Operations that were submitted together. Any thread.")
         .def("__len__", &io::Batch::size)
         .def("wait", &wait, nb::arg("count"), nb::arg("until_s"),
@@ -155,7 +179,7 @@ void bind_engine(nb::module_& module) {
                 const std::vector<io::Failure> rows = batch.failures();
                 return bytes_of(std::span<const io::Failure>(rows));
             },
-            "(operation, error number, file, offset, 1 if the file ends there) of those that failed (int64).")
+            "(operation, error number, file, offset, why) of those that failed (int64); why: `FileEngine.WHY_...`.")
         .def_prop_ro(
             "descriptor",
             [](io::Batch& batch) {

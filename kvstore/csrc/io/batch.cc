@@ -57,7 +57,15 @@ std::vector<std::int64_t> Batch::ended() const {
 
 std::vector<Failure> Batch::failures() const {
     const std::lock_guard lock(mutex_);
-    return failures_;
+    std::vector<Failure> failures;
+    for (const std::int64_t number : ended_) {
+        const Task& task = tasks_[static_cast<std::size_t>(number)];
+        if (task.error != 0) {
+            failures.push_back({number, task.error, static_cast<std::int64_t>(task.file),
+                                static_cast<std::int64_t>(task.failed_at), static_cast<std::int64_t>(task.why)});
+        }
+    }
+    return failures;
 }
 
 int Batch::descriptor() {
@@ -71,12 +79,9 @@ int Batch::descriptor() {
     return descriptor_;
 }
 
-void Batch::end(std::int64_t task, const Failure* failure) {
+void Batch::end(std::uint32_t task) noexcept {
     const std::lock_guard lock(mutex_);
     ended_.push_back(task);
-    if (failure != nullptr) {
-        failures_.push_back(*failure);
-    }
     if (ended_.size() == size_ && descriptor_ >= 0) {
         // An eventfd that was never written to takes a one.
         static_cast<void>(::eventfd_write(descriptor_, 1));

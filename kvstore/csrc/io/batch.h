@@ -13,7 +13,14 @@ namespace kvstore::io {
 
 using Clock = std::chrono::steady_clock;
 
-// One operation on its way. Guarded by the mutex of the engine that it was submitted to.
+// What an error number is of.
+enum class Why : std::int64_t {
+    operation = 0,  // the system's answer
+    file_end = 1,   // the file ends within what was to be read
+    mover = 2,      // not this operation: what moves all of them has failed
+};
+
+// One operation on its way. Guarded by the mutex of the engine that it was submitted to until it is over; it stays then as it is.
 struct Task {
     Kind kind;
     std::uint64_t file;
@@ -25,7 +32,7 @@ struct Task {
     unsigned in_flight = 0;    // pieces
     int error = 0;             // of the first piece that failed
     std::uint64_t failed_at = 0;
-    bool is_end = false;       // the file ends there
+    Why why = Why::operation;
     bool is_stopped = false;   // begin no more of it
     bool is_over = false;
 };
@@ -35,7 +42,7 @@ struct Failure {
     std::int64_t error;       // an error number
     std::int64_t file;
     std::int64_t offset;      // where the first piece failed
-    std::int64_t is_end;      // 1 when the file ends there
+    std::int64_t why;         // `Why`
 };
 static_assert(sizeof(Failure) == 40);
 
@@ -65,8 +72,8 @@ class Batch {
 
     // For the engine, under its mutex.
     std::vector<Task>& tasks() { return tasks_; }
-    // For the engine: an operation has ended.
-    void end(std::int64_t task, const Failure* failure);
+    // For the engine, under its mutex: an operation is over. Takes no memory, so that the threads of a mover cannot run out of it.
+    void end(std::uint32_t task) noexcept;
 
   private:
     const std::size_t size_;
@@ -76,7 +83,6 @@ class Batch {
     std::condition_variable changed_;
     std::size_t wake_at_;  // the smallest count that somebody waits for
     std::vector<std::int64_t> ended_;
-    std::vector<Failure> failures_;
     int descriptor_ = -1;
 };
 

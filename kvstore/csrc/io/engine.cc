@@ -126,8 +126,8 @@ std::shared_ptr<Batch> Engine::submit(std::span<const Row> rows, bool is_urgent)
         }
         batch = Batch::make(std::move(tasks));
         line_.add(batch, is_urgent);
-        for (const Row& row : rows) {
-            ++files_.at(row.file).operations;
+        for (const Task& task : batch->tasks()) {
+            ++files_.find(task.file)->second.operations;
         }
         operations_ += rows.size();
         mover = mover_;
@@ -143,16 +143,14 @@ void Engine::cancel(Batch& batch) {
     drop(&batch);
 }
 
-void Engine::drop(const Batch* batch) {
-    for (const std::shared_ptr<Batch>& dropped : line_.drop(batch)) {
-        for (std::uint32_t number = 0; number < dropped->tasks().size(); ++number) {
-            Task& task = dropped->tasks()[number];
-            if (task.is_stopped && task.error == 0) {
-                task.error = ECANCELED;
-            }
-            finish_if_over(*dropped, number);
+void Engine::drop(const Batch* batch) noexcept {
+    line_.drop(batch, [this](Batch& dropped, std::uint32_t number) {
+        Task& task = dropped.tasks()[number];
+        if (task.error == 0) {
+            task.error = ECANCELED;
         }
-    }
+        finish_if_over(dropped, number);
+    });
 }
 
 void Engine::close() {
@@ -195,7 +193,7 @@ std::optional<Piece> Engine::rest_of(Piece piece, std::int64_t result, Failure& 
     if (piece.kind == Kind::read &&
         (moved == 0 || (moved % align_bytes != 0 && ends_before(piece.descriptor, piece.offset + piece.size_bytes)))) {
         failure.error = EIO;
-        failure.is_end = 1;
+        failure.why = static_cast<std::int64_t>(Why::file_end);
         return std::nullopt;
     }
     // Direct I/O goes on at an aligned place only.
@@ -213,27 +211,37 @@ std::optional<Piece> Engine::rest_of(Piece piece, std::int64_t result, Failure& 
 
 void Engine::ended(Piece piece, std::int64_t result) {
     Failure failure{};
-    const std::shared_ptr<Batch> batch = piece.batch;
-    const std::uint32_t number = piece.task;
-    const bool is_urgent = piece.is_urgent;
-    std::optional<Piece> rest = rest_of(std::move(piece), result, failure);
+    std::optional<Piece> rest = rest_of(piece, result, failure);
     const std::lock_guard lock(mutex_);
     if (rest) {
         line_.again(*std::move(rest));
-        return;
+    } else {
+        end(piece, failure);
     }
-    line_.give_back(is_urgent);
-    Task& task = batch->tasks()[number];
+}
+
+void Engine::refused(Piece piece, int error) {
+    Failure failure{};
+    failure.error = error;
+    failure.offset = static_cast<std::int64_t>(piece.offset);
+    failure.why = static_cast<std::int64_t>(Why::mover);
+    const std::lock_guard lock(mutex_);
+    end(piece, failure);
+}
+
+void Engine::end(const Piece& piece, const Failure& failure) {
+    line_.give_back(piece.is_urgent);
+    Task& task = piece.batch->tasks()[piece.task];
     --task.in_flight;
     if (failure.error != 0) {
         task.is_stopped = true;
         if (task.error == 0 || task.error == ECANCELED) {
             task.error = static_cast<int>(failure.error);
             task.failed_at = static_cast<std::uint64_t>(failure.offset);
-            task.is_end = failure.is_end != 0;
+            task.why = static_cast<Why>(failure.why);
         }
     }
-    finish_if_over(*batch, number);
+    finish_if_over(*piece.batch, piece.task);
 }
 
 void Engine::finish_if_over(Batch& batch, std::uint32_t number) {
@@ -242,13 +250,11 @@ void Engine::finish_if_over(Batch& batch, std::uint32_t number) {
         return;
     }
     task.is_over = true;
-    --files_.at(task.file).operations;
+    --files_.find(task.file)->second.operations;
     if (--operations_ == 0) {
         all_ended_.notify_all();
     }
-    const Failure failure{static_cast<std::int64_t>(number), task.error, static_cast<std::int64_t>(task.file),
-                          static_cast<std::int64_t>(task.failed_at), task.is_end ? 1 : 0};
-    batch.end(failure.task, task.error != 0 ? &failure : nullptr);
+    batch.end(number);
 }
 
 }  // namespace kvstore::io

@@ -19,6 +19,9 @@
 
 namespace kvstore::io {
 
+// FILE_DEPTH_MAX and FILE_URGENT_DEPTH of kvstore/limits.py stay far below.
+inline constexpr unsigned depth_max = 1U << 12;
+
 // FILE_BATCH_OPERATIONS_MAX and FILE_OPERATIONS_MAX of kvstore/limits.py: of one batch, and of all that have not ended.
 inline constexpr std::size_t batch_operations_max = std::size_t{1} << 18;
 inline constexpr std::size_t operations_max = std::size_t{1} << 20;
@@ -45,7 +48,8 @@ class Engine final : private PieceSource {
     // The number ends. Throws std::invalid_argument when there is no such file, or operations of it have not ended.
     void remove_file(std::uint64_t file);
 
-    // Throws std::invalid_argument and begins nothing when a row is no operation on a file, or there are too many.
+    // Throws std::invalid_argument and begins nothing when a row is no operation on a file, or there are too many. Nobody may
+    // change the rows meanwhile.
     std::shared_ptr<Batch> submit(std::span<const Row> rows, bool is_urgent);
     // What has not been begun of the batch ends with ECANCELED.
     void cancel(Batch& batch);
@@ -62,11 +66,13 @@ class Engine final : private PieceSource {
 
     std::optional<Piece> next() override;
     void ended(Piece piece, std::int64_t result) override;
+    void refused(Piece piece, int error) override;
+    void end(const Piece& piece, const Failure& failure);
     // What is left to do of a piece after a result; nothing when it is done or has failed.
     static std::optional<Piece> rest_of(Piece piece, std::int64_t result, Failure& failure);
     void check_open() const;
     Task task_of(const Row& row, std::size_t number) const;
-    void drop(const Batch* batch);
+    void drop(const Batch* batch) noexcept;
     void finish_if_over(Batch& batch, std::uint32_t number);
 
     const std::uint64_t forks_;

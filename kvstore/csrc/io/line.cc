@@ -5,6 +5,8 @@
 
 namespace kvstore::io {
 
+Line::Line(LineRules rules) : rules_(rules) { again_.reserve(std::size_t{rules.depth} + rules.urgent_depth); }
+
 void Line::add(const std::shared_ptr<Batch>& batch, bool is_urgent) {
     Entry entries[3];
     const std::vector<Task>& tasks = batch->tasks();
@@ -12,10 +14,22 @@ void Line::add(const std::shared_ptr<Batch>& batch, bool is_urgent) {
         const Which lane = is_urgent ? urgent : tasks[number].kind == Kind::read ? reads : writes;
         entries[lane].tasks.push_back(number);
     }
-    for (std::size_t lane = 0; lane < 3; ++lane) {
-        if (!entries[lane].tasks.empty()) {
+    std::size_t lane = 0;
+    try {
+        for (; lane < 3; ++lane) {
             entries[lane].batch = batch;
             lanes_[lane].push_back(std::move(entries[lane]));
+        }
+    } catch (...) {
+        while (lane-- > 0) {
+            lanes_[lane].pop_back();
+        }
+        throw;
+    }
+    // An entry of no tasks would stay for as long as what stands before it.
+    for (Lane& each : lanes_) {
+        if (each.back().tasks.empty()) {
+            each.pop_back();
         }
     }
 }
@@ -109,23 +123,6 @@ void Line::give_back(bool was_urgent) { --(was_urgent ? urgent_under_way_ : othe
 void Line::again(Piece piece) {
     give_back(piece.is_urgent);
     again_.push_back(std::move(piece));
-}
-
-std::vector<std::shared_ptr<Batch>> Line::drop(const Batch* batch) {
-    std::vector<std::shared_ptr<Batch>> dropped;
-    for (Lane& lane : lanes_) {
-        for (Entry& entry : lane) {
-            if (batch != nullptr && entry.batch.get() != batch) {
-                continue;
-            }
-            for (std::size_t i = entry.next; i < entry.tasks.size(); ++i) {
-                entry.batch->tasks()[entry.tasks[i]].is_stopped = true;
-            }
-            dropped.push_back(entry.batch);
-        }
-        std::erase_if(lane, [batch](const Entry& entry) { return batch == nullptr || entry.batch.get() == batch; });
-    }
-    return dropped;
 }
 
 }  // namespace kvstore::io

@@ -28,16 +28,30 @@ struct LineRules {
 
 class Line {
   public:
-    explicit Line(LineRules rules) : rules_(rules) {}
+    explicit Line(LineRules rules);
 
+    // Nothing is changed when this throws; the rest throws nothing.
     void add(const std::shared_ptr<Batch>& batch, bool is_urgent);
     // The next piece; it counts as under way until `give_back`. Nothing when nothing waits or may begin.
     std::optional<Piece> take();
     // A piece that was taken has ended; `again` puts it before all others.
     void give_back(bool was_urgent);
     void again(Piece piece);
-    // What has not been begun of a batch, or of every batch for null, is stopped and leaves the line: of which batches.
-    std::vector<std::shared_ptr<Batch>> drop(const Batch* batch);
+    // What has not been begun of a batch, or of every batch for null, is stopped and leaves the line; `stopped` is told each
+    // batch and the number of the task in it.
+    template <typename Stopped>
+    void drop(const Batch* batch, Stopped stopped) {
+        const auto is_dropped = [batch](const Entry& entry) { return batch == nullptr || entry.batch.get() == batch; };
+        for (Lane& lane : lanes_) {
+            for (Entry& entry : lane) {
+                for (std::size_t at = is_dropped(entry) ? entry.next : entry.tasks.size(); at < entry.tasks.size(); ++at) {
+                    entry.batch->tasks()[entry.tasks[at]].is_stopped = true;
+                    stopped(*entry.batch, entry.tasks[at]);
+                }
+            }
+            std::erase_if(lane, is_dropped);
+        }
+    }
 
     std::size_t under_way() const { return urgent_under_way_ + others_under_way_; }
 
@@ -56,7 +70,7 @@ class Line {
 
     const LineRules rules_;
     Lane lanes_[3];
-    std::deque<Piece> again_;
+    std::vector<Piece> again_;  // with those under way never more than may be under way
     std::size_t urgent_under_way_ = 0;
     std::size_t others_under_way_ = 0;
     unsigned urgent_run_ = 0;  // urgent pieces in a row while others waited

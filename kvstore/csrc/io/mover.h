@@ -18,12 +18,14 @@ class PieceSource {
     // A piece that `next` gave has ended, with what the system call returned: bytes, or an error number below zero. Another one
     // may begin then, so a mover asks `next` again.
     virtual void ended(Piece piece, std::int64_t result) = 0;
+    // As `ended`, of a piece that nobody will move because the mover itself has failed, with an error number above zero.
+    virtual void refused(Piece piece, int error) = 0;
 };
 
 class Mover {
   public:
     virtual ~Mover() = default;
-    // Up to so many more pieces may be had from `next`. Any thread.
+    // Up to so many more pieces may be had from `next`. Any thread; throws nothing.
     virtual void wake(std::size_t pieces) = 0;
     // Nothing is under way any more, and nothing more comes: end the threads. Idempotent; a wake may come after it.
     virtual void stop() = 0;

@@ -15,6 +15,9 @@
 namespace kvstore::io {
 namespace {
 
+// A millisecond each: without room for so long, there will be none.
+constexpr unsigned fruitless_max = 30'000;
+
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 
 int set_up(unsigned entries, std::uint32_t flags, abi::Parameters& parameters) {
@@ -111,10 +114,11 @@ void Ring::enter(bool waits) {
                                      waits ? abi::enter_getevents : 0, nullptr, 0);
         if (taken >= 0) {
             queued_ -= static_cast<std::uint32_t>(taken);
+            fruitless_ = 0;
             return;
         }
         // No room for now: completions that are there must be taken first.
-        if (errno == EAGAIN || errno == EBUSY || errno == ENOMEM) {
+        if ((errno == EAGAIN || errno == EBUSY || errno == ENOMEM) && ++fruitless_ < fruitless_max) {
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
             return;
         }
@@ -132,7 +136,20 @@ std::optional<abi::Completion> Ring::pop() {
     }
     const abi::Completion completion = completions_[at & completion_mask_];
     head.store(at + 1, std::memory_order_release);
+    fruitless_ = 0;
     return completion;
+}
+
+// The kernel looks at the tail only while it is entered.
+std::optional<std::uint64_t> Ring::take_back() {
+    if (queued_ == 0) {
+        return std::nullopt;
+    }
+    std::atomic_ref<std::uint32_t> tail(*submission_tail_);
+    const std::uint32_t at = tail.load(std::memory_order_relaxed) - 1;
+    tail.store(at, std::memory_order_relaxed);
+    --queued_;
+    return submissions_[at & submission_mask_].user_data;
 }
 
 std::string why_no_ring(unsigned entries) {

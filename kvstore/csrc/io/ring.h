@@ -24,6 +24,8 @@ class Ring {
     void enter(bool waits);
     // One that has ended, if there is one.
     std::optional<abi::Completion> pop();
+    // The `user_data` of one that is queued and was not begun; it never will be. Nothing when there is none left.
+    std::optional<std::uint64_t> take_back();
 
     // Whether the kernel knows an operation.
     bool knows(std::uint8_t operation) const { return known_[operation]; }
@@ -59,6 +61,7 @@ class Ring {
     abi::Submission* submissions_ = nullptr;
     abi::Completion* completions_ = nullptr;
     std::uint32_t queued_ = 0;
+    unsigned fruitless_ = 0;  // how often in a row the kernel had no room, and nothing ended
     bool known_[256] = {};
 };
 

@@ -74,6 +74,7 @@ class RingMover final : public Mover {
     void wake(std::size_t /*pieces*/) override {
         if (is_asleep_.exchange(false)) {
             alarm_.ring();
+            is_asleep_.notify_one();
         }
     }
 
@@ -91,7 +92,7 @@ class RingMover final : public Mover {
         std::optional<Ring> ring;
         try {
             ring.emplace(static_cast<unsigned>(pieces_.size()) + 1);
-        } catch (const std::system_error&) {
+        } catch (...) {
             started.set_exception(std::current_exception());
             return;
         }
@@ -102,9 +103,42 @@ class RingMover final : public Mover {
             // Whoever adds pieces from here on rings; what was added before is seen now.
             is_asleep_.store(true);
             begin_pieces(*ring);
-            ring->enter(!is_stopping_.load());
+            try {
+                ring->enter(!is_stopping_.load());
+            } catch (const std::system_error& error) {
+                refuse_pieces(*ring, error.code().value());
+                return;
+            }
             is_asleep_.store(false);
-            take_completions(*ring);
+            if (take_completions(*ring)) {
+                ring->push(alarm_.read_once());
+            }
+        }
+    }
+
+    // The kernel takes nothing from the ring any more. What it has begun ends yet, and uses the memory of its piece until then.
+    void refuse_pieces(Ring& ring, int error) {
+        while (const std::optional<std::uint64_t> number = ring.take_back()) {
+            if (*number != alarm_number) {
+                const auto slot = static_cast<std::uint32_t>(*number);
+                source_.refused(*std::exchange(pieces_[slot], std::nullopt), error);
+                free_.push_back(slot);
+            }
+        }
+        while (true) {
+            is_asleep_.store(true);
+            if (is_stopping_.load()) {
+                return;
+            }
+            while (std::optional<Piece> piece = source_.next()) {
+                source_.refused(*std::move(piece), error);
+            }
+            static_cast<void>(take_completions(ring));
+            if (free_.size() < pieces_.size()) {
+                std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            } else {
+                is_asleep_.wait(true);
+            }
         }
     }
 
@@ -137,11 +171,13 @@ class RingMover final : public Mover {
         return submission;
     }
 
-    void take_completions(Ring& ring) {
+    // Whether the alarm was among them.
+    bool take_completions(Ring& ring) {
         bool is_short_of_room = false;
+        bool was_alarmed = false;
         while (const std::optional<abi::Completion> completion = ring.pop()) {
             if (completion->user_data == alarm_number) {
-                ring.push(alarm_.read_once());
+                was_alarmed = true;
                 continue;
             }
             const auto slot = static_cast<std::uint32_t>(completion->user_data);
@@ -152,6 +188,7 @@ class RingMover final : public Mover {
         if (is_short_of_room) {
             std::this_thread::sleep_for(std::chrono::milliseconds(1));
         }
+        return was_alarmed;
     }
 
     PieceSource& source_;

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -40,6 +41,7 @@ class ThreadMover final : public Mover {
   public:
     ThreadMover(PieceSource& source, unsigned depth) : source_(source), depth_(depth) {
         const std::lock_guard lock(mutex_);
+        threads_.reserve(depth);
         start_threads(1);
     }
     ~ThreadMover() override { stop(); }
@@ -53,8 +55,9 @@ class ThreadMover final : public Mover {
         if (wanted > idle_ && threads_.size() < depth_) {
             try {
                 start_threads(std::min<std::size_t>(wanted - idle_, depth_ - threads_.size()));
-            } catch (const std::system_error&) {
-                // The system gives no more threads; those there are do the work.
+            } catch (const std::exception&) {
+                // The system gives no more threads, or no memory for them; those there are do the work. What was submitted
+                // is under way, so this must not throw.
             }
         }
         calls_ = wanted;

@@ -41,6 +41,12 @@ struct Stage {
         begun.erase(begun.begin() + static_cast<std::ptrdiff_t>(at));
         source->ended(std::move(piece), result);
     }
+    // The mover itself has failed.
+    void refuse(std::size_t at, int error) {
+        io::Piece piece = std::move(begun.at(at));
+        begun.erase(begun.begin() + static_cast<std::ptrdiff_t>(at));
+        source->refused(std::move(piece), error);
+    }
     // The whole piece was moved.
     void end_well(std::size_t at) { end(at, static_cast<std::int64_t>(begun.at(at).size_bytes)); }
     // Begins and ends until nothing is left.

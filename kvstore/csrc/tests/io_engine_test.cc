@@ -171,7 +171,7 @@ void test_the_end_of_a_file() {
     scene.stage.end(0, 0);
     const auto failures = failures_of(*batch);
     check(failures.size() == 2 && failures.at(0).error == EIO && failures.at(1).error == EIO, "both end with EIO");
-    check(failures.at(0).is_end == 1 && failures.at(1).offset == 5 * static_cast<std::int64_t>(page), "and say where");
+    check(failures.at(0).why == static_cast<std::int64_t>(io::Why::file_end) && failures.at(1).offset == 5 * static_cast<std::int64_t>(page), "and say where");
 }
 
 void test_a_failed_piece_stops_its_operation() {
@@ -188,6 +188,26 @@ void test_a_failed_piece_stops_its_operation() {
     scene.stage.end(0, -EIO);
     const auto failures = failures_of(*batch);
     check(failures.at(0).error == ENOSPC && failures.at(2).error == EIO && failures.size() == 2, "each with its own error");
+}
+
+void test_a_mover_that_has_failed() {
+    Scene scene({.depth = 2, .urgent_depth = 0, .piece_bytes = page});
+    const auto batch = scene.submit(scene.many(write, 3, 2));
+    scene.stage.begin();  // both pieces of the first
+    scene.stage.end(1, -ENOSPC);
+    scene.stage.refuse(0, EINVAL);
+    scene.stage.begin();
+    scene.stage.refuse(1, EINVAL);
+    scene.stage.end_well(0);
+    scene.stage.begin();
+    scene.stage.refuse(0, EINVAL);
+    scene.stage.refuse(0, EINVAL);
+    scene.stage.begin();
+    check(scene.stage.begun.empty(), "nothing more is begun of either");
+    const auto failures = failures_of(*batch);
+    check(failures.size() == 3 && failures.at(0).error == ENOSPC && failures.at(1).error == EINVAL, "each ends with its error");
+    check(failures.at(0).why == static_cast<std::int64_t>(io::Why::operation), "the first that came");
+    check(failures.at(1).why == static_cast<std::int64_t>(io::Why::mover), "and whose it is");
 }
 
 void test_cancel() {
@@ -256,6 +276,7 @@ int main() {
     test_what_never_goes_on_fails();
     test_the_end_of_a_file();
     test_a_failed_piece_stops_its_operation();
+    test_a_mover_that_has_failed();
     test_cancel();
     test_files_and_their_operations();
     test_the_sum_of_operations_has_a_limit();

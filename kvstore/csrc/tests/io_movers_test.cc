@@ -55,7 +55,7 @@ void test_bytes(const std::string& name) {
     const auto past = engine->submit(std::vector{row(io::Kind::read, number, 259 * page, target.address(), 6 * page)}, false);
     pollfd readable{past->descriptor(), POLLIN, 0};
     check(::poll(&readable, 1, 30'000) == 1, "the descriptor tells the end");
-    check(past->failures().size() == 1 && past->failures()[0].error == EIO && past->failures()[0].is_end == 1, "EIO");
+    check(past->failures().size() == 1 && past->failures()[0].error == EIO && past->failures()[0].why == 1, "EIO");
 
     engine->remove_file(number);
     const int closed = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -186,6 +186,72 @@ void test_fork(const std::string& name) {
     engine->close();
 }
 
+// The descriptors of this process's rings.
+std::vector<int> rings() {
+    std::vector<int> found;
+    for (int descriptor = 0; descriptor < 1024; ++descriptor) {
+        std::array<char, 64> target{};
+        const std::string path = "/proc/self/fd/" + std::to_string(descriptor);
+        if (::readlink(path.c_str(), target.data(), target.size() - 1) > 0 &&
+            std::string(target.data()).find("io_uring") != std::string::npos) {
+            found.push_back(descriptor);
+        }
+    }
+    return found;
+}
+
+// The kernel refuses the ring: every operation ends, with an error that says so; what it had begun ends as it does.
+void test_ring_fails() {
+    const auto engine = io::Engine::make(io::mover_of("io_uring"), rules);
+    const TemporaryFile file;
+    const std::uint64_t number = engine->add_file(file.get());
+    Pages memory(64 * page);
+    memory.fill(1);
+    run_well(*engine, {row(io::Kind::write, number, 0, memory.address(), 64 * page)});
+    std::array<int, 2> pipe{};
+    check(::pipe2(pipe.data(), O_CLOEXEC) == 0, "a pipe");
+    const std::uint64_t slow = engine->add_file(pipe[0]);
+    const auto begun = engine->submit(std::vector{row(io::Kind::read, slow, 0, memory.address(), page)}, false);
+    run_well(*engine, {row(io::Kind::sync, number, 0, 0, 0)});  // by now the other one has been begun
+    const int nothing = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    check(rings().size() == 1, "one ring");
+    for (const int ring : rings()) {
+        check(::dup3(nothing, ring, O_CLOEXEC) == ring, "another file in its place");
+    }
+    ::close(nothing);
+    for (int round = 0; round < 3; ++round) {
+        const auto batch = engine->submit(
+            std::vector(20, row(io::Kind::write, number, 0, memory.address(page), 8 * page)), round == 1);
+        check(batch->wait(20, soon()) == 20, "all end");
+        // Of the first some may be taken before it is noticed.
+        const auto failures = batch->failures();
+        check(round == 0 || failures.size() == 20, "and fail");
+        for (const io::Failure& failure : failures) {
+            check(failure.why == static_cast<std::int64_t>(io::Why::mover) && failure.error != 0, "because of the ring");
+        }
+    }
+    check(begun->ended().empty(), "its memory is still in use");
+    std::thread closing([&] { engine->close(); });
+    check(::write(pipe[1], memory.data() + page, page) == static_cast<ssize_t>(page), "what it waits for");
+    closing.join();
+    check(begun->ended().size() == 1 && begun->failures().empty(), "what had been begun ends well");
+    check(std::memcmp(memory.data(), memory.data() + page, page) == 0, "with its bytes");
+    ::close(pipe[0]);
+    ::close(pipe[1]);
+
+    // One that does nothing when it happens, and is closed so.
+    const auto idle = io::Engine::make(io::mover_of("io_uring"), rules);
+    const int null = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+    for (const int ring : rings()) {
+        check(::dup3(null, ring, O_CLOEXEC) == ring, "another file in its place");
+    }
+    ::close(null);
+    const std::uint64_t other = idle->add_file(file.get());
+    const auto last = idle->submit(std::vector{row(io::Kind::sync, other, 0, 0, 0)}, true);
+    check(last->wait(1, soon()) == 1, "it ends");
+    idle->close();
+}
+
 void test_choice() {
     check(io::choose_engine(8, "threads").name == "threads", "threads can always be had");
     check(throws<std::runtime_error>([] { io::choose_engine(8, "magic"); }, "KVSTORE_IO=magic"), "no such engine");
@@ -210,5 +276,8 @@ int main() {
         test_threads(offer.name);
         test_close_while_others_submit(offer.name);
         test_fork(offer.name);
+        if (offer.name == "io_uring") {
+            test_ring_fails();
+        }
     }
 }

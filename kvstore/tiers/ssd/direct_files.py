@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvstore._native import FileEngine
 from kvstore.abc.files import FileBatch, Files
 from kvstore.errors import DeadlineError, StoreClosedError
 from kvstore.limits import FILE_ALIGN_BYTES, FILE_DEPTH_DEFAULT
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvstore._native import FileEngine, FileEngineBatch
+    from kvstore._native import FileEngineBatch
     from kvstore.clock import Deadline
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)
@@ -236,8 +237,8 @@ class _EngineBatch(FileBatch):
     def errors(self) -> Mapping[int, OSError]:
         rows = np.frombuffer(self._native.failures(), np.int64).reshape(-1, 5).tolist()
         return {
-            number: OSError(code, _reason(code, offset, is_end), os.path.join(self._path, self._names.get(file, "")))
-            for number, code, file, offset, is_end in rows
+            number: OSError(code, _reason(code, offset, why), os.path.join(self._path, self._names.get(file, "")))
+            for number, code, file, offset, why in rows
         }
 
     @property
@@ -259,8 +260,12 @@ def plain_name(name: str) -> str:
     return name
 
 
-def _reason(code: int, offset: int, is_end: int) -> str:
-    return f"the file ends within what was to be read from {offset} on" if is_end else os.strerror(code)
+def _reason(code: int, offset: int, why: int) -> str:
+    if why == FileEngine.WHY_FILE_END:
+        return f"the file ends within what was to be read from {offset} on"
+    if why == FileEngine.WHY_ENGINE:
+        return f"io_uring itself has failed ({os.strerror(code)}); open the files again, or with KVSTORE_IO=threads"
+    return os.strerror(code)
 
 
 def _refused(error: OSError) -> str:
