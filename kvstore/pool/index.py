@@ -139,7 +139,7 @@ class PrefixIndex:
         """
         given_back = self.native.commit(writes, ready, costs_us, ends_at_us=ends_at_us, committed_nodes=committed_nodes)
         self._settle()
-        self._tell()
+        self.tell()
         return given_back
 
     def let_go(self, writes: WriteSet) -> SlotRows:
@@ -183,7 +183,7 @@ class PrefixIndex:
             for handover, _ in self._handovers.pop(node):
                 self.payload_bytes -= len(handover.payload)
         self._settle()
-        self._tell(why)
+        self.tell(why)
         return SlotRows(table)
 
     # What others are told
@@ -195,13 +195,14 @@ class PrefixIndex:
             tier: under which name.
         """
         if self._watchers:
-            self._tell()
+            self.tell()
         else:
             self.native.watch(True)
         self._watchers = (*self._watchers, (tier, tell))
         return [(tier, changes) for changes in in_order(self.native.contents())]
 
-    def _tell(self, why: RemovedWhy = RemovedWhy.EVICTED) -> None:
+    def tell(self, why: RemovedWhy = RemovedWhy.EVICTED) -> None:
+        """Tell those who watch what has changed; for callers only after what they did to `native` directly."""
         if not self._watchers or not self.native.change_count:
             return
         self._tell_all(unpacked(self.native.take_changes(), why))

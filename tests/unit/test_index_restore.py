@@ -62,19 +62,20 @@ def test_a_prompt_with_a_tail_is_restored_and_surveyed() -> None:
 
 def test_what_leaves_is_named_once() -> None:
     index = empty()
-    index.note_removals()
+    index.watch(True)
     index.restore(4, packed_nodes(), records(), bytes(32))
-    assert index.take_removals() == (b"", b"")
+    assert index.take_changes()[0] == b"", "what was kept elsewhere is no change"
     freed = index.condemn_all((1 << 64) - 1, 9)
     assert freed.tolist() == [[9, 1, 4096], [9, 2, 4096]]
-    assert index.take_removals() == (path().key(2), b"\1")
+    keys, _, table, _ = index.take_changes()
+    assert (keys, table[:, :2].tolist()) == (path().key(2), [[0, 1]])
     node = index.find(path().key(0))
     assert node is not None
     assert len(index.evict(node, False)) == 3
-    keys, are_states = index.take_removals()
+    keys, _, table, _ = index.take_changes()
     assert sorted(keys[at : at + 32] for at in (0, 32, 64)) == sorted(path().key(node) for node in range(3))
-    assert are_states == bytes(3)
-    assert index.take_removals() == (b"", b"")
+    assert table[:, :2].tolist() == [[0, 0]] * 3
+    assert index.take_changes()[0] == b""
 
 
 def test_records_move() -> None:

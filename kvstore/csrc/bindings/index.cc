@@ -272,17 +272,6 @@ class PrefixIndex {
         return flag_bytes(moved);
     }
 
-    // The keys of what has left since the last call, and whether each was a node's states, a byte each.
-    nb::tuple take_removals() {
-        std::string keys;
-        std::vector<bool> are_states;
-        for (const Removal& removal : index_.take_removals()) {
-            keys.append(reinterpret_cast<const char*>(removal.key.bytes.data()), digest_bytes);
-            are_states.push_back(removal.is_state);
-        }
-        return nb::make_tuple(nb::bytes(keys.data(), keys.size()), flag_bytes(are_states));
-    }
-
     nb::tuple take_changes() {
         nb::tuple taken = changes_to_python(index_, index_.changes());
         index_.drop_changes();
@@ -466,8 +455,6 @@ void bind_index(nb::module_& module) {
         .def("restore", &PrefixIndex::restore, "block_tokens"_a, "nodes"_a, "records"_a, "digests"_a)
         .def("survey", &PrefixIndex::survey, "mask"_a, "value"_a, "in_order"_a = false)
         .def("relocate", &PrefixIndex::relocate, "keys"_a, "moves"_a)
-        .def("note_removals", [](PrefixIndex& self) { self.index().note_removals(); })
-        .def("take_removals", &PrefixIndex::take_removals)
         .def("has_slot",
              [](const PrefixIndex& self, NodeId id, bool is_state, std::uint64_t slot, std::uint64_t generation,
                 std::uint32_t size_bytes) {

@@ -326,14 +326,32 @@ std::vector<Slot> Index::condemn_all(SlotRange range) {
             }
         }
     });
-    std::vector<Slot> freed;
-    for (const Handle handle : found) {
-        const NodeId id = node_of(handle);
-        // What went with an ancestor has no records left. Its id is not used anew meanwhile: nothing is added here.
-        if (nodes_.is_live(id) && nodes_.has(id, kind_of(handle) != 0 ? has_states : has_attention)) {
-            const std::vector<Slot> more = condemn(id, kind_of(handle) != 0);
-            freed.insert(freed.end(), more.begin(), more.end());
+    std::vector<Handle> handles;
+    std::vector<bool> is_going(2 * std::size_t{nodes_.id_count()});
+    const auto add = [&](Handle handle) {
+        if (!is_going[handle]) {
+            is_going[handle] = true;
+            handles.push_back(handle);
         }
+    };
+    std::vector<NodeId> members;
+    for (const Handle handle : found) {
+        if (kind_of(handle) != 0) {
+            add(handle);
+        } else if (!is_going[handle]) {
+            members.clear();
+            nodes_.below(node_of(handle), members, [&](NodeId child) { return is_going[handle_of(child, false)]; });
+            members.push_back(node_of(handle));
+            for (const NodeId member : members) {
+                add(handle_of(member, true));
+                add(handle_of(member, false));
+            }
+        }
+    }
+    std::vector<Slot> freed;
+    reserve_removal(handles, freed);
+    for (const Handle handle : handles) {
+        remove(node_of(handle), kind_of(handle) != 0, freed);
     }
     return freed;
 }
@@ -361,18 +379,12 @@ void Index::reserve_removal(std::span<const Handle> handles, std::vector<Slot>& 
     if (!keeps_order_) {
         events_.reserve(events_.size() + handles.size());
     }
-    if (notes_removals_) {
-        removals_.reserve(removals_.size() + handles.size());
-    }
 }
 
 // Below attention nothing may be left: whoever removes it has removed that before.
 void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
     if (nodes_.has(id, is_detached) || nodes_.parent(id) == id) {
         return;  // forgotten with what went before
-    }
-    if (notes_removals_ && nodes_.has(id, is_state ? has_states : has_attention)) {
-        removals_.push_back({nodes_.key(id), is_state});
     }
     std::uint64_t size_bytes = 0;
     for (RecordId* link = &nodes_[id].first_record; *link != none;) {

@@ -128,12 +128,6 @@ struct SlotRange {
     bool has(const Slot& slot) const { return (slot.index & mask) == value; }
 };
 
-// A node's attention or states that left the index.
-struct Removal {
-    Digest key;
-    bool is_state;
-};
-
 // A change of what may be evicted, for a policy outside.
 struct PolicyEvent {
     enum Kind : std::uint8_t { insert, access, remove } kind;
@@ -283,9 +277,6 @@ class Index {
     // For the pool to act upon after each call that changes something.
     std::vector<NodeId> take_lost_handovers() { return std::exchange(lost_handovers_, {}); }
     std::vector<PolicyEvent> take_events() { return std::exchange(events_, {}); }
-    // From now on, note what leaves.
-    void note_removals() { notes_removals_ = true; }
-    std::vector<Removal> take_removals() { return std::exchange(removals_, {}); }
 
     // Note every change from here on, or none; what was noted is forgotten.
     void watch(bool is_watched);
@@ -327,7 +318,7 @@ class Index {
     void use_grids(WriteSet& set);
     void drop_grids(WriteSet& set);
     void make_nodes(WriteSet& set, const Path& path, const std::string& salt);
-    void add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residency residency);
+    RecordId add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residency residency);
     bool is_reachable(NodeId id, const Row& row, bool is_lossy) const;
     void rely(const WriteSet& set);
     void stop_relying(const WriteSet& set);
@@ -408,8 +399,6 @@ class Index {
     std::vector<Handle> pushed_;
     std::size_t next_pushed_ = 0;
     std::vector<PolicyEvent> events_;
-    std::vector<Removal> removals_;
-    bool notes_removals_ = false;
     bool is_watched_ = false;
     std::vector<Change> changes_;
     std::vector<NodeId> lost_handovers_;

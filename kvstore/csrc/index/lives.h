@@ -130,7 +130,10 @@ class Lives {
     struct End {
         Moment at;
         Handle handle;
-        friend bool operator<(const End& left, const End& right) { return left.at > right.at; }  // the earliest on top
+        // The earliest on top. Of equal ones that of the smaller number: mostly that on which the others hang, with which they go.
+        friend bool operator<(const End& left, const End& right) {
+            return left.at != right.at ? left.at > right.at : left.handle > right.handle;
+        }
     };
 
     void push(End end) {

@@ -85,8 +85,11 @@ bool Index::restore_record(NodeId id, const Row& row, std::uint32_t number, std:
     if (!is_reachable(id, row, false)) {
         return false;
     }
-    add_record(id, row, row.cost_us, {});
-    rows_of.push_back(number);  // an empty index numbers its records from 0
+    const RecordId added = add_record(id, row, row.cost_us, {});
+    if (rows_of.size() <= added) {
+        rows_of.resize(std::size_t{added} + 1);
+    }
+    rows_of[added] = number;
     return true;
 }
 
@@ -150,7 +153,6 @@ std::vector<bool> Index::restore(std::uint32_t block_tokens, std::span<const Kep
     std::vector<bool> taken(rows.size());
     std::vector<std::uint32_t> rows_of;
     records_.reserve(rows.size());
-    rows_of.reserve(rows.size());
     for (const bool is_state : {false, true}) {
         for (const std::uint32_t number : order) {
             const Row& row = rows[number];

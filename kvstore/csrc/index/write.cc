@@ -320,7 +320,7 @@ std::vector<std::uint32_t> Index::commit(const WriteSet& set, std::span<const st
     return given_back;
 }
 
-void Index::add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residency residency) {
+RecordId Index::add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residency residency) {
     const GridId grid = grids_.use(row.grid);
     const Record record{.slot_index = row.slot.index,
                         .slot_generation = row.slot.generation,
@@ -345,6 +345,7 @@ void Index::add_record(NodeId id, const Row& row, std::uint64_t cost_us, Residen
     committed_bytes_ += row.slot.size_bytes;
     owner(id).bytes += row.slot.size_bytes;
     ++owner(id).records;
+    return added;
 }
 
 void Index::leave(WriteSet& set) {

@@ -1,44 +1,15 @@
 // The index when memory runs out: whatever allocation fails, a call has done nothing, and the next one works.
-#include <cstdlib>
 #include <new>
 #include <optional>
 #include <vector>
 
 #include "../index/index.h"
 #include "check.h"
+#include "failing_memory.h"
 
 using namespace kvstore::index;
+using kvstore::testing::allocations_left;
 using kvstore::testing::check;
-
-namespace {
-
-// Allocations until one fails; none does while there is no number.
-std::optional<int> allocations_left;
-
-}  // namespace
-
-// All forms, since a sanitizer would bring its own of those that are not here. Inlined, g++ takes them for a mismatch.
-[[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t& /*unused*/) noexcept {
-    if (allocations_left && (*allocations_left)-- == 0) {
-        allocations_left.reset();
-        return nullptr;
-    }
-    return std::malloc(size == 0 ? 1 : size);
-}
-
-[[gnu::noinline]] void* operator new(std::size_t size) {
-    if (void* memory = operator new(size, std::nothrow)) {
-        return memory;
-    }
-    throw std::bad_alloc();
-}
-
-[[gnu::noinline]] void* operator new[](std::size_t size) { return operator new(size); }
-
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -133,6 +104,10 @@ void test_every_allocation(bool keeps_order, bool is_watched) {
         } else if (number % 3 == 1) {
             failures += until_it_succeeds(
                 index, [&] { check(index.condemn(first, false).size() == names.size(), "records were lost"); }, counts);
+        } else if (number % 2 == 0) {
+            const SlotRange range{~std::uint64_t{0}, number * 10000};
+            failures += until_it_succeeds(
+                index, [&] { check(index.condemn_all(range).size() == names.size(), "records were lost"); }, counts);
         }
         static_cast<void>(index.take_events());
         index.drop_changes();

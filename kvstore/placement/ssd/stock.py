@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvstore.abc import SlotRows
 from kvstore.errors import StoreClosedError
-from kvstore.keys import KEY_BYTES
+from kvstore.events.changes import IS_STATE
 from kvstore.placement.ssd.places import (
     DRIVE_MASK,
     WHOLE_INDEX,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kvstore.events import Changes
     from kvstore.placement.ssd.drive import Drive
     from kvstore.pool.path import NodePath
     from kvstore.spec import ModelSpec
@@ -50,7 +52,8 @@ class Stock:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.index = PrefixIndex(spec)
-        self.index.native.note_removals()
+        self._removed: list[Changes] = []
+        self.index.watch("ssd", partial(_note_removed, self._removed))
         self.is_closed = False
         self.refused: Counter[str] = Counter()
         self.kept_bytes = 0
@@ -106,10 +109,11 @@ class Stock:
         for drive in self.drives:
             own = drives == drive.number
             drive.subtract(segments[own], table[own, 2])
-        keys, are_states = self.index.native.take_removals()
+        self.index.tell()
         if not may_return:
-            split = [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
-            self.forget(split, list(map(bool, are_states)))
+            for changes in self._removed:
+                self.forget(changes.keys, changes.table[:, IS_STATE].astype(bool).tolist())
+        self._removed.clear()
         if len(table):
             self.has_chores = True
             self.changed.notify_all()
@@ -190,3 +194,9 @@ class Stock:
                 live[segment] += size
             assert live == drive.live_bytes, (live, drive.live_bytes)
             assert drive.live_records == int(own.sum())
+
+
+def _note_removed(removed: list[Changes], _: str, changes: Changes) -> bool:
+    if changes.why is not None:
+        removed.append(changes)
+    return True
