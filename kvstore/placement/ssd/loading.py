@@ -87,10 +87,14 @@ class SsdLoad(ShelfLoad):
         self._parts: list[_Reads] = []
         places = places_of(slots)
         numbers = drives_of(slots)
-        for drive in drives:
-            own = np.flatnonzero(numbers == drive.number)
-            if own.size:
-                self._begin(drive, own, places, addresses)
+        try:
+            for drive in drives:
+                own = np.flatnonzero(numbers == drive.number)
+                if own.size:
+                    self._begin(drive, own, places, addresses)
+        except BaseException:
+            self.cancel()  # nobody else knows what the drives before have begun
+            raise
 
     def _begin(
         self,

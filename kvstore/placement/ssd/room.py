@@ -6,11 +6,13 @@ writes more than it frees, and no byte is freed twice: all that is written stays
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError
 from kvstore.keys import KEY_BYTES
 from kvstore.limits import FILE_ALIGN_BYTES, KIB, MIB, SSD_APPEND_ROWS_MAX, SSD_CLEAN_BYTES
 from kvstore.placement.ssd.places import DRIVE_MASK, WHOLE_INDEX, checksums_of, segment_index, slots_of
@@ -18,8 +20,11 @@ from kvstore.placement.ssd.rows import part, unpack
 from kvstore.pool.rows import SLOT, SLOT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
+    from kvstore.abc.files import FileBatch
     from kvstore.placement.ssd.drive import Drive
     from kvstore.placement.ssd.stock import Stock
     from kvstore.tiers.ssd.directory import SegmentUsage
@@ -47,6 +52,8 @@ class Room:
     def __init__(self, stock: Stock, write_deadline_s: float) -> None:
         self._stock = stock
         self._write_deadline_s = write_deadline_s
+        self._unsettled: list[tuple[int, Callable[[], bool], npt.NDArray[np.uint8]]] = []
+        """Memory that drives (by number) may still read or write, and whether they have ended."""
 
     def make(self, drive: Drive, record_bytes: int, records: int, classes: int) -> bool:
         """Have room on a drive for a batch of records; False if it cannot be had: what is there is held.
@@ -105,6 +112,8 @@ class Room:
 
     def rewrite_journal(self, drive: Drive) -> bool:
         """Rewrite a journal of which more than half is dead; whether it was."""
+        if self._stock.guarded:
+            return False  # it would name what is in the index alone
         directory = drive.directory
         least_bytes = max(drive.live_records * JOURNAL_BYTES_PER_RECORD // 2, drive.rewritten_bytes)
         slack_bytes = min(JOURNAL_SLACK_BYTES_MAX, drive.capacity_bytes // 16)
@@ -122,6 +131,9 @@ class Room:
 
     def _clean(self, drive: Drive) -> bool:
         """Move what lives in the deadest segment elsewhere, and remove it; whether there is one that it pays for."""
+        self.settle()
+        if any(number == drive.number for number, _, _ in self._unsettled):
+            return False  # it has not even answered what it was asked before
         usage = self._deadest(drive)
         if usage is None:
             return False
@@ -135,6 +147,10 @@ class Room:
             self._move_all(drive, nodes, records, slots, np.flatnonzero(pieces == piece))
         self.remove_dead(drive)
         return True
+
+    def settle(self) -> None:
+        """Let go of memory in which nothing moves any more."""
+        self._unsettled = [each for each in self._unsettled if not each[1]()]
 
     def _deadest(self, drive: Drive) -> SegmentUsage | None:
         """The sealed segment of which the largest part is dead, if that is at least half and it can be moved."""
@@ -181,17 +197,21 @@ class Room:
         batch = drive.directory.read(places, addresses)
         try:
             batch.wait(len(chosen), Deadline.after(self._write_deadline_s))
-        finally:
+        except DeadlineError:
             batch.cancel()
-            batch.wait(len(chosen), Deadline.after(self._write_deadline_s))
+            self._unsettled.append((drive.number, partial(_has_ended, batch, len(chosen)), memory))
+            raise
         is_good = np.ones(len(chosen), np.bool_)
         is_good[list(batch.errors())] = False
         good = chosen[is_good]
         kept_nodes, kept_records = part(nodes, records, good, whole_paths=self._stock.lists_whole_paths)
         deadline = Deadline.after(self._write_deadline_s)
         self.tell_forgotten()
-        placed = drive.directory.append(kept_nodes, kept_records, addresses[is_good], deadline)
-        del memory
+        try:
+            placed = drive.directory.append(kept_nodes, kept_records, addresses[is_good], deadline)
+        except DeadlineError:
+            self._unsettled.append((drive.number, drive.directory.has_settled, memory))
+            raise
         after = slots_of(drive.number, placed.place, placed.metadata_crc32c)
         # A record whose header has changed on the disk says something else than it did when it was kept.
         is_same = checksums_of(after) == checksums_of(slots[good])
@@ -245,6 +265,14 @@ class Room:
                 if drive.may_write:
                     drive.directory.forget(keys, are_states)
                     drive.has_forgotten = True
+
+
+def _has_ended(batch: FileBatch, count: int) -> bool:
+    try:
+        batch.wait(count, Deadline.after(0.0))
+    except DeadlineError:
+        return False
+    return True
 
 
 def _memory(sizes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:

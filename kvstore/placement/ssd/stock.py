@@ -44,6 +44,7 @@ class Stock:
         refused: how often something was not taken, by reason.
         lost_segments, lost_drives: what is to leave the index, by the thread that writes.
         has_chores: whether there may be segments in which nothing lives.
+        guarded: how many times something was written that is in no index yet.
     """
 
     def __init__(self, spec: ModelSpec, drives: Sequence[Drive]) -> None:
@@ -65,6 +66,7 @@ class Stock:
         self.lost_segments: set[int] = set()
         self.lost_drives: set[int] = set()
         self.has_chores = True
+        self.guarded = 0
         self._forgotten_keys: list[bytes] = []
         self._forgotten_states: list[bool] = []
 
@@ -175,6 +177,17 @@ class Stock:
             if self.drives[number].unpin(segments):
                 self.has_chores = True
                 self.changed.notify_all()
+
+    def guard(self, slots: npt.NDArray[np.uint64]) -> None:
+        """These are written and in no index yet: their segments and their rows in the journals stay until `unguard`."""
+        self.pin(slots)
+        self.guarded += 1
+
+    def unguard(self, slots: npt.NDArray[np.uint64]) -> None:
+        """They are in the index, or given up. Takes the lock itself."""
+        with self.lock:
+            self.guarded -= 1
+            self.unpin(slots)
 
     def _segments(self, slots: npt.NDArray[np.uint64]) -> list[tuple[int, npt.NDArray[np.uint64]]]:
         drives, segments = drives_of(slots), segments_of(slots)

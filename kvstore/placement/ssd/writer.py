@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -179,11 +180,14 @@ class Writer:
         except Exception as error:
             failure = self._named(error)
         for keeping in begun:
-            self._finish(keeping, failure)
+            try:
+                self._finish(keeping, failure)
+            except Exception as error:  # one that ends badly must not keep the others from ending
+                self._end(keeping, self._named(error))
 
     def _named(self, error: Exception) -> BaseException:
         """An error as the handle gives it. What nobody foresaw must not end the thread, and is not hidden."""
-        if isinstance(error, (KVStoreError, MemoryError)) and not isinstance(error, DeadlineError):
+        if isinstance(error, KVStoreError) and not isinstance(error, DeadlineError):
             return error
         if not isinstance(error, (OSError, DeadlineError)):
             self.trouble = f"a batch failed with {type(error).__name__}: {error}"
@@ -195,7 +199,10 @@ class Writer:
         stock = self._stock
         with stock.lock:
             native = stock.index.native
-            lacks_some = keeping.plan(native).missing()[0].size > 0
+            try:
+                lacks_some = keeping.plan(native).missing()[0].size > 0
+            except ShelfRefusedError as error:
+                failure, lacks_some = failure or error, True
             if failure is None and lacks_some:
                 failure = ShelfRefusedError("damaged", "records before these were lost while they were written")
             elif failure is not None and not lacks_some:
@@ -213,6 +220,20 @@ class Writer:
         sizes = chunk.sizes
         left = np.arange(len(chunk))
         reasons: dict[int, str] = {}
+        with ExitStack() as written:
+            self._write_shares(chunk, slots, sizes, left, reasons, written)
+            self._commit(chunk, slots)
+
+    def _write_shares(
+        self,
+        chunk: Chunk,
+        slots: npt.NDArray[np.uint64],
+        sizes: npt.NDArray[np.int64],
+        left: npt.NDArray[np.int64],
+        reasons: dict[int, str],
+        written: ExitStack,
+    ) -> None:
+        """Write what is left, elsewhere if a drive fails; what one has taken stays there until `written` is closed."""
         while left.size:
             drives = [drive for drive in self._stock.drives if drive.may_write and drive.number not in reasons]
             if not drives:
@@ -224,8 +245,14 @@ class Writer:
                 continue
             self._room.tell_forgotten()
             failed = self._append(chunk, shares, slots, reasons)
-            left = np.concatenate([np.empty(0, np.int64), *failed])
-        self._commit(chunk, slots)
+            remaining = np.concatenate([np.empty(0, np.int64), *failed])
+            taken = slots[np.setdiff1d(left, remaining)]
+            if taken.size and remaining.size:
+                # No index names these yet: room for the others is not made of them.
+                with self._stock.lock:
+                    self._stock.guard(taken)
+                written.callback(self._stock.unguard, taken)
+            left = remaining
 
     def _refused(self, reasons: dict[int, str]) -> ShelfRefusedError:
         if not reasons:
@@ -371,9 +398,17 @@ class Writer:
 
 def _together(calls: Sequence[Callable[[], None]]) -> None:
     """Run calls that raise nothing, each in a thread of its own but for the first."""
-    threads = [threading.Thread(target=call, name="kvstore-ssd-append") for call in calls[1:]]
-    for thread in threads:
-        thread.start()
-    calls[0]()
+    threads: list[threading.Thread] = []
+    own = [calls[0]]
+    for call in calls[1:]:
+        thread = threading.Thread(target=call, name="kvstore-ssd-append")
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: then one after the other
+            own.append(call)
+        else:
+            threads.append(thread)
+    for call in own:
+        call()
     for thread in threads:
         thread.join()
