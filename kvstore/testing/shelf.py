@@ -274,6 +274,29 @@ class ShelfConformance:
         assert hold is not None
         hold.release()
 
+    def test_chunkings_are_beside_each_other(self, shelf: Shelf, source: Store) -> None:
+        """One prompt computed with other chunk boundaries is another variant: both are kept, and not mixed."""
+        if not self.takes_records:
+            pytest.skip("this shelf is not filled by `keep`")
+        prompt = source.prompt(range(16))
+        grids = [ChunkGrid.every(tokens, upto=16) for tokens in (4, 16)]
+        originals = []
+        for grid in grids:
+            with source.write(prompt, grid=grid) as writer:
+                put_all(writer)
+                writer.commit()
+            original = source.pool.hold(prompt.path, grid=grid)
+            assert isinstance(original, Hold)
+            assert self.fill(shelf, original) > 0, "a second variant was not taken"
+            originals.append(original)
+        for grid, original in zip(grids, originals, strict=True):
+            assert self.lengths(shelf, source, range(16), grid=grid) == [16]
+            hold = shelf.hold(prompt.path, shard=WHOLE, grid=grid)
+            assert hold is not None
+            self.assert_same(hold, original)
+            hold.release()
+        shelf.check()
+
     def test_shards_are_asked_for(self, shelf: Shelf, source: Store) -> None:
         """A worker's share is found in whole records, and a share alone does not serve who needs all."""
         self.fill(shelf, self.write(source, range(12)))
