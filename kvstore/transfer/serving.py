@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from kvstore.errors import LeaseGoneError, StoreClosedError, TransferError
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, LeaseGoneError, PoolError, StoreClosedError, TransferError
 from kvstore.limits import TRANSFER_DEADLINE_MAX_S
 from kvstore.transfer.callback import CallbackConnector, JoinCall
 from kvstore.transfer.frames import TransferId
@@ -22,7 +23,6 @@ from kvstore.transfer.workers import Workers
 
 if TYPE_CHECKING:
     from kvstore.abc import TransportOptions
-    from kvstore.clock import Deadline
     from kvstore.pool import BaseHold, BasePool, Candidate, Prompt
     from kvstore.spec import ChunkGrid, Shard
     from kvstore.transfer.egress import Egress
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from kvstore.transfer.query import Fetch, Query
 
 LOG = logging.getLogger("kvstore.transfer")
+
+LOAD_WAIT_FRACTION = 0.4
+"""Share of the time without any byte that a peer bears, for which a fetch waits for what is being loaded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +169,17 @@ class Serving:
             return served
 
     def _hold(self, question: Question, tokens: int) -> BaseHold:
+        """What lies in another tier is loaded first, no longer than the requester bears silence; it asks again then."""
         candidate = self._candidate(question, tokens)
-        return self._pool.hold(candidate.path, shard=question.shard, grid=question.grid)
+        wait_s = self._inbox.settings.progress_deadline_s * LOAD_WAIT_FRACTION
+        try:
+            return self._pool.hold(
+                candidate.path, shard=question.shard, grid=question.grid, deadline=Deadline.after(wait_s)
+            )
+        except DeadlineError as error:
+            raise OfferRefusedError(AbortCode.UNKNOWN_TRANSFER, str(error)) from error
+        except PoolError as error:
+            raise OfferRefusedError(AbortCode.LIMIT, str(error)) from error
 
     def _candidate(self, question: Question, tokens: int) -> Candidate:
         found = self._pool.match(question.prompt, shard=question.shard, grid=question.grid)
