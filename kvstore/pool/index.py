@@ -152,8 +152,8 @@ class PrefixIndex:
     def evict(self, node: int, *, states_only: bool) -> SlotRows:
         return self._removed(self.native.evict(node, states_only), RemovedWhy.DROPPED)
 
-    def condemn(self, node: int, *, is_state: bool) -> SlotRows:
-        return self._removed(self.native.condemn(node, is_state), RemovedWhy.DAMAGED)
+    def condemn(self, node: int, *, is_state: bool, why: RemovedWhy = RemovedWhy.DAMAGED) -> SlotRows:
+        return self._removed(self.native.condemn(node, is_state), why)
 
     def evict_chosen(self) -> SlotRows:
         return self._removed(self.native.evict_chosen(), RemovedWhy.EVICTED)

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, ShelfRefusedError, SpecError, StoreClosedError, WriteError
+from kvstore.events import RemovedWhy
 from kvstore.pool.prompt import Prompt
 from kvstore.record import Record
 from kvstore.spec import WHOLE, ChunkGrid, Coverage, ModelSpec, ReuseRule, Shard
@@ -27,6 +28,8 @@ from kvstore.testing.pages import EnginePages  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from kvstore.events import Changes
 
 TEST_S = 30.0
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA"))
@@ -506,3 +509,28 @@ def test_a_forked_child_touches_nothing(shelf: PageShelf, engine: EnginePages) -
     assert os.waitpid(child, 0)[1] == 0
     hold.release()
     check_loads(shelf, prompt)
+
+
+def test_what_is_noted_and_forgotten_is_told(device: str) -> None:
+    engine = engine_of(dense(4), device=device)
+    told: list[tuple[str, Changes]] = []
+
+    def tell(tier: str, changes: Changes) -> bool:
+        told.append((tier, changes))
+        return True
+
+    shelf = PageShelf(engine.register())
+    with closing(shelf):
+        prompt = computed(engine, range(16), range(4))
+        shelf.note(prompt, range(4), upto_tokens=8)
+        ((tier, contents),) = shelf.watch(tell)
+        assert (tier, contents.why, len(contents)) == ("gpu", None, 2)
+        assert not told
+        shelf.note(prompt, range(4))
+        shelf.forget([3])
+    assert [(tier, each.why, len(each)) for tier, each in told] == [
+        ("gpu", None, 2),
+        ("gpu", RemovedWhy.EVICTED, 1),
+        ("gpu", RemovedWhy.CLOSED, 3),
+    ]
+    assert shelf.watch(tell) == ()

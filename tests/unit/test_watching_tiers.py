@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvstore.events import Hit, Stored
+from pathlib import Path
+
+from kvstore.events import EventStream, Hit, Removed, Stored
 from kvstore.placement.tiered import TieredPool
 from kvstore.store import Store, open_store
 from kvstore.testing.memory_shelf import MemoryShelf
@@ -43,3 +45,25 @@ def test_what_lies_in_another_tier_is_told_counted_and_explained() -> None:
         assert metrics.shelves[0].kept_bytes > 0
     with open_store(spec, dram="4MiB") as plain:
         assert plain.metrics().shelves == ()
+
+
+def stored_tokens(stream: EventStream, tier: str) -> int:
+    return max((event.tokens for event in stream.take() if isinstance(event, Stored) and event.tier == tier), default=0)
+
+
+def test_a_tier_on_disk_tells_what_it_keeps_what_it_had_and_that_it_closes(tmp_path: Path) -> None:
+    spec = hybrid(4)
+    for is_there in (False, True):
+        with open_store(spec, dram="4MiB", ssd=f"{tmp_path / 'ssd'}:64MiB") as store:
+            stream = store.events(kinds=(Stored, Removed), contents=True)
+            known = {(event.tier, key) for event in stream.contents for key in event.keys}
+            keys = {("ssd", key) for key in store.prompt(IDS).path.keys}
+            assert (known >= keys) == is_there
+            if not is_there:
+                with store.write(IDS, resume_at=(16, 40)) as writer:
+                    put_all(writer)
+                    writer.commit()
+                store.flush()
+                assert stored_tokens(stream, "ssd") == len(IDS)
+        closed = {event.tier for event in stream.take() if isinstance(event, Removed) and event.why == "closed"}
+        assert closed == ({"ssd"} if is_there else {"ssd", "dram"})

@@ -12,6 +12,7 @@ import numpy as np
 from kvstore.abc import SlotRows
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, ShelfRefusedError, SpecError, StoreClosedError
+from kvstore.events import RemovedWhy
 from kvstore.handle import Handle
 from kvstore.limits import PAGE_COPIES_MAX, PAGE_FORGET_DEADLINE_S
 from kvstore.placement.gpu.page_load import PageLoad
@@ -27,12 +28,13 @@ from kvstore.spec import ReuseRule
 from kvstore.tiers.gpu.packing import packings_of_records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy.typing as npt
 
     from kvstore._native import Finding, HeldRows, WriteSet
     from kvstore.abc import Slot
+    from kvstore.events import Changes, Tell
     from kvstore.placement.gpu.page_names import PagedPath
     from kvstore.placement.gpu.page_table import Location
     from kvstore.pool.held import PlacedRows
@@ -272,7 +274,7 @@ class PageShelf(Shelf):
         key, is_state = last
         node = self._index.native.find(key)
         assert node is not None, "records are in the table and not in the index"
-        freed = self._index.condemn(node, is_state=is_state)
+        freed = self._index.condemn(node, is_state=is_state, why=RemovedWhy.EVICTED)
         self._counters.evicted_records += len(freed)
         self._table.freed(freed)
 
@@ -403,6 +405,10 @@ class PageShelf(Shelf):
             self._table.check()
             assert self._table.record_count == self._index.native.record_count
 
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        with self._changed:
+            return () if self._is_closed else self._index.watch(self._name, tell)
+
     def close(self) -> None:
         with self._changed:
             if self._is_closed:
@@ -414,6 +420,7 @@ class PageShelf(Shelf):
         self._threads.shutdown()
         with self._changed:
             self._is_still = True
+            self._index.tell_closed()
             self._index = PrefixIndex(self.pages.spec)
             self._table = PageTable()
             self._changed.notify_all()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from kvstore._native import Finding
     from kvstore.abc import Slot
+    from kvstore.events import Changes, Tell
     from kvstore.placement.ssd.drive import Drive
     from kvstore.placement.ssd.options import SsdOptions
     from kvstore.pool.held import PlacedRows
@@ -232,6 +233,10 @@ class SsdShelf(Shelf):
         each = [*self._left_out, *(drive.trouble for drive in self._stock.drives), self._writer.trouble]
         return "; ".join(trouble for trouble in each if trouble)
 
+    def watch(self, tell: Tell) -> Sequence[tuple[str, Changes]]:
+        with self._stock.lock:
+            return () if self._stock.is_closed else self._stock.index.watch(self.name, tell)
+
     def check(self) -> None:
         with self._stock.lock:
             if not self._stock.is_closed:
@@ -251,6 +256,7 @@ class SsdShelf(Shelf):
             for drive in stock.drives:
                 drive.directory.close()
             with stock.lock:
+                stock.index.tell_closed()
                 stock.index = PrefixIndex(self.spec)
 
     def close_in_child(self) -> None:
