@@ -78,14 +78,14 @@ class DevicePuts:
         deadline = Deadline.after(DEVICE_COPY_DEADLINE_S)
         try:
             computed = callers.mark()
-            lane.stream.wait(computed)
+            lane.puts.stream.wait(computed)
             for each in ranges:
                 self._begin(lane, each, deadline)
         except (DeviceError, DeadlineError) as error:
             self._abort(f"a tensor of {lane.device.name} could not be copied: {error}")
             raise
         finally:
-            copied = mark_of(lane.stream)
+            copied = mark_of(lane.puts.stream)
             if copied is not None:
                 callers.wait(copied)
 
@@ -96,11 +96,11 @@ class DevicePuts:
 
     def _begin(self, lane: DeviceLane, each: TensorRange, deadline: Deadline) -> None:
         tensor, size_bytes = each.tensor, each.tensor.nbytes
-        is_of_ring = size_bytes <= lane.ring.buffer_bytes
-        buffer = lane.ring.take(deadline) if is_of_ring else StagingBuffer(lane.device.staging(size_bytes))
+        is_of_ring = size_bytes <= lane.puts.ring.buffer_bytes
+        buffer = lane.puts.ring.take(deadline) if is_of_ring else StagingBuffer(lane.device.staging(size_bytes))
         moving = ExitStack()
         if is_of_ring:
-            moving.callback(lane.ring.give, buffer)
+            moving.callback(lane.puts.ring.give, buffer)
         with ExitStack() as undoing:
             undoing.push(moving)
             moving.enter_context(self._transaction.moving())
@@ -110,17 +110,17 @@ class DevicePuts:
                 staged = buffer.tensor[:size_bytes].view(tensor.dtype).view(shape)
                 staged.copy_(tensor, non_blocking=True)
 
-            lane.stream.uses(tensor)
+            lane.puts.stream.uses(tensor)
             try:
-                lane.stream.run(copy)
+                lane.puts.stream.run(copy)
             except BaseException:
                 # Part of it may be on its way: the buffer and the slots stay until it is not.
-                mark = mark_of(lane.stream)
+                mark = mark_of(lane.puts.stream)
                 if mark is not None:
                     undoing.pop_all()
                     lane.landings.add([mark], lambda error: moving.close())
                 raise
-            mark = lane.stream.mark()
+            mark = lane.puts.stream.mark()
             undoing.pop_all()
         with self._changed:
             self._under_way += 1

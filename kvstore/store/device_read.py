@@ -68,16 +68,16 @@ class DeviceReads:
     def _stage(layer: LayerView, lane: DeviceLane, callers: Stream, asked: Sequence[Asked]) -> int:
         deadline = Deadline.after(DEVICE_COPY_DEADLINE_S)
         # The caller may have asked for something that still uses the destination, or for what fills it first.
-        lane.stream.wait(callers.mark())
+        lane.reads.stream.wait(callers.mark())
         size_bytes = 0
         try:
             for group, index, view in asked:
                 runs = ByteRuns.of_plan(layer._plan(group, index, view))
-                lane.stream.uses(view.owner)
-                stage_in(lane.ring, runs, view.owner, lane.stream, deadline)
+                lane.reads.stream.uses(view.owner)
+                stage_in(lane.reads.ring, runs, view.owner, lane.reads.stream, deadline)
                 size_bytes += runs.size_bytes
         finally:
-            mark = mark_of(lane.stream)
+            mark = mark_of(lane.reads.stream)
             if mark is not None:
                 callers.wait(mark)
         return size_bytes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.clock import Deadline
 from kvstore.errors import DeviceError, KVStoreError
 from kvstore.limits import DEVICE_COPY_DEADLINE_S
+from kvstore.tiers.gpu.device import never_free
 from kvstore.tiers.gpu.staging import StagingRing
 from kvstore.tiers.gpu.streams import Afterwards
 from kvstore.tiers.gpu.torch_device import open_device
@@ -41,14 +42,27 @@ class DeviceStatistics:
     overdue: int
 
 
+class DeviceWay:
+    """One direction between the host and a device. Any thread.
+
+    Attributes:
+        stream: of our own.
+        ring: staging buffers.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.stream = device.stream()
+        self.ring = StagingRing(device)
+
+
 class DeviceLane:
-    """The way between a store and one device. Any thread.
+    """Between a store and one device. Any thread.
 
     Attributes:
         device: which.
         shelf: a tier in its memory, if there is one.
-        ring: staging buffers.
-        stream: of our own, for what comes from the host or goes there.
+        puts, reads: the way from it, and the way there. Each has its own, since a put stays behind the kernels that
+            compute it, and a read of somebody else must not.
         landings: puts whose bytes are on their way to the host.
         releases: leases that end once their copies have.
     """
@@ -56,8 +70,8 @@ class DeviceLane:
     def __init__(self, device: Device, shelf: SlabShelf | None = None) -> None:
         self.device = device
         self.shelf = shelf
-        self.ring = StagingRing(device)
-        self.stream = device.stream()
+        self.puts = DeviceWay(device)
+        self.reads = DeviceWay(device)
         self.landings = Afterwards("kvstore-gpu-landing")
         self.releases = Afterwards("kvstore-gpu-release")
         self._lock = threading.Lock()
@@ -163,6 +177,7 @@ class DeviceCopies:
         for lane in self._lanes:
             lane.landings.forget()
             lane.releases.forget()
+            never_free((lane.puts, lane.reads))
         self._lanes = []
 
 

@@ -194,11 +194,12 @@ class Writer:
             if not count:
                 return
             ranges = []
+            part_bytes = lane.puts.ring.buffer_bytes
             for group, index, tensor, what in checked:
                 described = self.spec.groups[group].tensors[index]
                 # What holds a part of the tokens only has them closed up; it is not cut.
                 parts = (
-                    token_parts(start, stop, self.spec.block_tokens, tensor.nbytes // count, lane.ring.buffer_bytes)
+                    token_parts(start, stop, self.spec.block_tokens, tensor.nbytes // count, part_bytes)
                     if layer not in self._masks
                     else [(start, stop)]
                 )

@@ -58,7 +58,7 @@ class LaggingStream(Stream):
         self.asked = 0
         self.done = 0
 
-    def run(self, work: Callable[[], None]) -> None:
+    def ask(self, work: Callable[[], None]) -> None:
         with self.device.lock:
             if self.device.failure is not None:
                 raise DeviceError(self.device.failure)

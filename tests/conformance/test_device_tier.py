@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -104,3 +104,23 @@ def test_one_record_must_fit(device: Device) -> None:
 def test_a_device_with_too_little_memory_says_so() -> None:
     with pytest.raises(DeviceError, match="are left"):
         DeviceTier(LaggingDevice(capacity_bytes=PAGE), 16 * PAGE, largest_slot_bytes=PAGE)
+
+
+def test_memory_that_somebody_else_still_uses() -> None:
+    """What an allocator gives may be in use by work that this thread's stream was asked before."""
+
+    class ReusingDevice(LaggingDevice):
+        def empty(self, size_bytes: int) -> Any:
+            memory = super().empty(size_bytes)
+            self.stream_of(None).run(lambda: memory.fill_(0x11))
+            return memory
+
+    device = ReusingDevice()
+    with closing(DeviceTier(device, 8 * PAGE, largest_slot_bytes=8 * PAGE)) as tier:
+        slot = tier.allocate(PAGE)
+        assert slot is not None
+        tier.write(slot, memoryview(b"k" * PAGE))
+        device.drain()
+        into = bytearray(PAGE)
+        tier.read(slot, memoryview(into))
+        assert bytes(into) == b"k" * PAGE

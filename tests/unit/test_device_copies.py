@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import weakref
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from kvstore.testing.specs import (
     token_values,
 )
 from kvstore.tiers.gpu.staging import StagingRing
-from kvstore.tiers.gpu.torch_device import open_device
+from kvstore.tiers.gpu.torch_device import CudaDevice, open_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,8 @@ def opened(
     shelf = SlabShelf(spec, bench.device, gpu_bytes) if gpu_bytes else None
     lane = store.devices.add(bench.device, shelf)
     if buffer_bytes is not None:
-        lane.ring = StagingRing(bench.device, buffer_bytes)
+        for way in (lane.puts, lane.reads):
+            way.ring = StagingRing(bench.device, buffer_bytes)
     return store
 
 
@@ -301,7 +303,7 @@ def test_a_put_lands_only_when_the_device_is_done() -> None:
         with pytest.raises(DeadlineError, match="have not come from their device"):
             writer.commit(deadline_s=0.01)
         assert not any(writer.transaction.is_sealed(number) for number in range(len(writer.transaction.records)))
-        copying = lane_of(store).stream
+        copying = lane_of(store).puts.stream
         assert isinstance(copying, LaggingStream)
         copying.is_held = True
         device.drain()  # everything else goes as far as it may
@@ -319,7 +321,7 @@ def test_commit_async_waits_for_what_is_on_its_way() -> None:
     device = LaggingDevice()
     bench = Bench(device)
     with opened(dense(), bench, buffer_bytes=1 << 16) as store, store.write(IDS[:16]) as writer:
-        lane_of(store).ring = StagingRing(device, 1 << 16, 64)
+        lane_of(store).puts.ring = StagingRing(device, 1 << 16, 64)
         device.is_held = True
         put_from_device(bench, writer)
         handle = writer.commit_async()
@@ -625,13 +627,13 @@ def test_the_host_gathers_while_the_device_copies() -> None:
             writer.commit()
         with store.read(store.match([*IDS, 1])) as lease:
             asked: list[int] = []
-            take = lane_of(store).ring.take
+            take = lane_of(store).reads.ring.take
 
             def taken(deadline: Deadline) -> Any:
                 asked.append(device.waiting)
                 return take(deadline)
 
-            lane_of(store).ring.take = taken  # type: ignore[method-assign]
+            lane_of(store).reads.ring.take = taken  # type: ignore[method-assign]
             into = bench.empty((2, 40, 4), described(spec, 0, "keys"))
             lease.layer(0).copy_to(keys=into)
             assert max(asked[:STAGING_BUFFERS]) > asked[0]
@@ -657,6 +659,85 @@ def test_puts_and_reads_beside_each_other(bench: Bench) -> None:
         store.pool.check()
 
 
+def test_a_read_does_not_wait_behind_somebody_elses_put() -> None:
+    """Its stream is not held up by kernels that compute what is put, nor are the buffers that it needs."""
+    device = LaggingDevice()
+    bench = Bench(device)
+    spec = dense()
+    with opened(spec, bench, buffer_bytes=256, dram="16MiB") as store:
+        with store.write(IDS) as writer:
+            put_all(writer)
+            writer.commit()
+        computing, decoding = device.stream(), device.stream()
+        other = store.write([number + 1 for number in IDS])
+        keys = bench.empty((2, STAGING_BUFFERS * B // 2, 4), described(spec, 0, "keys"))
+        computing.is_held = True
+        computing.run(lambda: None)
+        other.put(0, tokens=slice(0, keys.shape[1]), keys=keys, stream=computing)
+        assert not other.transaction.is_sealed(0)
+        with store.read(store.match([*IDS, 1])) as lease:
+            into = bench.empty((2, 40, 4), described(spec, 0, "keys"))
+            lease.layer(0).copy_to(keys=into, stream=decoding)
+            decoding.mark().wait(Deadline.after(TEST_S), "the read")
+            assert bench.values(into) == token_values(spec, store.prompt(IDS), 0, "keys", 0, 40).tobytes()
+        computing.is_held = False
+        other.abort("the test has seen enough")
+
+
+def test_tensors_that_require_gradients_or_were_made_for_inference(bench: Bench) -> None:
+    """Nothing is noted for gradients, which would keep a whole forward pass, and whatever tensor is filled in place."""
+    spec = dense()
+    shape = (40, 2, 4)
+    with opened(spec, bench, gpu_bytes=1 << 20) as store:
+        values = {
+            (layer, name): bench.put(
+                token_values(spec, store.prompt(IDS), layer, name, 0, 40), described(spec, layer, name)
+            )
+            for layer, names in tensors_of(spec, ReuseRule.ATTENTION)
+            for name in names
+        }
+        for asked in values.values():
+            asked.requires_grad_()
+        with store.write(IDS) as writer:
+            for layer, names in tensors_of(spec, ReuseRule.ATTENTION):
+                writer.put(layer, tokens=slice(0, 40), **{name: values[layer, name] for name in names})
+            writer.commit()
+        with torch.inference_mode():
+            inferred = bench.empty(shape, described(spec, 0, "keys")).transpose(0, 1)
+        leaf = bench.empty(shape, described(spec, 0, "keys")).requires_grad_().transpose(0, 1)
+        with store.read(store.match([*IDS, 1])) as lease:
+            check_lease(lease, store.prompt(IDS))
+            for into in (inferred, leaf):
+                lease.layer(0).copy_to(keys=into)
+        bench.finish()
+        for into in (inferred, leaf):
+            assert bench.values(into.detach()) == token_values(spec, store.prompt(IDS), 0, "keys", 0, 40).tobytes()
+
+
+def test_a_stream_of_our_own_moves_bytes_without_gradients() -> None:
+    """A staging buffer outlives the forward pass that filled it."""
+    for stream in (open_device("cpu").stream(), (device := LaggingDevice()).stream()):
+        computed = torch.ones(4, requires_grad=True) * 2
+        buffer = torch.zeros(4)
+        with torch.inference_mode():
+            inferred = torch.zeros(4)
+        stream.run(lambda buffer=buffer, computed=computed: buffer.copy_(computed))
+        stream.run(lambda inferred=inferred, computed=computed: inferred.copy_(computed))
+        device.drain() if isinstance(stream, LaggingStream) else None
+        assert not buffer.requires_grad
+        assert buffer.tolist() == inferred.tolist() == [2.0] * 4
+
+
+def test_the_default_stream_as_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is 0; to torch, an external stream of 0 is a new one, which waits for nothing."""
+    found: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: found.append(device) or "the default one")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *given, **named: pytest.fail("another stream"))
+    stream = CudaDevice(1).stream_of(0)
+    assert stream._stream == "the default one"  # type: ignore[attr-defined]
+    assert found == [torch.device("cuda", 1)]
+
+
 def test_a_forked_child_has_no_devices() -> None:
     """Copies that are under way are the parent's, and so are the threads that wait for them."""
     device = LaggingDevice()
@@ -669,10 +750,12 @@ def test_a_forked_child_has_no_devices() -> None:
         device.is_held = True
         with store.read(store.match([*IDS, 1])) as lease:
             lease.layer(0).copy_to(keys=bench.empty((2, 40, 4), described(spec, 0, "keys")))
+        way = weakref.ref(lane_of(store).reads)
         child = os.fork()
         if child == 0:
             store.close()
-            os._exit(0 if store.is_closed and store.devices.statistics() == () else 1)
+            gc.collect()
+            os._exit(0 if way() is not None and store.is_closed and store.devices.statistics() == () else 1)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         assert store.devices.statistics()[0].waiting == 1

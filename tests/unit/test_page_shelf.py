@@ -23,8 +23,9 @@ from kvstore.testing.specs import dense, hybrid, latent, state_values, token_val
 torch = pytest.importorskip("torch")
 
 from kvstore.placement.gpu.page_shelf import PageHold, PageShelf  # noqa: E402
-from kvstore.testing.lagging_device import LaggingDevice  # noqa: E402
+from kvstore.testing.lagging_device import LaggingDevice, LaggingStream  # noqa: E402
 from kvstore.testing.pages import EnginePages  # noqa: E402
+from kvstore.tiers.gpu.page_copies import CopyPart, PageCopier  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -534,3 +535,16 @@ def test_what_is_noted_and_forgotten_is_told(device: str) -> None:
         ("gpu", RemovedWhy.CLOSED, 3),
     ]
     assert shelf.watch(tell) == ()
+
+
+def test_memory_that_parts_are_packed_in_is_of_the_stream_that_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator would else give it to somebody else's stream while this one still uses it."""
+    used: list[tuple[LaggingStream, Any]] = []
+    monkeypatch.setattr(LaggingStream, "uses", lambda stream, tensor: used.append((stream, tensor)))
+    device = LaggingDevice()
+    arrived: list[int] = []
+    part = CopyPart(100, lambda packed: packed.fill_(3), lambda host: arrived.append(int(host.sum())))
+    PageCopier(device).out_of_pages([part, part], [], Deadline.after(TEST_S))
+    assert arrived == [300, 300]
+    assert [len(tensor) for _, tensor in used] == [128, 128]
+    assert all(stream is not device.stream_of(None) for stream, _ in used)

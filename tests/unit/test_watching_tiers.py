@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvstore.events import EventStream, Hit, Removed, Stored
 from kvstore.placement.tiered import TieredPool
@@ -11,6 +11,9 @@ from kvstore.testing.memory_shelf import MemoryShelf
 from kvstore.testing.specs import hybrid, put_all
 from kvstore.tiers import ArenaTier
 from tests.attached.driver import eventually
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 IDS = list(range(40))
 

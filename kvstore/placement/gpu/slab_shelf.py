@@ -31,6 +31,7 @@ from kvstore.pool.rows import COST_US, GROUP, NODE, Rows
 from kvstore.pool.search import search
 from kvstore.pool.statistics import PoolStatistics
 from kvstore.record import largest_slot_bytes
+from kvstore.tiers.gpu.device import never_free
 from kvstore.tiers.gpu.slabs import DeviceTier
 from kvstore.tiers.gpu.staging import RecordCopies, RecordMover, StagingRing
 from kvstore.tiers.gpu.torch_device import open_device
@@ -396,11 +397,12 @@ class SlabShelf(Shelf):
 
     def close_in_child(self) -> None:
         # The device's memory is the parent's: nothing of it is touched, not even let go.
+        if not self._is_closed:
+            never_free(self._tier.memory)
         self._is_closed = True
         self._lock = threading.RLock()
         self._in_worker = Worker("kvstore-gpu-in")
         self._out_worker = Worker("kvstore-gpu-out")
-        _HUNG.append(self)
 
 
 _HUNG: list[SlabShelf] = []

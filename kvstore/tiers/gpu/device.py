@@ -47,16 +47,28 @@ class Mark(ABC):
 class Stream(ABC):
     """Work of a device that is done in order. Any thread; what two threads ask for is done in either order."""
 
-    @abstractmethod
     def run(self, work: Callable[[], None]) -> None:
         """Do what `work` asks of the device behind everything that this stream was asked before.
 
         `work` may be called at once, with the device's work following later, or be called later itself. So it must own
-        what it needs, and return nothing.
+        what it needs, and return nothing. It moves bytes, so nothing of it is noted for gradients, and tensors that
+        require them, or were made in torch's inference mode, may be read and written.
 
         Raises:
             DeviceError: the device refuses.
         """
+
+        def moved() -> None:
+            import torch
+
+            with torch.inference_mode():
+                work()
+
+        self.ask(moved)
+
+    @abstractmethod
+    def ask(self, work: Callable[[], None]) -> None:
+        """For `run`: as it says, in torch's mode as it is."""
 
     @abstractmethod
     def mark(self) -> Mark:
@@ -143,3 +155,14 @@ def host_bytes(address: int, size_bytes: int) -> Any:
     import torch
 
     return torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), dtype=torch.uint8)
+
+
+def never_free(thing: object) -> None:
+    """Keep something, and all that it holds, for as long as the process, its very end included.
+
+    In a forked child: torch asks the device about memory that several streams used before it lets it go, and the device
+    is the parent's.
+    """
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore.tiers.gpu.staging import copy_bytes, mark_of
+from kvstore.tiers.gpu.torch_device import upload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,10 +124,7 @@ def _gather_even(memory: Any, runs: ByteRuns, target: Any) -> None:
     source = (
         memory[base : base + last + size].view(dtype).as_strided((last // step + 1, size // width), (step // width, 1))
     )
-    index = torch.from_numpy(steps // step)
-    if memory.is_cuda:
-        # From page-locked memory, which torch keeps until it was copied: anything else would stop this thread.
-        index = index.pin_memory().to(memory.device, non_blocking=True)
+    index = upload(steps // step, memory.device)
     torch.index_select(source, 0, index, out=part.view(dtype).view(count, size // width))
 
 

@@ -6,6 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kvstore.tiers.gpu.page_gather import LayerPages, PageGather
+from kvstore.tiers.gpu.torch_device import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,12 +22,10 @@ class IndexGather(PageGather):
         return "index"
 
     def pack(self, layers: Sequence[LayerPages], packing: Packing, places: PagePlaces, packed: Any) -> None:
-        import torch
-
         device = packed.device
-        pages = torch.from_numpy(places.pages).to(device).clamp(min=0)  # a copy: the places are the caller's
-        offsets = torch.from_numpy(places.offsets).to(device)
-        is_lacking = None if places.are_all_held else torch.from_numpy(places.pages < 0).to(device)
+        pages = upload(places.pages.clip(min=0), device)
+        offsets = upload(places.offsets, device)
+        is_lacking = None if places.are_all_held else upload(places.pages < 0, device)
         for layer, begin in zip(layers, packing.layer_offsets, strict=True):
             values = layer.words[pages, :, offsets]  # [images * places, rows, *inner]
             if is_lacking is not None:
@@ -35,13 +34,11 @@ class IndexGather(PageGather):
             image.copy_(values.view(packing.images, packing.places, *values.shape[1:]))
 
     def unpack(self, layers: Sequence[LayerPages], packing: Packing, places: PagePlaces, packed: Any) -> None:
-        import torch
-
         device = packed.device
         held = places.held
-        pages = torch.from_numpy(places.pages[held]).to(device)
-        offsets = torch.from_numpy(places.offsets[held]).to(device)
-        chosen = None if places.are_all_held else torch.from_numpy(held).to(device)
+        pages = upload(places.pages[held], device)
+        offsets = upload(places.offsets[held], device)
+        chosen = None if places.are_all_held else upload(held, device)
         for layer, begin in zip(layers, packing.layer_offsets, strict=True):
             image = _image_view(layer, packing, begin, packed)
             values = image.reshape(packing.images * packing.places, *image.shape[2:])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kvstore.tiers.gpu.page_gather import LayerPages, PageGather
+from kvstore.tiers.gpu.torch_device import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,11 +88,9 @@ class _Tables:
     place_offsets: npt.NDArray[np.int64]
 
     def uploaded(self, device: Any) -> list[Any]:
-        import torch
-
         parts = [self.bases, self.layer_offsets, self.run_offsets, self.place_offsets]
         ends = np.cumsum([len(part) for part in parts])
-        table = torch.from_numpy(np.concatenate(parts)).to(device)
+        table = upload(np.concatenate(parts), device)
         return [table[end - len(part) : end] for part, end in zip(parts, ends.tolist(), strict=True)]
 
 

@@ -57,8 +57,10 @@ class _Buffer:
             self._packed = self._host = None
             self._packed = self._device.empty(size_bytes)
             self._host = self._device.staging(size_bytes) if self._device.needs_pinning else self._packed
-            # The allocator gives memory that the stream of this thread may still be using.
+            # The allocator gives memory that the stream of this thread may still be using, and would give it to that
+            # stream again while this one still uses it.
             self._stream.wait(self._device.stream_of(None).mark())
+            self._stream.uses(self._packed)
         return self._packed[:size_bytes], self._host[:size_bytes]
 
 

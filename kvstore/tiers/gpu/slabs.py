@@ -57,6 +57,8 @@ class DeviceTier(Tier):
         self._table = SlabTable(capacity_bytes // slab_bytes, slab_bytes)
         self._memory: Any = device.empty(capacity_bytes)
         self._stream = device.stream()
+        # An allocator gives memory that the stream of this thread may still be using, and others fill it.
+        device.stream_of(None).mark().wait(Deadline.after(DEVICE_COPY_DEADLINE_S), "what was asked before")
         self.relocated_bytes = 0
         """Moved so far to free slabs for other sizes."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, DeviceError
 from kvstore.limits import DEVICE_COPY_DEADLINE_S, DEVICE_POLL_MAX_S, DEVICE_POLL_MIN_S
+from kvstore.tiers.gpu.device import never_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ class Afterwards:
 
     def forget(self) -> None:
         """After a fork, in the child: the thread is the parent's."""
+        never_free(self._waiting)
         self._changed = threading.Condition()
         self._waiting = deque()
         self._thread = None

@@ -13,8 +13,27 @@ from kvstore.tiers.gpu.device import Device, Mark, Pinning, Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy.typing as npt
+
 HOST_REGISTER_PORTABLE = 1
 """cudaHostRegisterPortable: page-locked for every CUDA context of the process."""
+
+LEGACY_STREAM = 0
+"""The default stream as a cudaStream_t. torch.cuda.ExternalStream(0) would be some stream of torch's own."""
+
+
+def upload(array: npt.NDArray[Any], device: Any) -> Any:
+    """A small array of the host as a tensor of a torch device, for what the current stream is asked next.
+
+    To a GPU it goes through page-locked memory, which torch keeps until it was copied: from any other, this thread
+    would wait until the stream had done all that it was asked before. The array may be changed when this returns.
+    """
+    import torch
+
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.clone()
 
 
 def open_device(name: str) -> Device:
@@ -62,7 +81,7 @@ class _Done(Mark):
 
 
 class _HostStream(Stream):
-    def run(self, work: Callable[[], None]) -> None:
+    def ask(self, work: Callable[[], None]) -> None:
         with _device_errors("work on the host"):
             work()
 
@@ -122,7 +141,7 @@ class _CudaStream(Stream):
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def run(self, work: Callable[[], None]) -> None:
+    def ask(self, work: Callable[[], None]) -> None:
         import torch
 
         # The context also makes the stream's device the current one, in this thread alone.
@@ -145,7 +164,8 @@ class _CudaStream(Stream):
             self._stream.wait_event(mark.event)
 
     def uses(self, tensor: Any) -> None:
-        tensor.record_stream(self._stream)
+        with _device_errors("memory shared between streams"):
+            tensor.record_stream(self._stream)
 
 
 class CudaDevice(Device):
@@ -216,6 +236,8 @@ class CudaDevice(Device):
         if given is None:
             return _CudaStream(torch.cuda.current_stream(self._device))
         if isinstance(given, int) and not isinstance(given, bool):
+            if given == LEGACY_STREAM:
+                return _CudaStream(torch.cuda.default_stream(self._device))
             cuda: Any = torch.cuda
             given = cuda.ExternalStream(given, device=self._device)
         if not isinstance(given, torch.cuda.Stream) or given.device != self._device:
