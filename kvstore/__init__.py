@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvstore.store import Arrival, Lease, Store, Writer
     from kvstore.store import attach_store as attach
     from kvstore.store import open_store as open
+    from kvstore.tiers.gpu.pages import PagedTensor, Pages
 
 _HOMES = {
     "Arrival": "kvstore.store",
@@ -39,6 +40,8 @@ _HOMES = {
     "Lease": "kvstore.store",
     "Match": "kvstore.pool",
     "ModelSpec": "kvstore.spec",
+    "PagedTensor": "kvstore.tiers.gpu.pages",
+    "Pages": "kvstore.tiers.gpu.pages",
     "Pin": "kvstore.pool",
     "Prompt": "kvstore.pool",
     "Shard": "kvstore.spec",
@@ -64,6 +67,8 @@ __all__ = [
     "Lease",
     "Match",
     "ModelSpec",
+    "PagedTensor",
+    "Pages",
     "Pin",
     "Prompt",
     "Shard",

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from kvstore.attached import AttachedPool, Owner
-from kvstore.errors import AttachError
+from kvstore.errors import AttachError, SpecError
 from kvstore.limits import ATTACH_DEADLINE_S, ATTACHED_SILENCE_S
 from kvstore.pool import Pool
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from kvstore.abc import CheckpointPolicy, EvictionPolicy
+    from kvstore.placement.gpu.page_shelf import PageShelf
     from kvstore.placement.gpu.slab_shelf import GpuOptions, SlabShelf
     from kvstore.placement.shelf import Shelf
     from kvstore.placement.ssd.options import AnySsd
     from kvstore.pool import StoreLimits
     from kvstore.spec import ModelSpec
+    from kvstore.tiers.gpu.pages import Pages
 
 DRAM_DEFAULT = "1GiB"
 
@@ -33,7 +35,7 @@ DRAM_DEFAULT = "1GiB"
 def open_store(
     spec: ModelSpec,
     *,
-    gpu: int | str | GpuOptions | None = None,
+    gpu: int | str | GpuOptions | Pages | None = None,
     dram: int | str = DRAM_DEFAULT,
     ssd: AnySsd | None = None,
     eviction: EvictionPolicy | None = None,
@@ -50,8 +52,9 @@ def open_store(
 
     Args:
         spec: the model whose cache is kept.
-        gpu: bytes of device memory for records, `"2GiB"`, or `GpuOptions` to name the device: for an embedder without a
-            paged cache of its own. Needs torch.
+        gpu: an engine's own paged tensors, `kvstore.Pages`, as a tier: `store.pages.note` says what lies in them. Or,
+            for an embedder without a paged cache, bytes of device memory for records, `"2GiB"`; `GpuOptions` names the
+            device. Needs torch.
         dram: bytes of host memory for records, headers and an estimate of the index: `"8GiB"`. All of it is
             allocated here.
         ssd: directories for a tier on disk, which is there again after a crash: `"/var/cache/kv:200GiB"`, a list of
@@ -70,7 +73,8 @@ def open_store(
         ArenaError: there is too little memory, or another owner has the arena's name. RecordTooLargeError: not even
         one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
         argument says how processes attach.
-        ValueError: `dram` or `gpu` is not a size. SpecError: `spec` is none. UnavailableError, DeviceError: there is no
+        ValueError: `dram` or `gpu` is not a size. SpecError: `spec` is none, or the pages are of another, lack a layer,
+        or hold no whole records. UnavailableError, DeviceError: there is no
         such device, or it has too little memory. ConfigError: `ssd` names no directory and capacity, or
         `limits` are none. SsdDirectoryError:
         a directory of it is another process's, another model's, of a newer format, or cannot be used.
@@ -87,10 +91,11 @@ def open_store(
     with ExitStack() as undoing:
         undoing.callback(tier.close)
         shelves: list[Shelf] = []  # the fastest first
-        slabs = None if gpu is None else _open_gpu(spec, gpu, tier)
-        if slabs is not None:
-            undoing.callback(slabs.close)
-            shelves.append(slabs)
+        slabs, pages = _open_gpu(spec, gpu, tier)
+        for on_device in (slabs, pages):
+            if on_device is not None:
+                undoing.callback(on_device.close)
+                shelves.append(on_device)
         if ssd is not None:
             from kvstore.placement.ssd import open_ssd
 
@@ -109,18 +114,32 @@ def open_store(
         owner = None
         if path is not None:
             owner = Owner(pool, tier, path, allow_uids=allow_uids, silence_s=silence_s, verify=verify)
-        store = Store(pool, owner)
+        store = Store(pool, owner, pages=pages)
         if slabs is not None:
             store.devices.add(slabs.device, slabs)
         undoing.pop_all()
     return store
 
 
-def _open_gpu(spec: ModelSpec, gpu: int | str | GpuOptions, tier: ArenaTier) -> SlabShelf:
+def _open_gpu(
+    spec: ModelSpec, gpu: int | str | GpuOptions | Pages | None, tier: ArenaTier
+) -> tuple[SlabShelf | None, PageShelf | None]:
+    """The tier on a device, of one kind or the other."""
+    if gpu is None:
+        return None, None
+    from kvstore.placement.gpu.page_shelf import PageShelf
     from kvstore.placement.gpu.slab_shelf import GpuOptions, open_slabs
+    from kvstore.tiers.gpu.pages import Pages
 
+    if isinstance(gpu, Pages):
+        if gpu.spec != spec:
+            raise SpecError(
+                f"the pages are registered for model {gpu.spec.model!r} with another spec than the store's; open the "
+                "store with the spec that Pages was given"
+            )
+        return None, PageShelf(gpu)
     options = gpu if isinstance(gpu, GpuOptions) else GpuOptions(gpu)
-    return open_slabs(spec, options, arena_memory=tier.memory)
+    return open_slabs(spec, options, arena_memory=tier.memory), None
 
 
 def attach_store(

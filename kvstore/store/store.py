@@ -20,6 +20,7 @@ from kvstore.errors import (
     PoolFullError,
     SpecError,
     StoreClosedError,
+    UnavailableError,
     WriteError,
 )
 from kvstore.events import EVENT_KINDS
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from kvstore.handle import Handle
     from kvstore.keys import ExtraInput
     from kvstore.metrics import StoreMetrics
+    from kvstore.placement.gpu.page_shelf import PageShelf
     from kvstore.pool import BaseHold, BaseTransaction, Pin
     from kvstore.pool.explanation import Explanation
     from kvstore.pool.observer import Observer
@@ -79,9 +81,10 @@ class Store(NodeOperations):
     After a fork the child's store is closed: use spawn, or open another store there.
     """
 
-    def __init__(self, pool: BasePool, owner: Owner | None = None) -> None:
+    def __init__(self, pool: BasePool, owner: Owner | None = None, *, pages: PageShelf | None = None) -> None:
         super().__init__(pool)
         self._owner = owner
+        self._pages = pages
         self.spec: ModelSpec = pool.spec
         self._waiters = Waiters(pool)
         self.devices = DeviceCopies()
@@ -99,6 +102,17 @@ class Store(NodeOperations):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def pages(self) -> PageShelf:
+        """The engine's pages that the store was opened with, as `gpu=`: say what lies there, and take it back.
+
+        Raises:
+            UnavailableError: it was opened without.
+        """
+        if self._pages is None:
+            raise UnavailableError("the store was opened without an engine's pages; pass kvstore.Pages(...) as gpu=")
+        return self._pages
 
     def prompt(
         self,

@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import kvstore
 from kvstore.clock import Deadline
+from kvstore.errors import SpecError, StoreClosedError, UnavailableError
 from kvstore.placement.tiered import TieredPool
-from kvstore.record import largest_slot_bytes, slot_sizes_bytes
-from kvstore.store import Store
-from kvstore.testing.specs import check_lease, hybrid
-from kvstore.tiers import ArenaTier
+from kvstore.testing.specs import check_lease, dense, hybrid
 
 torch = pytest.importorskip("torch")
 
-from kvstore.placement.gpu.page_shelf import PageShelf  # noqa: E402
 from kvstore.testing.pages import EnginePages  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from kvstore.placement.gpu.page_shelf import PageShelf
+    from kvstore.store import Store
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA"))
 SPEC = hybrid(4)
@@ -33,15 +35,14 @@ def engine(request: pytest.FixtureRequest) -> EnginePages:
 
 
 @pytest.fixture
-def shelf(engine: EnginePages) -> PageShelf:
-    return PageShelf(engine.register())
+def store(engine: EnginePages) -> Iterator[Store]:
+    with kvstore.open(SPEC, gpu=engine.register(), dram="4MiB") as store:
+        yield store
 
 
 @pytest.fixture
-def store(shelf: PageShelf) -> Iterator[Store]:
-    tier = ArenaTier(4 << 20, largest_slot_bytes=largest_slot_bytes(SPEC), slot_sizes_bytes=slot_sizes_bytes(SPEC))
-    with Store(TieredPool(SPEC, tier, [shelf])) as store:
-        yield store
+def shelf(store: Store) -> PageShelf:
+    return store.pages
 
 
 @pytest.mark.parametrize("layered", [False, True])
@@ -87,3 +88,34 @@ def test_what_is_written_is_not_kept_in_pages(store: Store, shelf: PageShelf, en
     assert shelf.statistics().committed_bytes == 0
     with store.read(store.match([*range(22), 0])) as lease:
         check_lease(lease, prompt)
+
+
+def test_pages_beside_memory_and_a_disk(tmp_path: Path) -> None:
+    """The fastest is asked first; each is what it would be alone."""
+    engine = EnginePages.alike(SPEC, style="two blocks", pages=24, page_tokens=3)
+    pages = engine.register()
+    ids = range(22)
+    with kvstore.open(SPEC, gpu=pages, dram="4MiB", ssd=f"{tmp_path / 'kv'}:64MiB") as store:
+        prompt = store.prompt(ids)
+        engine.put_prompt(prompt, range(8), {22: {"state": 20}})
+        store.pages.note(prompt, range(8), states={22: {"state": 20}})
+        with store.read(store.match([*ids, 0])) as lease:
+            check_lease(lease, prompt)
+        store.flush()
+        store.pool.evict(prompt.path.key(0))
+        assert not store.match([*ids, 0])
+        assert [shelf.name for shelf in store.statistics().shelves] == ["gpu", "ssd"]  # type: ignore[attr-defined]
+        shelf = store.pages
+    with pytest.raises(StoreClosedError):
+        shelf.note(prompt, range(8))
+    with kvstore.open(SPEC, gpu=pages, dram="4MiB") as again:  # the tensors remain registered
+        assert again.pages is not shelf
+        assert not again.match([*ids, 0])
+
+
+def test_pages_of_another_model_and_a_store_without() -> None:
+    pages = EnginePages.alike(SPEC, style="two blocks", pages=4, page_tokens=3).register()
+    with pytest.raises(SpecError, match="registered for model"):
+        kvstore.open(dense(4), gpu=pages, dram="4MiB")
+    with kvstore.open(SPEC, dram="4MiB") as store, pytest.raises(UnavailableError, match="gpu="):
+        _ = store.pages
