@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvstore.placement import ShelfStatistics
     from kvstore.pool import PoolStatistics
     from kvstore.store import Store
+    from kvstore.store.devices import DeviceStatistics
 
 EXTRA = "metrics need prometheus-client: pip install 'kvstore[metrics]'"
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
@@ -113,6 +114,7 @@ class StoreMetrics:
         refused: writes and commits that ended with an error, by kind.
         read_bytes, read_s: copied out of leases.
         match_s, commit_s, load_s: how long matches, commits, and reads until their lease was there took.
+        devices: copies between the store and tensors of each device.
         streams: event streams that are open.
         dropped_events: that slow subscribers of open streams have lost.
     """
@@ -130,6 +132,7 @@ class StoreMetrics:
     match_s: Histogram = field(default_factory=lambda: _empty(SHORT_S))
     commit_s: Histogram = field(default_factory=lambda: _empty(LONG_S))
     load_s: Histogram = field(default_factory=lambda: _empty(LONG_S))
+    devices: tuple[DeviceStatistics, ...] = ()
     streams: int = 0
     dropped_events: int = 0
 
@@ -244,6 +247,10 @@ def _of_tiers(name: str, kind: str, text: str, value: Callable[[ShelfStatistics]
     return _by(name, kind, text, "tier", lambda store: {shelf.name: value(shelf) for shelf in store.shelves})
 
 
+def _of_devices(name: str, kind: str, text: str, value: Callable[[DeviceStatistics], float]) -> Metric[StoreMetrics]:
+    return _by(name, kind, text, "device", lambda store: {each.device: value(each) for each in store.devices})
+
+
 def _pool_bytes(store: StoreMetrics) -> Mapping[str, float]:
     pool = store.pool
     return {
@@ -295,6 +302,17 @@ TIER_METRICS: tuple[Metric[StoreMetrics], ...] = (
 )
 """Of tiers beside the pool's memory."""
 
+DEVICE_METRICS: tuple[Metric[StoreMetrics], ...] = (
+    _of_devices("kvstore_device_put_bytes_total", COUNTER, "Copied from tensors of writers.", lambda d: d.put_bytes),
+    _of_devices("kvstore_device_read_bytes_total", COUNTER, "Copied into tensors of readers.", lambda d: d.read_bytes),
+    _of_devices(
+        "kvstore_device_resident_bytes_total", COUNTER, "Those from the device itself.", lambda d: d.resident_bytes
+    ),
+    _of_devices("kvstore_device_waiting", GAUGE, "Puts and leases that wait for the device.", lambda d: d.waiting),
+    _of_devices("kvstore_device_overdue", GAUGE, "Those past their deadline.", lambda d: d.overdue),
+)
+"""Of copies between this process's memory and tensors of devices."""
+
 USE_METRICS: tuple[Metric[StoreMetrics], ...] = (
     one("kvstore_store_asked_tokens_total", COUNTER, "Tokens that matches could have found.", lambda s: s.asked_tokens),
     _by("kvstore_store_hits_total", COUNTER, "Matches that found something, by tier.", "tier", lambda s: s.hits),
@@ -311,7 +329,7 @@ USE_METRICS: tuple[Metric[StoreMetrics], ...] = (
 )
 """Of what went through this process."""
 
-STORE_METRICS = POOL_METRICS + TIER_METRICS + USE_METRICS
+STORE_METRICS = POOL_METRICS + TIER_METRICS + DEVICE_METRICS + USE_METRICS
 
 
 def family_of(metric: Metric[Snapshot], snapshot: Snapshot | None) -> Any:

@@ -586,6 +586,7 @@ class Store(NodeOperations):
         return self.observer.meters.snapshot(
             statistics,
             shelves=tuple(getattr(statistics, "shelves", ())),
+            devices=self.devices.statistics(),
             read_bytes=read_bytes,
             read_s=read_s,
             streams=len(streams),

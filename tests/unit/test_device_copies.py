@@ -590,6 +590,7 @@ def test_what_hangs_is_counted_as_overdue() -> None:
             lease.layer(0).copy_to(keys=bench.empty((2, 40, 4), described(spec, 0, "keys")))
         (found,) = store.devices.statistics()
         assert (found.waiting, found.overdue) == (1, 1)
+        assert store.metrics().devices == (found,)
         assert store.pool.evict(lease.path.key(0)) == 0, "an overdue copy still uses its records"
         device.is_held = False
         lane_of(store).releases.wait(Deadline.after(TEST_S), "the release")

@@ -27,12 +27,14 @@ from kvstore.metrics import (
 from kvstore.placement import ShelfStatistics
 from kvstore.pool import PoolStatistics
 from kvstore.store import Store, open_store
+from kvstore.store.devices import DeviceStatistics
 from kvstore.testing.specs import dense, hybrid, put_all
 
 REFERENCE = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
 B = 16
 IDS = [(7 * number) % 1000 for number in range(70)]
 SSD = ShelfStatistics("ssd", 100, 60, 50, 4, 40, 48, 30, 2, 1, {"budget": 3}, "the disk is full")
+GPU = DeviceStatistics("cuda:0", read_bytes=70, resident_bytes=50, put_bytes=30, waiting=2, overdue=1)
 
 
 def write(store: Store, ids: list[int], resume_at: tuple[int, ...] | None = None) -> None:
@@ -152,8 +154,8 @@ def test_prometheus() -> None:
             registry.register(prometheus_collector(other))
 
 
-def test_tiers_are_rows() -> None:
-    metrics = StoreMetrics(PoolStatistics(), shelves=(SSD,))
+def test_tiers_and_devices_are_rows() -> None:
+    metrics = StoreMetrics(PoolStatistics(), shelves=(SSD,), devices=(GPU,))
     pytest.importorskip("prometheus_client")
     values = {
         (sample.name, tuple(sample.labels.values())): sample.value
@@ -164,18 +166,23 @@ def test_tiers_are_rows() -> None:
     assert values["kvstore_tier_written_bytes_total", ("ssd",)] == 48
     assert values["kvstore_tier_trouble", ("ssd",)] == 1
     assert values["kvstore_tier_refused_total", ("ssd", "budget")] == 3
+    assert values["kvstore_device_read_bytes_total", ("cuda:0",)] == 70
+    assert values["kvstore_device_resident_bytes_total", ("cuda:0",)] == 50
+    assert values["kvstore_device_put_bytes_total", ("cuda:0",)] == 30
+    assert values["kvstore_device_waiting", ("cuda:0",)] == 2
+    assert values["kvstore_device_overdue", ("cuda:0",)] == 1
 
 
 def test_names_and_labels() -> None:
     assert len({metric.name for metric in STORE_METRICS}) == len(STORE_METRICS)
     metrics = StoreMetrics(
-        PoolStatistics(bytes_by_salt={b"secret": 1}), (SSD,), hits={"dram": 1}, missed={"evicted": 1}
+        PoolStatistics(bytes_by_salt={b"secret": 1}), (SSD,), devices=(GPU,), hits={"dram": 1}, missed={"evicted": 1}
     )
     for metric in STORE_METRICS:
-        assert re.fullmatch(r"kvstore_(pool|tier|store)_[a-z_]+[a-z]", metric.name)
+        assert re.fullmatch(r"kvstore_(pool|tier|device|store)_[a-z_]+[a-z]", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == COUNTER)
         assert metric.text.endswith(".")
-        assert set(metric.labels) <= {"use", "tier", "reason"}
+        assert set(metric.labels) <= {"use", "tier", "device", "reason"}
         for labels, value in metric.samples(metrics):
             assert len(labels) == len(metric.labels)
             assert not any("secret" in label for label in labels)
