@@ -35,6 +35,13 @@ NATIVE_PATHS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     },
 }
 """Implementations of each native job from best to worst: what they are, and what of `cpu_features` they need."""
+GATHERS = {
+    "triton": "an engine's pages on CUDA, by one kernel",
+    "native": "an engine's pages in host memory, by one native call",
+    "index": "an engine's pages anywhere, by torch's indexed copies",
+}
+"""From best to worst."""
+PINNED_PROBE_BYTES = 1 << 20
 REQUIRED_PACKAGES = ("pyarrow", "numpy")
 SOCKET_BUFFER_WANTED_BYTES = 16 << 20
 """Twice bandwidth x delay of 1 Gbit/s and 60 ms."""
@@ -53,7 +60,7 @@ def part_findings() -> list[Finding]:
         _zerocopy(),
         *_codecs(),
         *_packages(),
-        _cuda(),
+        *_gpu(),
     ]
 
 
@@ -266,17 +273,81 @@ def _packages() -> list[Finding]:
 
 
 def _cuda() -> Finding:
-    host = "tensors and tiers are the host's; the device tier (gpu=) runs with GpuOptions(capacity, device='cpu')"
+    without = "pip install 'kvstore[torch]' where there is a GPU; without, records stay in host memory and on disks"
     try:
         import torch
     except ImportError:
-        return Finding("cuda", False, "unknown: torch is not installed", why_not_better=host)
+        return Finding("cuda", False, "unknown: torch is not installed", why_not_better=without)
     except Exception as error:  # a broken installation fails in its own ways
-        return Finding("cuda", False, f"torch cannot be imported: {type(error).__name__}: {error}", why_not_better=host)
+        return Finding(
+            "cuda", False, f"torch cannot be imported: {type(error).__name__}: {error}", why_not_better=without
+        )
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        return Finding("cuda", False, f"no device; torch is {build}", why_not_better=host)
+        why = "see nvidia-smi" if torch.version.cuda else "install a torch that is built for CUDA if there is a GPU"
+        return Finding("cuda", False, f"no device; torch is {build}", why_not_better=why)
     devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     return Finding(
         "cuda", True, f"CUDA {torch.version.cuda}: {devices}", in_use="what gpu= says; tensors of put, copy_to"
     )
+
+
+def _gpu() -> list[Finding]:
+    """What a tier in device memory would use."""
+    cuda = _cuda()
+    if not cuda.is_available:
+        why = f"{cuda.offered}; device='cpu' tries it on the host"
+        return [
+            cuda,
+            Finding("gpu", False, "records in device memory, or in an engine's pages", why_not_better=why),
+            Finding("gpu.pinned", False, "arena page-locked for copies beside the host", why_not_better=cuda.offered),
+            *_gathers("cpu"),
+        ]
+    return [
+        cuda,
+        Finding("gpu", True, "records in device memory, or in an engine's pages", in_use="with gpu="),
+        _pinned(),
+        *_gathers("cuda"),
+    ]
+
+
+def _pinned() -> Finding:
+    """Whether shared memory, such as an arena's, can be page-locked: tried with a little of it."""
+    from kvstore.tiers import ArenaTier
+    from kvstore.tiers.gpu.torch_device import open_device
+
+    offered = "arena page-locked for copies beside the host"
+    try:
+        device = open_device("cuda")
+        arena = ArenaTier(PINNED_PROBE_BYTES, name=None)
+        try:
+            pinning = device.pin(arena.memory)
+            if pinning.is_pinned:
+                device.unpin(arena.memory)
+        finally:
+            arena.close()
+    except Exception as error:  # a broken driver fails in its own ways
+        return Finding("gpu.pinned", False, offered, why_not_better=f"{type(error).__name__}: {error}")
+    why = "" if pinning.is_pinned else f"{pinning.why_not}; records go through staging buffers"
+    return Finding("gpu.pinned", pinning.is_pinned, offered, "yes" if pinning.is_pinned else "", why)
+
+
+def _gathers(device_type: str) -> list[Finding]:
+    """Ways to gather an engine's pages, from best to worst, where the tensors would lie."""
+    try:
+        from kvstore.tiers.gpu.pages import GATHER_VARIABLE, choose_gather, why_no_gather
+    except ImportError:
+        return []  # the finding `native` says why
+    forced = os.environ.get(GATHER_VARIABLE, "")
+    try:
+        used, why_not_better = choose_gather(device_type)
+    except KVStoreError as error:
+        return [Finding(f"gather.{forced}", False, "", why_not_better=str(error), is_demanded=True)]
+    findings = []
+    for name, offered in GATHERS.items():
+        missing = why_no_gather(name, device_type)
+        is_used = name == used.name
+        why = missing or ("" if is_used else why_not_better or f"{used.name} is faster")
+        in_use = f"pages on {device_type}" if is_used else ""
+        findings.append(Finding(f"gather.{name}", not missing, offered, in_use, why, is_demanded=forced == name))
+    return findings

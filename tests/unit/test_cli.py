@@ -19,6 +19,7 @@ from kvstore.cli.inspect import printable
 from kvstore.cli.main import app
 from kvstore.errors import UnavailableError
 from kvstore.record import write_record_stream
+from kvstore.testing.lagging_device import LaggingDevice
 from tests.format.records import attention_record, state_record
 from transports.tcp.socket_options import choosable_congestion_controls
 
@@ -102,7 +103,7 @@ def test_doctor_shows_every_finding() -> None:
         "copy.checksum", "copy.streaming", "copy.threads", "io.io_uring", "io.threads",
         "transport.memory", "transport.tcp", "transport.ucx",
         "congestion.cubic", "congestion.bbr", "pacing", "codec.raw", "package.torch", "package.transformers",
-        "cuda",
+        "cuda", "gpu", "gpu.pinned", "gather.triton", "gather.native", "gather.index",
     ):  # fmt: skip
         assert name in findings
     used = [name for name in findings if name.startswith("crc32c.") and findings[name]["in_use"]]
@@ -220,6 +221,43 @@ def test_a_broken_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = next(finding for finding in parts.part_findings() if finding.name == "cuda")
     assert not cuda.is_available
     assert "torch is not installed" in cuda.offered
+
+
+def test_what_a_gpu_tier_would_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU too: what is found is what the machine's parts say."""
+    monkeypatch.delenv("KVSTORE_PAGE_GATHER", raising=False)
+
+    def found() -> dict[str, Finding]:
+        return {finding.name: finding for finding in parts.part_findings()}
+
+    monkeypatch.setattr(parts, "_cuda", lambda: Finding("cuda", False, "no device; torch is built without CUDA"))
+    host = found()
+    assert not host["gpu"].is_available
+    assert "built without CUDA" in host["gpu"].why_not_better
+    assert (host["gather.native"].in_use, host["gather.native"].why_not_better) == ("pages on cpu", "")
+    assert "kernel is for cuda" in host["gather.triton"].why_not_better
+    monkeypatch.setattr(parts, "_cuda", lambda: Finding("cuda", True, "CUDA 13: a device"))
+    monkeypatch.setattr(parts, "_pinned", lambda: Finding("gpu.pinned", False, "", why_not_better="error 801"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    device = found()
+    assert device["gpu"].is_available
+    assert device["gather.index"].in_use == "pages on cuda"
+    assert "triton is not installed" in device["gather.triton"].why_not_better
+    monkeypatch.setenv("KVSTORE_PAGE_GATHER", "triton")
+    assert device.keys() - found().keys() == {"gather.native", "gather.index"}
+    assert found()["gather.triton"].is_demanded
+
+
+def test_page_locking_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    device = LaggingDevice(may_pin=True)
+    monkeypatch.setattr("kvstore.tiers.gpu.torch_device.open_device", lambda name: device)
+    assert parts._pinned().in_use == "yes"
+    assert device.pinned == []
+    monkeypatch.setattr("kvstore.tiers.gpu.torch_device.open_device", lambda name: LaggingDevice(may_pin=False))
+    assert "told to refuse; records go through staging" in parts._pinned().why_not_better
+    monkeypatch.setattr("kvstore.tiers.gpu.torch_device.open_device", lambda name: 1 // 0)
+    assert "ZeroDivisionError" in parts._pinned().why_not_better
 
 
 # inspect

@@ -247,17 +247,28 @@ def choose_gather(device_type: str, asked: str | None = None) -> tuple[PageGathe
     if asked == "index":
         return IndexGather(), f"{GATHER_VARIABLE} or the caller asked for it"
     if asked == "native" or (asked is None and device_type == "cpu"):
-        if device_type != "cpu":
-            raise UnavailableError(f"pages on device {device_type} cannot be gathered by the host's native copy")
+        missing = why_no_gather("native", device_type)
+        if missing:
+            raise UnavailableError(missing)
         return NativeGather(), ""
-    missing = _why_no_triton(device_type, asked)
+    missing = why_no_gather("triton", device_type, is_asked=asked == "triton")
     if asked == "triton" and missing:
         raise UnavailableError(f"pages cannot be gathered by Triton: {missing}")
     return (IndexGather(), missing) if missing else (_triton_gather(), "")
 
 
-def _why_no_triton(device_type: str, asked: str | None) -> str:
-    is_interpreted = asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+def why_no_gather(name: str, device_type: str, *, is_asked: bool = False) -> str:
+    """Why pages on a device cannot be gathered by `triton`, `native` or `index`; empty if they can.
+
+    Args:
+        is_asked: by this name, so that Triton's interpreter counts where it is switched on.
+    """
+    if name == "index":
+        return ""
+    if name == "native":
+        on_host = device_type == "cpu"
+        return "" if on_host else f"pages on device {device_type} cannot be gathered by the host's native copy"
+    is_interpreted = is_asked and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not is_interpreted:
         return f"the pages lie on device {device_type}, and its kernel is for cuda"
     if importlib.util.find_spec("triton") is None:
