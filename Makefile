@@ -29,10 +29,10 @@ NATIVE := $(VENV)/.native-$(PLACE)
 WEIGHTS := $(VENV)/.smollm2-$(PLACE)
 NATIVE_SOURCES := $(shell find kvstore/csrc -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: help build demo test lint format bench fuzz soak wheel sanitize clean distclean
+.PHONY: help build demo test test-gpu test-triton lint format bench fuzz soak wheel sanitize clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(CREATED):
 	@sh scripts/check_compiler.sh
@@ -73,6 +73,17 @@ demo: $(NATIVE) $(if $(findstring smollm2,$(ARGS)),$(WEIGHTS)) ## prefill in one
 
 test: $(NATIVE) ## the whole test suite
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(TEST_WORKERS) $(ARGS)
+
+test-gpu: $(NATIVE) ## on a machine with a GPU: the tests that need one; fails where there is none
+	@$(RUN) -m kvstore doctor --require gpu > /dev/null
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -m gpu -rs $(ARGS)
+
+# Triton unpacks to 1 GB, so that `make test` does without. Apart from .venv, which would use it from then on.
+TRITON := build/triton
+test-triton: $(NATIVE) ## installs Triton (1 GB): its kernel through the interpreter, and compiled for GPUs
+	@test -d $(TRITON)/triton || $(PIP) install --quiet --no-deps --target $(TRITON) 'triton>=3.2,<4'
+	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(TEST_WORKERS) -rs \
+	  tests/unit/test_page_gather.py tests/unit/test_page_kernel.py $(ARGS)
 
 lint: $(NATIVE) ## ruff and mypy --strict
 	@$(RUN) -m ruff check .

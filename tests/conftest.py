@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Machines are shared: an example that is slow once is no failure. The same examples every time, so that a red run
@@ -14,3 +15,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("KVSTORE_HYPOTHESIS", "repeatable"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on a GPU where there is one carries the marker `gpu`: `make test-gpu` runs these."""
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "cuda" in item.callspec.id.split("-"):
+            item.add_marker(pytest.mark.gpu)

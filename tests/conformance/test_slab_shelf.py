@@ -29,6 +29,7 @@ class TestOnTheHost(ShelfConformance):
             yield shelf
 
 
+@pytest.mark.gpu
 class TestOnCuda(ShelfConformance):
     """Through the ring of staging buffers: the memory of a case's own is not page-locked."""
 

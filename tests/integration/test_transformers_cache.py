@@ -414,6 +414,7 @@ def test_buffers_have_the_shapes_of_the_spec() -> None:
     assert layer_buffers(spec, full, 100)["values"].shape == (2, 100, 16)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
 def test_a_cache_on_a_device_is_staged_through_the_host() -> None:
     model = build_tiny("qwen3_5").to("cuda")

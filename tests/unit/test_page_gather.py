@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA"))
 DTYPES = (DType.UINT8, DType.FLOAT8_E4M3FN, DType.BFLOAT16, DType.FLOAT32, DType.INT64)
+MAP_NORESERVE = 0x4000
+"""Of Linux; Python's `mmap` has no name for it everywhere."""
 
 
 @pytest.fixture(params=["native", "index", "triton"])
@@ -316,3 +319,31 @@ def test_which_gather_runs_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     found, why = choose_gather("cuda")
     assert found.name == "index"
     assert "not installed" in why
+
+
+def test_pages_more_than_two_billion_elements_apart(gather: str) -> None:
+    """Offsets need 64 bits. The memory between the pages is never touched, so it takes none."""
+    page_stride = (1 << 31) + 11  # odd, so that a kernel moves single bytes, and counts these
+    try:
+        reserved = mmap.mmap(-1, 2 * page_stride + 100, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        pytest.skip(f"4 GiB of addresses cannot be had: {error}")
+    flat = torch.frombuffer(reserved, dtype=torch.uint8)
+    tensors = {
+        name: flat.as_strided((3, 2, 3, 4), (page_stride, 12, 4, 1), begin)
+        for name, begin in (("keys", 0), ("values", 40))
+    }
+    spec = dense(2, DType.UINT8, 2, (4,), layers=1)
+    pages = Pages(spec, {(0, name): tensor for name, tensor in tensors.items()}, gather=gather)
+    numbers = torch.arange(48, dtype=torch.uint8).reshape(2, 2, 3, 4)
+    tensors["keys"][0], tensors["keys"][2] = numbers
+    places = PagePlaces.of_tokens(np.array([2, 0]), 3, 1, 6)
+    packings, size_bytes = packings_of_tensors(spec.groups[0], pages.shard, (0,), 5)
+    packed = torch.zeros(-(-size_bytes // 64) * 64, dtype=torch.uint8)
+    pages.pack(0, {0: packings[0]}, places, packed)
+    expected = torch.cat([numbers[1][:, 1:], numbers[0]], dim=1)
+    assert torch.equal(packed[:40].reshape(2, 5, 4), expected)
+    places = PagePlaces.of_tokens(np.array([1, 2]), 3, 1, 6)
+    pages.unpack(0, {0: packings[0]}, places, packed)
+    assert torch.equal(torch.cat([tensors["keys"][1][:, 1:], tensors["keys"][2]], dim=1), expected)
+    assert not tensors["values"][1].any()
