@@ -700,13 +700,20 @@ def test_a_pool_that_closes_under_a_transfer_ends_it(source: kvstore.Store, sche
     target.close()
 
 
-def test_idle_nodes_do_not_work(target: kvstore.Store, endpoint: Endpoint, sender: Sender) -> None:
+@pytest.fixture
+def threads_before() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def test_idle_nodes_do_not_work(
+    threads_before: set[threading.Thread], target: kvstore.Store, endpoint: Endpoint, sender: Sender
+) -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.1
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("kvstore-")]
-    assert sorted(names) == ["kvstore-accept", "kvstore-transfer-janitor"]
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name in names)
+    threads = [thread for thread in threading.enumerate() if thread not in threads_before]
+    assert sorted(thread.name for thread in threads) == ["kvstore-accept", "kvstore-transfer-janitor"]
+    assert all(thread.daemon for thread in threads)
 
 
 def test_random_transfers_between_three_nodes(scheme: str, sender: Sender) -> None:
