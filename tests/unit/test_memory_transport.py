@@ -153,8 +153,12 @@ def test_withdrawal_stops_a_long_get(monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(target: memoryview, source: memoryview) -> None:
         steps.append(source[0])
         if len(steps) == 3:
+            exposure = exposures._exposures[descriptor]
             withdrawing.append(Background(lambda: exposures.withdraw(descriptor)))
-            time.sleep(0.05)
+            until = soon()
+            while not exposure.is_withdrawn:
+                until.check("the withdrawal to begin")
+                time.sleep(0.001)
 
     withdrawing: list[Background[None]] = []
     monkeypatch.setattr("transports.memory.exposures._copy_bytes", copy)
