@@ -80,8 +80,9 @@ SSD_SEGMENT_FRACTION_MAX = 1 / 32
 """Share of a small directory's capacity that one segment takes at most."""
 SSD_QUEUE_BYTES_DEFAULT = 1 * GIB
 """Records that wait to be written keep their memory meanwhile; more are refused."""
-SSD_BATCH_BYTES_DEFAULT = 64 * MIB
-"""Records that are made durable together: each batch costs three or four syncs, some milliseconds each."""
+SSD_BATCH_BYTES_DEFAULT = 256 * MIB
+"""Records that are made durable together: each batch costs four waits for the drive, of some milliseconds, in which
+little moves."""
 SSD_WRITE_DEADLINE_S = 60.0
 """How long making one batch durable may take."""
 SSD_BUDGET_BURST_FRACTION = 1 / 8

@@ -173,7 +173,7 @@ class DirectoryModel:
             del self.must[name]
         self._keep_reachable()
         try:
-            self.directory.remove_segment(number)
+            self.directory.remove_segments([number])
         except OSError:
             self.counts.failed += 1
             return

@@ -218,7 +218,7 @@ def test_numbers_are_never_used_again(disk: ForgetfulDisk, load: Load) -> None:
             assert not numbers & used
             used |= numbers
             for usage in directory.segments():
-                directory.remove_segment(usage.number)
+                directory.remove_segments([usage.number])
             directory.rewrite_journal(NodeRows.empty(), RecordRows.empty(), deadline())
             assert directory.segments() == []
     with closing(open_directory(disk.files())) as directory:
@@ -230,14 +230,44 @@ def test_a_removed_segment_is_gone(disk: ForgetfulDisk, load: Load) -> None:
     with closing(open_directory(disk.files())) as directory:
         placed = append(directory, load)
         number = int(placed.place[0, 0])
-        directory.remove_segment(number)
+        directory.remove_segments([number])
         with pytest.raises(FileNotFoundError, match=f"no segment {number}"):
             directory.read(placed.place, load.addresses)
         with pytest.raises(FileNotFoundError):
-            directory.remove_segment(number)
+            directory.remove_segments([number])
     disk.cut_power()
     with closing(open_directory(disk.files())) as directory:
         assert directory.recovered[1].place[:, 0].tolist().count(number) == 0
+
+
+def test_segments_that_go_together_cost_one_sync(disk: ForgetfulDisk, load: Load) -> None:
+    with closing(open_directory(disk.files(), segment_bytes=3 * 8192)) as directory:
+        append(directory, load)
+        append(directory, load)
+        numbers = [usage.number for usage in directory.segments() if usage.is_sealed]
+        assert len(numbers) >= 3
+        with pytest.raises(FileNotFoundError, match="no segment 1000"):
+            directory.remove_segments([*numbers, 1000])
+        assert set(numbers) <= {usage.number for usage in directory.segments()}
+        changes = disk.changes
+        directory.remove_segments(numbers)
+        assert disk.changes == changes + len(numbers) + 1
+        left = {usage.number for usage in directory.segments()}
+        disk.cut_power()
+    with closing(open_directory(disk.files())) as directory:
+        assert {usage.number for usage in directory.segments()} <= left
+
+
+def test_what_went_before_one_that_cannot_be_removed_is_gone_for_good(disk: ForgetfulDisk, load: Load) -> None:
+    directory = open_directory(disk.files())
+    append(directory, load)
+    first, second, third = (usage.number for usage in directory.segments())
+    disk.faults.append(Fault("remove", errno.EIO, f"segment-{second:010}"))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        directory.remove_segments([first, second, third])
+    assert [usage.number for usage in directory.segments()] == [second, third]
+    disk.cut_power()
+    assert sorted(parse_name(name).number for name in disk.names if name.startswith("segment")) == [second, third]  # type: ignore[union-attr]
 
 
 # Damage
@@ -376,7 +406,7 @@ def test_verify_names_what_cannot_be_read(disk: ForgetfulDisk, load: Load) -> No
         (bad,) = bad_records(directory, SPEC)
         assert bad.name[0] == 1
         assert bad.reason == os.strerror(errno.EIO)
-        directory.remove_segment(3)
+        directory.remove_segments([3])
         assert [each.name[0] for each in bad_records(directory, SPEC)] == [2]
 
 
@@ -682,7 +712,7 @@ def test_looking_changes_nothing(tmp_path: Path, load: Load) -> None:
         for write in (
             lambda: append(other, load),
             lambda: other.sync(deadline()),
-            lambda: other.remove_segment(1),
+            lambda: other.remove_segments([1]),
             lambda: other.rewrite_journal(*other.recovered, deadline()),
         ):
             with pytest.raises(OSError, match="read-only"):

@@ -104,8 +104,7 @@ class Room:
                 for usage in drive.directory.segments()
                 if usage.is_sealed and not drive.live_bytes.get(usage.number) and not drive.pins.get(usage.number)
             ]
-        for number in dead:
-            drive.directory.remove_segment(number)
+        drive.directory.remove_segments(dead)
         return bool(dead)
 
     # The journal

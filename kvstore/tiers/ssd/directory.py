@@ -62,8 +62,8 @@ class SegmentUsage:
 class SsdDirectory:
     """The records of one model spec in one directory. It knows no index, and evicts nothing by itself.
 
-    `append`, `forget`, `sync`, `remove_segment`, `rewrite_journal` and `close` are for one thread at a time; `read` and
-    the properties for any.
+    `append`, `forget`, `sync`, `remove_segments`, `rewrite_journal` and `close` are for one thread at a time; `read`
+    and the properties for any.
 
     Attributes:
         recovered: what was there when it was opened: the nodes and records that the journal names and whose segments
@@ -251,22 +251,30 @@ class SsdDirectory:
             for number, segment in sorted(self._segments.copy().items())
         ]
 
-    def remove_segment(self, number: int) -> None:
-        """Remove a segment's file. Nobody reads it: the caller's duty. Its records no longer count, also after a crash.
+    def remove_segments(self, numbers: Sequence[int]) -> None:
+        """Remove segments' files, which nobody reads: the caller's duty. Their records no longer count, crash or not.
 
         Raises:
-            FileNotFoundError: there is none of this number. OSError: it cannot be removed.
+            FileNotFoundError: there is none of a number; nothing was removed. OSError: one cannot be removed; those
+                before it were.
         """
         self._writable_journal()
-        segment = self._segments.get(number)
-        if segment is None:
-            raise FileNotFoundError(errno.ENOENT, f"there is no segment {number}", self._files.directory)
-        self._files.remove(str(segment.name))
-        self._open.drop(segment)
-        self._to_seal = [each for each in self._to_seal if each is not segment]
-        del self._segments[number]
-        self._files.close_file(segment.file)
-        self._files.sync_names()
+        for number in numbers:
+            if number not in self._segments:
+                raise FileNotFoundError(errno.ENOENT, f"there is no segment {number}", self._files.directory)
+        is_any_gone = False
+        try:
+            for number in numbers:
+                segment = self._segments[number]
+                self._files.remove(str(segment.name))
+                is_any_gone = True
+                self._open.drop(segment)
+                self._to_seal = [each for each in self._to_seal if each is not segment]
+                del self._segments[number]
+                self._files.close_file(segment.file)
+        finally:
+            if is_any_gone:
+                self._files.sync_names()
 
     def rewrite_journal(self, nodes: NodeRows, records: RecordRows, deadline: Deadline) -> None:
         """Replace the journal by one that holds just these rows, all of them with places.
