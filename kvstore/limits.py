@@ -54,9 +54,13 @@ FILE_URGENT_DEPTH = 8
 FILE_BATCH_OPERATIONS_MAX = 1 << 18
 FILE_OPERATIONS_MAX = 1 << 20
 """Operations of one directory that have not ended, about 100 bytes each."""
+FILES_IDLE_MAX = 1024
+"""Sealed segments of one directory that are kept open for the next read; others are opened again when they are read."""
+FILES_IDLE_FRACTION = 1 / 8
+"""Share of the files that this process may open (`ulimit -n`) that those of one directory take at most."""
 SEGMENT_BYTES_MIN = 4 * MIB
 SEGMENT_FRACTION = 1 / 256
-"""Share of a directory's capacity that one segment takes; a segment's file stays open as long as it exists."""
+"""Share of a directory's capacity that one segment takes."""
 OPEN_SEGMENTS_MAX = 256
 """Segments of one directory that are written to at a time, one per record class; the one used the longest ago is sealed
 for another."""
@@ -72,6 +76,8 @@ SSD_RECOVERY_DEADLINE_S = 600.0
 """For any one read or write while a directory is being opened."""
 SSD_SETTLE_S = 10.0
 """How long a failed append waits for the writes that it had begun, before it gives the directory up."""
+SSD_CLOSE_DEADLINE_S = 30.0
+"""How long closing an SSD tier waits for what was begun on its drives, before it gives up and leaves it as it is."""
 SSD_DIRECTORIES_MAX = 64
 """Directories, hence drives, of one SSD tier."""
 SSD_CAPACITY_BYTES_MIN = 1 * MIB

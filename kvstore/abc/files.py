@@ -106,6 +106,12 @@ class Files(ABC):
     def truncate(self, file: int, size_bytes: int) -> None:
         """Cut an open file to a size, or make it longer by zeros that take no room. Durable after a SYNC."""
 
+    def rest(self, file: int) -> None:  # noqa: B027  # one that does not count open files need not do anything
+        """Nothing is written to it from here on, and all of it is safe: it may be closed until it is read again.
+
+        Then it is found again by its name: one that was removed or replaced meanwhile has gone.
+        """
+
     @abstractmethod
     def close_file(self, file: int) -> None:
         """Close it; its operations must have ended."""
@@ -129,9 +135,13 @@ class Files(ABC):
         A SYNC ignores the last three. Urgent batches go before others that wait, others do not starve.
 
         Raises:
-            ValueError: a row is none of these, or not aligned; nothing was begun.
+            ValueError: a row is none of these, or not aligned. OSError: a file that rested cannot be opened again:
+                `FileNotFoundError` if it has gone. Nothing was begun.
         """
 
     @abstractmethod
     def close(self) -> None:
         """Wait for what has begun, and close everything. Idempotent."""
+
+    def abandon(self) -> None:  # noqa: B027  # where nothing is waited for at the end, nothing need be done
+        """Instead of `close`, where something does not end: whatever it uses stays as it is until this process ends."""

@@ -178,6 +178,9 @@ class Shelf(ABC):
         """End what moves and let go of everything. Idempotent. What is durable stays.
 
         Loads that run fail, and so do handles of what was to be kept. From here on nothing is found, held or kept.
+
+        Raises:
+            DeadlineError: something that was begun does not end. It is closed all the same, and keeps what that uses.
         """
 
     @abstractmethod

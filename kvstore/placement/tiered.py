@@ -24,6 +24,7 @@ from kvstore.pool.search import Query, answer
 from kvstore.pool.statistics import PoolStatistics
 from kvstore.spec.grid import UNKNOWN_GRID
 from kvstore.spec.shard import WHOLE, Shard
+from kvstore.tiers.ssd.memory import keep_for_ever
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -333,18 +334,32 @@ class TieredPool(Pool):
             shelf.check()
 
     def close(self) -> None:
-        """Wait a while for what was committed to be kept, end what moves, close the shelves, release the tier."""
+        """Wait a while for what was committed to be kept, end what moves, close the shelves, release the tier.
+
+        Raises:
+            DeadlineError: something that moves does not end. All is closed; who moves keeps the memory that it uses.
+        """
         with self._close_lock:
             if self.is_closed:
                 return
             self._loads.close(self._close_deadline_s)
             self._keeper.stop(self._close_deadline_s)
+            stuck: DeadlineError | None = None
             for shelf in self.shelves:
-                shelf.close()
-            # No byte moves any more, but what has come may still be looked at where it lies.
-            self._loads.join()
+                try:
+                    shelf.close()
+                except DeadlineError as error:
+                    stuck = error
+            if stuck is None:
+                # No byte moves any more, but what has come may still be looked at where it lies.
+                self._loads.join()
+            else:
+                # Who hangs there has addresses in it, and may yet come back.
+                keep_for_ever(getattr(self._tier, "memory", None))
             self._keeper.join(self._close_deadline_s)
             super().close()
+            if stuck is not None:
+                raise stuck
 
     def close_in_child(self) -> None:
         super().close_in_child()

@@ -597,6 +597,10 @@ class Store(NodeOperations):
         """Cancel transfers, close endpoints, end waits, release memory. Idempotent.
 
         Open leases and writers become unusable.
+
+        Raises:
+            DeadlineError: a drive of a tier does not answer. The store is closed, and what that drive may still write
+                to or read from stays allocated until this process ends.
         """
         with ExitStack() as last:
             last.callback(_OPEN_STORES.discard, self)

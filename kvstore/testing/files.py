@@ -168,6 +168,21 @@ class FilesConformance:
         assert files.size(again) == 0
         assert files.size(file) == PAGE
 
+    def test_files_at_rest_are_read_as_ever(self, files: Files) -> None:
+        contents = [Memory(PAGE).fill(number) for number in range(5)]
+        opened = [file_of(files, f"file {number}", content) for number, content in enumerate(contents)]
+        run_well(files, [sync(file) for file in opened])
+        for file in opened:
+            files.rest(file)
+        for _ in range(2):
+            intos = [Memory(PAGE) for _ in opened]
+            run_well(files, [(READ, file, 0, into.address(), PAGE) for file, into in zip(opened, intos, strict=True)])
+            assert [into.bytes() for into in intos] == [content.bytes() for content in contents]
+        assert [files.size(file) for file in opened] == [PAGE] * 5
+        files.remove("file 2")
+        for file in opened:
+            files.close_file(file)
+
     def test_numbers_of_closed_files_are_refused(self, files: Files) -> None:
         file = files.create("file")
         files.close_file(file)

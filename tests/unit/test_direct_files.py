@@ -6,6 +6,7 @@ import errno
 import gc
 import math
 import os
+import resource
 import subprocess
 import sys
 from contextlib import closing
@@ -388,3 +389,68 @@ def _flags_of(path: Path) -> int:
 def test_native_choice_takes_a_name() -> None:
     assert choose_file_engine(8, "threads")[0] == "threads"
     assert np.array_equal([name for name, _ in file_engines(8)], ["io_uring", "threads"])
+
+
+# Files at rest
+
+
+def resting(directory: Path, engine: str, count: int = 6) -> tuple[DirectFiles, list[int]]:
+    """Files of which one is kept open at rest; each holds its number."""
+    files = DirectFiles(str(directory), engine=engine, idle_max=1)
+    opened = [file_of(files, f"file {number}", Memory(PAGE).fill(number)) for number in range(count)]
+    for file in opened:
+        files.rest(file)
+    return files, opened
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@each_engine
+def test_files_at_rest_are_closed_until_they_are_read(tmp_path: Path, engine: str) -> None:
+    with closing(DirectFiles(str(tmp_path), engine=engine)):
+        few = descriptors()
+    files, opened = resting(tmp_path, engine)
+    with closing(files):
+        assert descriptors() <= few + 1
+        for number in (0, 3, 0, 5):
+            into = Memory(PAGE)
+            run_well(files, [(READ, opened[number], 0, into.address(), PAGE)])
+            assert into.bytes() == Memory(PAGE).fill(number).bytes()
+            assert files.size(opened[number]) == PAGE
+            assert descriptors() <= few + 1
+        intos = [Memory(PAGE) for _ in opened]
+        run_well(files, [(READ, file, 0, into.address(), PAGE) for file, into in zip(opened, intos, strict=True)])
+        assert [into.bytes() for into in intos] == [Memory(PAGE).fill(number).bytes() for number in range(6)]
+
+
+@each_engine
+def test_a_file_at_rest_that_went_or_was_replaced_has_gone(tmp_path: Path, engine: str) -> None:
+    files, opened = resting(tmp_path, engine)
+    with closing(files):
+        (tmp_path / "file 0").unlink()
+        (tmp_path / "file 1").rename(tmp_path / "file 2")
+        for number in (0, 1, 2):
+            with pytest.raises(FileNotFoundError, match=f"file {number}"):
+                files.submit(rows((READ, opened[number], 0, Memory(PAGE).address(), PAGE)))
+            files.close_file(opened[number])
+        into = Memory(PAGE)
+        run_well(files, [(READ, opened[3], 0, into.address(), PAGE)])
+        assert into.bytes() == Memory(PAGE).fill(3).bytes()
+
+
+@each_engine
+def test_what_rests_gives_way_where_no_more_files_may_be_opened(tmp_path: Path, engine: str) -> None:
+    with closing(DirectFiles(str(tmp_path), engine=engine, idle_max=1000)) as files:
+        opened = [file_of(files, f"file {number}", Memory(PAGE).fill(number)) for number in range(20)]
+        for file in opened:
+            files.rest(file)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() - 1, hard))
+        try:
+            another = file_of(files, "another", Memory(PAGE).fill(99))
+            assert files.size(opened[7]) == PAGE
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert files.size(another) == PAGE

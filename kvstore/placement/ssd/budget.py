@@ -17,6 +17,8 @@ from kvstore._native import crc32c
 from kvstore.abc.files import FileOperation
 from kvstore.clock import Deadline
 from kvstore.limits import FILE_ALIGN_BYTES, SSD_BUDGET_BURST_FRACTION
+from kvstore.tiers.ssd.memory import aligned
+from kvstore.tiers.ssd.moves import move
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,17 +148,8 @@ def save_state(files: Files, state: BudgetState) -> None:
 
 def _moved(files: Files, number: int, operation: FileOperation, data: bytes) -> bytes:
     """Read or write the file's only page."""
-    memory = np.zeros(2 * FILE_ALIGN_BYTES, np.uint8)
-    begin = -memory.ctypes.data % FILE_ALIGN_BYTES
-    page = memory[begin : begin + FILE_ALIGN_BYTES]
+    page = aligned(FILE_ALIGN_BYTES)
     page[: len(data)] = np.frombuffer(data, np.uint8)
     row = [int(operation), number, 0, page.ctypes.data, FILE_ALIGN_BYTES]
-    batch = files.submit(np.array([row], np.uint64))
-    try:
-        batch.wait(1, Deadline.after(_FILE_DEADLINE_S))
-    finally:
-        batch.cancel()
-        batch.wait(1, Deadline.after(_FILE_DEADLINE_S))
-    for error in batch.errors().values():
-        raise error
+    move(files, [row], Deadline.after(_FILE_DEADLINE_S), page)
     return page.tobytes()

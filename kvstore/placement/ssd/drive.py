@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("kvstore.ssd")
 
 
+NO_FILES = (errno.EMFILE, errno.ENFILE)
+"""Too many files are open: nothing that a drive could help."""
+
+
 class Drive:
     """A directory as the shelf sees it. The shelf's lock guards it; the directory is used outside of that.
 
@@ -107,6 +111,9 @@ class Drive:
         """A write has failed. A full disk may have room again; of one that fails nobody knows what it has kept."""
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not self.directory.trouble:
             self._pass_through(f"{self.files.directory}: the disk is full: {error}")
+            return
+        if isinstance(error, OSError) and error.errno in NO_FILES and not self.directory.trouble:
+            self._passing_trouble = f"{self.files.directory}: too many open files: {error}; raise the limit (ulimit -n)"
             return
         if isinstance(error, TimeoutError) and not self.directory.trouble:
             self._pass_through(f"{self.files.directory}: the disk is slow: {error}")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.clock import Deadline
-from kvstore.errors import DeadlineError
+from kvstore.errors import DeadlineError, LoadFailedError
 from kvstore.placement.shelf import ShelfHold, ShelfLoad
+from kvstore.placement.ssd.drive import NO_FILES
 from kvstore.placement.ssd.places import drives_of, places_of, segments_of
 
 if TYPE_CHECKING:
@@ -52,14 +53,19 @@ class _Reads:
     def errors(self) -> dict[int, OSError]:
         return dict(self._batch.errors())
 
-    def cancel(self) -> None:
+    def stop(self) -> None:
         self._batch.cancel()
+
+    def wait_ended(self, deadline: Deadline | None) -> None:
+        """A drive that hangs still owns the memory: without a deadline there is no way but to wait."""
         while True:
+            slice_ = Deadline.after(CANCEL_SLICE_S)
             try:
-                self._batch.wait(len(self.positions), Deadline.after(CANCEL_SLICE_S))
+                self._batch.wait(len(self.positions), slice_ if deadline is None else slice_.earlier(deadline))
                 return
             except DeadlineError:
-                continue  # a drive that hangs still owns the memory: there is no way but to wait
+                if deadline is not None and deadline.has_passed:
+                    raise
 
 
 class SsdLoad(ShelfLoad):
@@ -110,6 +116,12 @@ class SsdLoad(ShelfLoad):
             )
             self._parts.append(_Reads(drive, positions, batch))
         except OSError as error:
+            if error.errno in NO_FILES:
+                # Nothing is wrong with what lies there.
+                self.cancel()
+                raise LoadFailedError(
+                    f"the SSD tier could not open a segment: {error}; raise the limit of open files (ulimit -n)"
+                ) from error
             segments = segments_of(self._slots[positions])
             numbers = np.unique(segments)
             if len(numbers) > 1:
@@ -146,8 +158,14 @@ class SsdLoad(ShelfLoad):
         self._arrived(int(self._slots[reads.positions[good], 2].sum()))
 
     def cancel(self) -> None:
+        self.end(None)
+
+    def end(self, deadline: Deadline | None) -> None:
+        """As `cancel`, no longer than until a deadline. Raises `DeadlineError`: something still moves."""
         for reads in self._parts:
-            reads.cancel()
+            reads.stop()
+        for reads in self._parts:
+            reads.wait_ended(deadline)
 
 
 class SsdHold(ShelfHold):
@@ -183,12 +201,16 @@ class SsdHold(ShelfHold):
             self._loads.append(load)
             return load
 
-    def end_loads(self) -> None:
-        """Cancel what still runs."""
-        with self._lock:
+    def end_loads(self, deadline: Deadline | None = None) -> None:
+        """Cancel what still runs. Raises `DeadlineError`: it still moves then."""
+        if not self._lock.acquire(timeout=-1 if deadline is None else deadline.remaining_s()):
+            raise DeadlineError("a load from the SSD tier does not begin")
+        try:
             for load in self._loads:
-                load.cancel()
+                load.end(deadline)
             self._loads.clear()
+        finally:
+            self._lock.release()
 
     def release(self) -> None:
         with self._lock:

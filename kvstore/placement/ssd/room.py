@@ -151,6 +151,11 @@ class Room:
         """Let go of memory in which nothing moves any more."""
         self._unsettled = [each for each in self._unsettled if not each[1]()]
 
+    @property
+    def has_settled(self) -> bool:
+        """Whether no memory is left in which something may move."""
+        return not self._unsettled
+
     def _deadest(self, drive: Drive) -> SegmentUsage | None:
         """The sealed segment of which the largest part is dead, if that is at least half and it can be moved."""
         with self._stock.lock:

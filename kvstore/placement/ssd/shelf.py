@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from kvstore.errors import ShelfRefusedError, StoreClosedError
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, ShelfRefusedError, StoreClosedError
 from kvstore.handle import Handle
+from kvstore.limits import SSD_CLOSE_DEADLINE_S
 from kvstore.placement.shelf import Shelf, ShelfStatistics
 from kvstore.placement.ssd.budget import WriteBudget, load_state
 from kvstore.placement.ssd.keeping import Keeping
@@ -250,14 +252,29 @@ class SsdShelf(Shelf):
                     return
                 stock.is_closed = True
                 holds = tuple(self._holds)
-            for hold in holds:
-                hold.end_loads()
-            self._writer.close()
+            deadline = Deadline.after(SSD_CLOSE_DEADLINE_S)
+            stuck: list[DeadlineError] = []
+            for end in (*(hold.end_loads for hold in holds), self._writer.close):
+                try:
+                    end(deadline)
+                except DeadlineError as error:
+                    stuck.append(error)
             for drive in stock.drives:
-                drive.directory.close()
-            with stock.lock:
-                stock.index.tell_closed()
-                stock.index = PrefixIndex(self.spec)
+                if stuck:
+                    drive.directory.abandon()
+                else:
+                    drive.directory.close()
+            if not stuck:
+                with stock.lock:
+                    stock.index.tell_closed()
+                    stock.index = PrefixIndex(self.spec)
+            hanging = [drive.files.directory for drive in stock.drives if drive.directory.is_abandoned]
+            if hanging:
+                raise DeadlineError(
+                    f"the SSD tier is closed, but what was begun on a drive of {', '.join(hanging)} does not end"
+                    f"{f' ({stuck[0]})' if stuck else ''}; its memory, files and lock stay until this process ends. "
+                    "Look after the drive"
+                )
 
     def close_in_child(self) -> None:
         _of_parents.append(self._stock)

@@ -15,10 +15,12 @@ from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, KVStoreError, ShelfRefusedError, StoreClosedError
 from kvstore.limits import SSD_APPEND_ROWS_MAX, SSD_BUDGET_SAVE_S
 from kvstore.placement.ssd.budget import save_state
+from kvstore.placement.ssd.drive import NO_FILES
 from kvstore.placement.ssd.keeping import Chunk, chunks_of
 from kvstore.placement.ssd.places import slots_of
 from kvstore.placement.ssd.room import Room
 from kvstore.placement.ssd.stripes import stripe
+from kvstore.tiers.ssd.memory import keep_for_ever
 from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
@@ -99,12 +101,22 @@ class Writer:
         self._queued_bytes += keeping.size_bytes
         self._stock.changed.notify_all()
 
-    def close(self) -> None:
-        """Finish the batch that is being written; what waits fails. Not under the lock."""
+    def close(self, deadline: Deadline) -> None:
+        """Finish the batch that is being written; what waits fails. Not under the lock.
+
+        Raises:
+            DeadlineError: it does not end; its thread goes on for as long as that takes.
+        """
         with self._stock.lock:
             self._is_closing = True
             self._stock.changed.notify_all()
-        self._thread.join()
+        self._thread.join(deadline.remaining_s())
+        if self._thread.is_alive():
+            raise DeadlineError("a write to the SSD tier does not end")
+        self._room.settle()
+        if not self._room.has_settled:
+            keep_for_ever(self._room)
+            raise DeadlineError("what was begun to clean a segment does not end")
 
     def _no_drive(self) -> ShelfRefusedError:
         why = "; ".join(drive.trouble for drive in self._stock.drives if drive.trouble)
@@ -323,8 +335,9 @@ class Writer:
         if not drive.may_write:
             reasons[drive.number] = "read only"
         else:
-            is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reasons[drive.number] = "full" if is_full else "slow"
+            number = error.errno if isinstance(error, OSError) else None
+            is_full = number in (errno.ENOSPC, errno.EDQUOT)
+            reasons[drive.number] = "full" if is_full else "files" if number in NO_FILES else "slow"
 
     def _commit(self, chunk: Chunk, slots: npt.NDArray[np.uint64]) -> None:
         stock = self._stock
@@ -401,7 +414,7 @@ def _together(calls: Sequence[Callable[[], None]]) -> None:
     threads: list[threading.Thread] = []
     own = [calls[0]]
     for call in calls[1:]:
-        thread = threading.Thread(target=call, name="kvstore-ssd-append")
+        thread = threading.Thread(target=call, name="kvstore-ssd-append", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # no more threads: then one after the other

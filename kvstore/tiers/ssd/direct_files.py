@@ -6,9 +6,12 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import stat
 import threading
+from collections import OrderedDict
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +19,12 @@ import numpy as np
 from kvstore._native import FileEngine
 from kvstore.abc.files import FileBatch, Files
 from kvstore.errors import DeadlineError, StoreClosedError
-from kvstore.limits import FILE_ALIGN_BYTES, FILE_DEPTH_DEFAULT
+from kvstore.limits import FILE_ALIGN_BYTES, FILE_DEPTH_DEFAULT, FILES_IDLE_FRACTION, FILES_IDLE_MAX
 from kvstore.tiers.ssd.engine import choose_engine
+from kvstore.tiers.ssd.memory import keep_for_ever
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -42,21 +46,28 @@ class DirectFiles(Files):
         directory: exists.
         engine: `io_uring` or `threads`; None takes the best, or what `KVSTORE_IO` says.
         depth: pieces under way at once.
+        idle_max: files at rest that are kept open; by default a share of what this process may open.
 
     Raises:
         OSError: the directory cannot be opened, or the engine not started.
         UnavailableError: this engine cannot run here.
     """
 
-    def __init__(self, directory: str, *, engine: str | None = None, depth: int = FILE_DEPTH_DEFAULT) -> None:
+    def __init__(
+        self, directory: str, *, engine: str | None = None, depth: int = FILE_DEPTH_DEFAULT, idle_max: int | None = None
+    ) -> None:
         self._is_closed = True
         choice = choose_engine(engine, depth=depth)
         self._path = os.fspath(directory)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        # Of what waits for the file system itself, which reads must not wait for.
+        self._names_lock = threading.Lock()
         self._process = os.getpid()
-        self._descriptors: dict[int, int] = {}
-        # Replaced and never changed, so that a batch keeps the names of its files.
-        self._names: Mapping[int, str] = {}
+        self._files: dict[int, _File] = {}
+        self._next_file = 1
+        # Those that rest and are open all the same, the one used the longest ago first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle_max = idle_max if idle_max is not None else _idle_max()
         self._directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._why_not_direct = _why_not_direct(self._directory)
@@ -81,7 +92,7 @@ class DirectFiles(Files):
         return "; ".join(filter(None, (self._choice.why_not_better, self._why_not_direct)))
 
     def names(self) -> Mapping[str, int]:
-        with self._opened(""):
+        with self._named(""):
             found: dict[str, int] = {}
             with os.scandir(self._directory) as entries:
                 for entry in entries:
@@ -92,49 +103,61 @@ class DirectFiles(Files):
             return found
 
     def create(self, name: str) -> int:
-        with self._opened(plain_name(name)):
+        with self._named(plain_name(name)):
             return self._open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def open(self, name: str, *, may_write: bool = False) -> int:
-        with self._opened(plain_name(name)):
+        with self._named(plain_name(name)):
             return self._open(name, os.O_RDWR if may_write else os.O_RDONLY)
 
     def size(self, file: int) -> int:
-        with self._opened(self._names.get(file, "")):
-            return os.fstat(self._descriptor(file)).st_size
+        with self._used(file) as used:
+            return os.fstat(used.descriptor).st_size
 
     def truncate(self, file: int, size_bytes: int) -> None:
-        with self._opened(self._names.get(file, "")):
-            os.ftruncate(self._descriptor(file), size_bytes)
+        with self._used(file) as used:
+            os.ftruncate(used.descriptor, size_bytes)
+
+    def rest(self, file: int) -> None:
+        with self._opened(""):
+            used = self._file(file)
+            used.is_resting = True
+            self._idle[file] = None
+            self._close_idle(self._idle_max)
 
     def close_file(self, file: int) -> None:
-        with self._opened(self._names.get(file, "")):
-            descriptor = self._descriptor(file)
-            self._engine.remove_file(file)
-            del self._descriptors[file]
-            self._names = {number: name for number, name in self._names.items() if number != file}
-            os.close(descriptor)
+        with self._opened(""):
+            used = self._file(file)
+            if used.descriptor >= 0:
+                self._engine.remove_file(used.number)
+            self._idle.pop(file, None)
+            del self._files[file]
+        if used.descriptor >= 0:
+            os.close(used.descriptor)  # of a removed file that takes a while
 
     def remove(self, name: str) -> None:
-        with self._opened(plain_name(name)):
+        with self._named(plain_name(name)):
             os.unlink(name, dir_fd=self._directory)
 
     def sync_names(self) -> None:
-        with self._opened(""):
+        with self._named(""):
             os.fsync(self._directory)
 
     def free_bytes(self) -> int:
-        with self._opened(""):
+        with self._named(""):
             system = os.fstatvfs(self._directory)
             return system.f_bavail * system.f_frsize
 
     def submit(self, operations: npt.NDArray[np.uint64], *, is_urgent: bool = False) -> FileBatch:
+        # Before the lock, which another thread of the parent may have held at the fork.
         self._check_open()
-        names = self._names
-        try:
-            return _EngineBatch(self, self._engine, self._engine.submit(operations, is_urgent), names)
-        except ValueError as error:
-            raise ValueError(f"{self._path}: {error}") from None
+        with self._lock:
+            self._check_open()
+            try:
+                rows, names = self._numbered(operations)
+                return _EngineBatch(self, self._engine, self._engine.submit(rows, is_urgent), names)
+            except ValueError as error:
+                raise ValueError(f"{self._path}: {error}") from None
 
     def close(self) -> None:
         if self._process != os.getpid():
@@ -144,10 +167,15 @@ class DirectFiles(Files):
                 self._close_descriptors()
             return
         self._engine.close()
-        with self._lock:
+        with self._names_lock, self._lock:
             if not self._is_closed:
                 self._is_closed = True
                 self._close_descriptors()
+
+    def abandon(self) -> None:
+        # Neither the end of this object nor that of the interpreter may wait for it.
+        self._is_closed = True
+        keep_for_ever(self._engine)
 
     def __del__(self) -> None:
         # An object that was never opened has nothing to close.
@@ -155,9 +183,12 @@ class DirectFiles(Files):
             self.close()
 
     def _close_descriptors(self) -> None:
-        for descriptor in (*self._descriptors.values(), self._directory):
-            os.close(descriptor)
-        self._descriptors.clear()
+        for used in self._files.values():
+            if used.descriptor >= 0:
+                os.close(used.descriptor)
+        os.close(self._directory)
+        self._files.clear()
+        self._idle.clear()
 
     def _check_open(self) -> None:
         if self._process != os.getpid():
@@ -174,32 +205,116 @@ class DirectFiles(Files):
         self._check_open()
         with self._lock:
             self._check_open()
-            try:
+            with self._naming(name):
                 yield
-            except OSError as error:
-                if not isinstance(error, StoreClosedError):
-                    error.filename = os.path.join(self._path, name)
-                raise
 
-    def _descriptor(self, file: int) -> int:
-        if file not in self._descriptors:
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """As `_opened`, for what is done with names: no other such call runs meanwhile, everything else does."""
+        self._check_open()
+        with self._names_lock:
+            self._check_open()
+            with self._naming(name):
+                yield
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, StoreClosedError):
+                error.filename = os.path.join(self._path, name)
+            raise
+
+    @contextmanager
+    def _used(self, file: int) -> Iterator[_File]:
+        """A file that is open until the end of the body, whose errors name it."""
+        known = self._files.get(file)
+        with self._opened("" if known is None else known.name):
+            yield self._woken(file)
+
+    def _file(self, file: int) -> _File:
+        if file not in self._files:
             raise ValueError(f"no file of {self._path} that is open has the number {file}")
-        return self._descriptors[file]
+        return self._files[file]
 
     def _open(self, name: str, flags: int) -> int:
-        descriptor = self._open_descriptor(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        used = _File(name, flags)
+        self._open_again(used)
+        with self._lock:
+            file = self._next_file
+            self._next_file += 1
+            self._files[file] = used
+            return file
+
+    # Files at rest
+
+    def _numbered(self, operations: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], Mapping[int, str]]:
+        """Operations with the numbers of the engine, and what each of its files is called."""
+        if operations.dtype != np.uint64 or operations.ndim != 2 or operations.shape[1] != 5:
+            return operations, {}  # the engine says what is wrong
+        files, which = np.unique(operations[:, 1], return_inverse=True)
+        listed = files.tolist()
+        used = [self._woken(file, listed) for file in listed]
+        rows = operations.copy()
+        rows[:, 1] = np.array([each.number for each in used], np.uint64)[which.reshape(-1)]
+        return rows, {each.number: each.name for each in used}
+
+    def _woken(self, file: int, others: Collection[int] = ()) -> _File:
+        """A file that is open, and stays so until what wants it and the others has been begun."""
+        used = self._file(file)
+        if used.descriptor < 0:
+            try:
+                self._open_again(used, others)
+            except OSError as error:
+                error.filename = os.path.join(self._path, used.name)
+                raise
+        if used.is_resting:
+            self._idle[file] = None
+            self._idle.move_to_end(file)
+            if len(self._idle) > self._idle_max:
+                self._close_idle(self._idle_max, but={file, *others})
+        return used
+
+    def _open_again(self, used: _File, others: Collection[int] = ()) -> None:
+        flags = used.flags | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            descriptor = self._open_descriptor(used.name, flags)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._close_idle(0, but=others):
+                raise
+            descriptor = self._open_descriptor(used.name, flags)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
+            identity = status.st_dev, status.st_ino
+            if used.identity not in (None, identity):
+                raise FileNotFoundError(errno.ENOENT, "another file has taken its name")
             # It was asked for in case the name is a pipe's; with it io_uring would not wait for the drive.
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_NONBLOCK)
-            file = self._engine.add_file(descriptor)
+            used.number = self._engine.add_file(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
-        self._descriptors[file] = descriptor
-        self._names = {**self._names, file: name}
-        return file
+        used.descriptor, used.identity, used.flags = descriptor, identity, os.O_RDONLY
+
+    def _close_idle(self, left_max: int, *, but: Collection[int] = ()) -> bool:
+        """Close files that rest until so few are open, as far as nothing moves in them; whether any was closed."""
+        with self._lock:
+            before = len(self._idle)
+            for file in list(self._idle)[: max(0, before - left_max)]:
+                used = self._files[file]
+                if file in but:
+                    continue
+                try:
+                    self._engine.remove_file(used.number)
+                except ValueError:  # it is being read
+                    continue
+                os.close(used.descriptor)
+                used.descriptor = used.number = -1
+                del self._idle[file]
+            return len(self._idle) < before
 
     def _open_descriptor(self, name: str, flags: int) -> int:
         flags |= os.O_NONBLOCK
@@ -215,6 +330,26 @@ class DirectFiles(Files):
                 self._why_not_direct = _refused(error)
                 return descriptor
         return os.open(name, flags, 0o600, dir_fd=self._directory)
+
+
+@dataclass(eq=False)
+class _File:
+    """A file that was opened.
+
+    Attributes:
+        name: of the file.
+        flags: to open it with.
+        descriptor, number: of the system and of the engine; -1 while it rests and is closed.
+        identity: device and inode.
+        is_resting: it may be closed until it is used again.
+    """
+
+    name: str
+    flags: int
+    descriptor: int = -1
+    number: int = -1
+    identity: tuple[int, int] | None = None
+    is_resting: bool = False
 
 
 class _EngineBatch(FileBatch):
@@ -266,6 +401,13 @@ def _reason(code: int, offset: int, why: int) -> str:
     if why == FileEngine.WHY_ENGINE:
         return f"io_uring itself has failed ({os.strerror(code)}); open the files again, or with KVSTORE_IO=threads"
     return os.strerror(code)
+
+
+def _idle_max() -> int:
+    """Files at rest that one directory keeps open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = FILES_IDLE_MAX if soft == resource.RLIM_INFINITY else int(soft * FILES_IDLE_FRACTION)
+    return max(1, min(FILES_IDLE_MAX, allowed))
 
 
 def _refused(error: OSError) -> str:

@@ -71,6 +71,7 @@ class SsdDirectory:
         losses: what the journal names and was not recovered, by reason.
         damaged_pages: pages of the journal that were skipped.
         segment_bytes: size from which on a segment takes no more records.
+        is_abandoned: it was given up when it was closed, see `abandon`.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class SsdDirectory:
         self._record_bytes_written = 0
         self._other_bytes_written = 0
         self._is_closed = False
+        self.is_abandoned = False
         self._fixed_bytes = sum(scan.size_bytes for scan in finding.journals) if journal is None else 0
         self.segment_bytes = segment_bytes
         self._open = OpenSegments(files, self._directory_id, self.segment_bytes, self._take_number)
@@ -358,10 +360,22 @@ class SsdDirectory:
                 self._note(error, is_sync=False)
             self._to_seal.extend(self._open.take_all())
             self._seal_retired()
+        if not self.has_settled():
+            self.abandon()
+            return
         self._is_closed = True
         self._files.close()
         if self._lock is not None:
             self._lock.close()
+
+    def abandon(self) -> None:
+        """Instead of `close`, where the drive does not answer: nothing is waited for, and nothing of it is given back.
+
+        The directory stays locked until this process ends, since what was begun may yet be written.
+        """
+        if not self._is_closed:
+            self._is_closed = self.is_abandoned = True
+            self._files.abandon()
 
     # Steps of an append
 

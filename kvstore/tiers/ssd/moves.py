@@ -11,7 +11,7 @@ from kvstore.abc.files import FileOperation
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError
 from kvstore.limits import SSD_SETTLE_S
-from kvstore.tiers.ssd.memory import aligned
+from kvstore.tiers.ssd.memory import aligned, keep_for_ever
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,12 +65,7 @@ def move(
     try:
         batch.wait(len(rows), deadline)
     except DeadlineError:
-        batch.cancel()
-        try:
-            batch.wait(len(rows), Deadline.after(SSD_SETTLE_S))
-        except DeadlineError as error:
-            message = f"{files.directory}: {error}, and those that were begun do not end"
-            raise UnsettledError(message, batch, len(rows), memory) from error
+        end(files.directory, batch, len(rows), memory)
         if not batch.errors():
             return
         raise
@@ -78,6 +73,22 @@ def move(
     if errors:
         worst = min(errors)
         raise OperationsError(errors[worst], files.directory, sorted(errors)) from errors[worst]
+
+
+def end(directory: str, batch: FileBatch, count: int, memory: object) -> None:
+    """Begin no more of a batch, and wait for what was begun.
+
+    Raises:
+        UnsettledError: it does not end; `memory` is kept for it.
+    """
+    batch.cancel()
+    try:
+        batch.wait(count, Deadline.after(SSD_SETTLE_S))
+    except DeadlineError as error:
+        keep_for_ever((batch, memory))
+        raise UnsettledError(
+            f"{directory}: {error}, and those that were begun do not end", batch, count, memory
+        ) from error
 
 
 def sync(files: Files, numbers: Sequence[int], deadline: Deadline) -> None:

@@ -121,6 +121,7 @@ def seal(files: Files, segments: Sequence[Segment], directory_id: bytes, deadlin
     for segment, tail in zip(segments, tails, strict=True):
         segment.tail_bytes = tail.nbytes
         segment.offsets.clear()
+        files.rest(segment.file)
     return sum(tail.nbytes for tail in tails)
 
 
@@ -152,6 +153,7 @@ def find_segment(files: Files, name: FileName, layout: RecordLayout, directory_i
                 end = parse_tail(_read(files, file, whole - tail_bytes, tail_bytes), stamp)
                 if end == whole - tail_bytes:
                     segment.end, segment.tail_bytes = end, tail_bytes
+        files.rest(file)
         return segment
     except BaseException:
         files.close_file(file)
