@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from kvstore._native import file_engines
 from kvstore.errors import DeadlineError, KVStoreError
 from kvstore.placement.ssd import shelf as shelf_module
 from kvstore.testing.forgetful_disk import ForgetfulDisk
 from kvstore.testing.specs import check_lease, hybrid, put_all
 from kvstore.tiers.ssd import directory as directory_module
 from kvstore.tiers.ssd import moves
+from tests.crash.test_store_faults import mounted
 from tests.crash.test_store_power_cut import opened
 
 SPEC = hybrid(4)
+ENGINES = ("threads", *(() if dict(file_engines(8))["io_uring"] else ("io_uring",)))
 IDS = tuple(range(22))
 MORE = (*IDS, 99)
 TEST_S = 30.0
@@ -120,3 +125,63 @@ def test_the_process_ends(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith("flush\nclose the SSD tier is closed, but")
+
+
+FROZEN = """
+import sys
+import kvstore
+from kvstore.placement.ssd import shelf as shelf_module
+from kvstore.testing.specs import check_lease, hybrid, put_all
+from kvstore.tiers.ssd import directory as directory_module, moves
+
+shelf_module.SSD_CLOSE_DEADLINE_S = moves.SSD_SETTLE_S = directory_module.SSD_SETTLE_S = 0.3
+ssd = kvstore.SsdOptions(sys.argv[1] + ":8MiB", engine=sys.argv[2], write_deadline_s=0.3)
+store = kvstore.open(hybrid(4), dram="4MiB", ssd=ssd)
+store.pool._close_deadline_s = 0.3
+print("open", flush=True)
+sys.stdin.readline()
+ids = tuple(range(22))
+with store.write(ids) as writer:
+    put_all(writer)
+    writer.commit()
+try:
+    store.flush(1.0)
+except kvstore.errors.KVStoreError as error:
+    print("flush", type(error).__name__, flush=True)
+with store.read(store.match((*ids, 1))) as lease:
+    check_lease(lease, store.prompt(ids))
+try:
+    store.close()
+except kvstore.errors.DeadlineError as error:
+    print("close", error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_system_that_is_frozen(tmp_path: Path, engine: str) -> None:
+    """The kernel itself holds every write: threads that wait there cannot be interrupted."""
+    if shutil.which("fsfreeze") is None:
+        pytest.skip("there is no fsfreeze")
+    root = Path(__file__).parents[2]
+    with mounted(tmp_path, "16M") as place:
+        command = [sys.executable, "-c", FROZEN, str(place / "kv"), engine]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            frozen = subprocess.run(["fsfreeze", "-f", place], check=False, capture_output=True, timeout=TEST_S)
+            thaw = threading.Timer(2 * TEST_S, subprocess.run, (["fsfreeze", "-u", place],))
+            thaw.start()  # whatever happens here, nothing stays frozen
+            try:
+                process.stdin.write("go on\n")
+                process.stdin.flush()
+                lines = [] if frozen.returncode else [process.stdout.readline(), process.stdout.readline()]
+            finally:
+                thaw.cancel()
+                subprocess.run(["fsfreeze", "-u", place], check=False, capture_output=True, timeout=TEST_S)
+            process.stdin.close()
+            assert process.wait(TEST_S) == 0
+        if frozen.returncode:
+            pytest.skip("no file system can be frozen here")
+        assert lines[0].startswith("flush ")
+        assert lines[1].startswith("close the SSD tier is closed, but what was begun on a drive of")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.limits import SSD_READ_ERRORS_MAX
+from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -106,6 +107,13 @@ class Drive:
         if self._passing_trouble:
             LOG.warning("%s: records are written there again", self.files.directory)
         self._passing_trouble = ""
+
+    def note_no_room(self, size_bytes: int) -> None:
+        """There was no room for a batch, and none could be made."""
+        self._passing_trouble = (
+            f"{self.files.directory}: no room for {format_bytes(size_bytes)}: what is there is being read, or the "
+            "file system is full of other things"
+        )
 
     def note_write_error(self, error: BaseException) -> None:
         """A write has failed. A full disk may have room again; of one that fails nobody knows what it has kept."""

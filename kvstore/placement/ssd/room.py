@@ -14,7 +14,7 @@ import numpy as np
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError
 from kvstore.keys import KEY_BYTES
-from kvstore.limits import FILE_ALIGN_BYTES, KIB, MIB, SSD_APPEND_ROWS_MAX, SSD_CLEAN_BYTES
+from kvstore.limits import FILE_ALIGN_BYTES, KIB, MIB, SEGMENTS_MAX, SSD_APPEND_ROWS_MAX, SSD_CLEAN_BYTES
 from kvstore.placement.ssd.places import DRIVE_MASK, WHOLE_INDEX, checksums_of, segment_index, slots_of
 from kvstore.placement.ssd.rows import part, unpack
 from kvstore.pool.rows import SLOT, SLOT_BYTES
@@ -64,9 +64,14 @@ class Room:
         needed_bytes = record_bytes + records * JOURNAL_BYTES_PER_RECORD + APPEND_BYTES + classes * CLASS_BYTES
         for _ in range(STEPS_MAX):
             lacking_bytes = self._used_bytes(drive) + needed_bytes - drive.limit_bytes
-            if lacking_bytes <= 0:
+            # Each class may begin a segment, and cleaning takes some.
+            has_too_many = len(drive.directory.segments()) + 2 * classes > SEGMENTS_MAX
+            if lacking_bytes <= 0 and not has_too_many:
                 return True
-            if self.remove_dead(drive) or self.rewrite_journal(drive) or self._clean(drive):
+            if self.remove_dead(drive) or self.rewrite_journal(drive):
+                continue
+            # What is moved may begin a segment for each that it ends: that helps bytes, not numbers.
+            if not has_too_many and self._clean(drive):
                 continue
             if not self._evict(max(lacking_bytes, self._segment_bytes(drive) // 4)):
                 return False

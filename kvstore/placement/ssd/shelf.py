@@ -146,7 +146,7 @@ class SsdShelf(Shelf):
         with stock.lock:
             if stock.is_closed:
                 return
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, FileNotFoundError) or stock.drives[number].directory.is_short(segment):
                 stock.lost_segments.add(segment_index(number, segment))
             elif stock.drives[number].note_read_error(error):
                 stock.lost_drives.add(number)

@@ -287,6 +287,8 @@ class Writer:
                 if self._room.make(drive, int(sizes[share].sum()), len(share), chunk.classes):
                     continue
                 reasons[drive.number] = "full"
+                with self._stock.lock:
+                    drive.note_no_room(int(sizes[share].sum()))
             except (OSError, DeadlineError) as error:
                 self._note(drive, error, reasons)
             return False

@@ -230,6 +230,14 @@ class SsdDirectory:
         operations[:, 4] = places[:, SLOT_BYTES]
         return self._files.submit(operations, is_urgent=True)
 
+    def is_short(self, number: int) -> bool:
+        """Whether somebody has cut a segment's file; also if it has gone."""
+        segment = self._segments.get(number)
+        try:
+            return segment is None or self._files.size(segment.file) < segment.end
+        except OSError:
+            return False
+
     def forget(self, keys: Sequence[bytes], are_states: Sequence[bool]) -> None:
         """Records that were evicted on purpose shall not come back: a node's states, or its attention with all below.
 
