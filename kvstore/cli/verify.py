@@ -65,7 +65,9 @@ def verify_directory(path: Path, *, is_repairing: bool) -> dict[str, Any]:
             total_bytes = int(records.place[:, SLOT_BYTES].sum())
             with _progress(str(path), total_bytes) as advance:
                 bad = bad_records(directory, spec, advance)
-            is_repaired = is_repairing and bool(bad or directory.damaged_pages)
+            missing = directory.losses.without_segment
+            is_sound = not bad and not directory.damaged_pages and not missing
+            is_repaired = is_repairing and not is_sound
             if is_repaired:
                 repair(directory, spec, bad)
             return {
@@ -87,7 +89,8 @@ def verify_directory(path: Path, *, is_repairing: bool) -> dict[str, Any]:
                     }
                     for each in bad
                 ],
-                "is_sound": not bad and not directory.damaged_pages,
+                "missing": missing,
+                "is_sound": is_sound,
                 "is_repaired": is_repaired,
             }
         finally:
@@ -115,15 +118,19 @@ def _progress(name: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
 
 def _print(document: dict[str, Any]) -> None:
     bad = document["bad"]
+    found = [f"{len(bad)} bad"] if bad or not document["missing"] else []
+    found += [f"{document['missing']} missing"] if document["missing"] else []
     verdict = (
-        "sound" if document["is_sound"] else f"{len(bad)} bad" + (", forgotten" if document["is_repaired"] else "")
+        "sound" if document["is_sound"] else " and ".join(found) + (", forgotten" if document["is_repaired"] else "")
     )
     print(
         f"{document['directory']}: {document['records']} records of {document['model']}, "
         f"{format_bytes(document['record_bytes'])}: {verdict}"
     )
+    if document["missing"]:
+        print(f"  {document['missing']} records are missing: their segment has gone, was cut, or is another file")
     for name, count in document["not_counted"].items():
-        if count:
+        if count and name != "without_segment":
             print(f"  {count} rows of the journal do not count: {name.replace('_', ' ')}")
     if document["damaged_journal_pages"]:
         print(f"  {document['damaged_journal_pages']} pages of the journal are damaged and were skipped")
@@ -134,5 +141,5 @@ def _print(document: dict[str, Any]) -> None:
         )
     if len(bad) > SHOWN:
         print(f"  {len(bad) - SHOWN} more; --json shows all")
-    if bad and not document["is_repaired"]:
+    if (bad or document["missing"]) and not document["is_repaired"]:
         print("  a store treats them as misses; kvstore verify --repair forgets them")

@@ -169,3 +169,44 @@ def test_inspect_shows_a_directory(directory: Path, tmp_path: Path) -> None:
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
     assert "is no directory of an SSD tier" in result.stderr
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut", "emptied", "renamed"])
+def test_missing_records_are_no_sound_directory(directory: Path, how: str) -> None:
+    segment = min(directory.glob("segment-*"))
+    if how == "deleted":
+        segment.unlink()
+    elif how == "renamed":
+        segment.rename(directory / "segment-renamed")
+    else:
+        with segment.open("r+b") as file:
+            file.truncate(8192 if how == "cut" else 0)
+    before = snapshot(directory)
+    result = invoke("verify", directory)
+    assert result.exit_code == 1
+    assert "records are missing: their segment has gone, was cut, or is another file" in result.stdout
+    (document,) = json.loads(invoke("verify", directory, "--json").stdout)
+    assert document["missing"] > 0
+    assert not document["is_sound"]
+    assert snapshot(directory) == before
+    result = invoke("verify", "--repair", directory)
+    assert result.exit_code == 0
+    assert "missing, forgotten" in result.stdout
+    result = invoke("verify", directory)
+    assert (result.exit_code, "sound" in result.stdout) == (0, True)
+
+
+def test_repairing_one_of_several_directories_keeps_what_hangs_on_the_others(tmp_path: Path) -> None:
+    nodes = path_of(SPEC, range(22), b"salt")
+    path = tmp_path / "second"
+    path.mkdir()
+    load = whole_load(SPEC, nodes, start=3)  # what comes before lies in another directory
+    with closing(SsdDirectory.open(DirectFiles(str(path)), SPEC, capacity_bytes=1 << 30, is_alone=False)) as opened:
+        append(opened, load)
+    assert invoke("verify", path).exit_code == 0
+    flip(max(path.glob("segment-*")), 8200)
+    assert invoke("verify", "--repair", path).exit_code == 0
+    with closing(
+        SsdDirectory.open(DirectFiles(str(path)), SPEC, capacity_bytes=1 << 30, is_alone=False, is_read_only=True)
+    ) as opened:
+        assert opened.recovered[1].place.size

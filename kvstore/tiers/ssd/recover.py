@@ -34,7 +34,7 @@ class Losses:
 
     Attributes:
         contradicting: rows that contradict each other or the spec.
-        without_segment: records whose segment is missing, too short or another one.
+        without_segment: records whose segment is missing, too short or another one, and that no other row names.
         forgotten: records that were evicted on purpose.
         replaced: records that a later row names again.
         unreachable: records whose ancestors, or whose attention, are missing.
@@ -94,14 +94,24 @@ def recover(
         place,
         records["metadata_crc32c"][order].astype(np.uint32),
     )
+    gone = np.flatnonzero(is_sane & is_alive & ~is_there)
+    is_replaced = _are_among(identity[gone], identity[latest])
     losses = Losses(
         contradicting=contradicting,
-        without_segment=int((is_sane & is_alive & ~is_there).sum()),
+        without_segment=int((~is_replaced).sum()),
         forgotten=int((is_sane & is_known & ~is_alive).sum()),
-        replaced=len(chosen) - len(latest),
+        replaced=len(chosen) - len(latest) + int(is_replaced.sum()),
         unreachable=len(latest) - len(reachable) + int((is_sane & ~is_known).sum()),
     )
     return nodes.rows(kept_nodes), rows, losses
+
+
+def _are_among(rows: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which rows are also among others."""
+    if not len(rows):
+        return np.zeros(0, np.bool_)
+    _, numbers = np.unique(np.concatenate((others, rows)), axis=0, return_inverse=True)
+    return np.isin(numbers.reshape(-1)[len(others) :], numbers.reshape(-1)[: len(others)])
 
 
 class _Nodes:

@@ -73,12 +73,14 @@ def bad_records(
 
 
 def repair(directory: SsdDirectory, spec: ModelSpec, bad: list[BadRecord]) -> None:
-    """Forget bad records, and with attention all that lies below it, for good; a damaged journal is written anew.
+    """Forget bad records, and with attention all that lies below it, for good.
+
+    A journal that is damaged, or names what is missing, is written anew.
 
     Raises as `SsdDirectory.sync`.
     """
     deadline = Deadline.after(SSD_RECOVERY_DEADLINE_S)
-    if directory.damaged_pages:
+    if directory.damaged_pages or directory.losses.without_segment:
         directory.rewrite_journal(*directory.recovered, deadline)
     for record in bad:
         directory.forget([record.key], [record.name[0] in spec.state_groups])
