@@ -22,6 +22,7 @@ from kvstore.tiers.ssd import frame, journal, manifest, parts, staging
 from kvstore.tiers.ssd.direct_files import DirectFiles
 from kvstore.tiers.ssd.directory import SsdDirectory
 from kvstore.tiers.ssd.lock import DirectoryLock
+from kvstore.tiers.ssd.memory import aligned
 from kvstore.tiers.ssd.names import FileName, parse_name
 from kvstore.tiers.ssd.rows import NodeRows, RecordRows, TailIds
 from kvstore.tiers.ssd.verify import bad_records, repair
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kvstore.abc.files import Files
+    from numpy.typing import NDArray
+
+    from kvstore.abc.files import FileBatch, Files
     from kvstore.spec import ModelSpec
     from tests.ssd.contents import Load
 
@@ -426,6 +429,37 @@ def test_a_segment_is_written_without_growing(disk: ForgetfulDisk, load: Load) -
     for name, usage in zip(sorted(sizes), usages, strict=True):
         assert usage.size_bytes < len(disk.peek(name)) < usage.size_bytes + 2 * FILE_ALIGN_BYTES
         assert pa.ipc.open_file(pa.py_buffer(disk.peek(name))).num_record_batches > 0
+
+
+@pytest.mark.parametrize("gap_bytes", [0, FILE_ALIGN_BYTES])
+def test_records_that_lie_side_by_side_are_written_as_one(
+    disk: ForgetfulDisk, load: Load, gap_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = aligned(sum(len(slot) + gap_bytes for slot in load.slots))
+    addresses = np.empty(len(load.slots), np.uint64)
+    begin = 0
+    for number in np.lexsort((load.records.node, load.records.name[:, 0])).tolist():
+        slot = load.slots[number]
+        memory[begin : begin + len(slot)] = slot
+        addresses[number] = memory.ctypes.data + begin
+        begin += len(slot) + gap_bytes
+    sizes: list[int] = []
+    files = disk.files()
+    submit = files.submit
+
+    def watched(operations: NDArray[np.uint64], *, is_urgent: bool = False) -> FileBatch:
+        is_record = (operations[:, 3] >= memory.ctypes.data) & (operations[:, 3] < memory.ctypes.data + memory.nbytes)
+        sizes.extend(operations[is_record, 4].tolist())
+        return submit(operations, is_urgent=is_urgent)
+
+    monkeypatch.setattr(files, "submit", watched)
+    with closing(open_directory(files)) as directory:
+        directory.append(load.nodes, load.records, addresses, deadline())
+        classes = len(directory.segments())
+    assert sum(sizes) == sum(map(len, load.slots))
+    assert len(sizes) == (len(load.slots) if gap_bytes else classes)
+    with closing(open_directory(disk.files())) as directory:
+        assert check_recovered(SPEC, directory) == set(load.names)
 
 
 def test_one_segment_that_cannot_be_sealed_keeps_no_other_from_it(disk: ForgetfulDisk, load: Load) -> None:

@@ -213,7 +213,7 @@ class OpenSegments:
                 rows[:, 4] = slot_bytes
                 parts.append(rows)
                 segment.end += len(taken) * slot_bytes
-        staged.operations = np.concatenate([np.array(heads, np.uint64).reshape(-1, 5), *parts])
+        staged.operations = _joined(np.concatenate([np.array(heads, np.uint64).reshape(-1, 5), *parts]))
 
     def _segment(self, layout: RecordLayout, staged: Staged, heads: list[tuple[int, ...]]) -> Segment:
         record_class = (layout.group_index, layout.span.index, layout.units.start, layout.units.stop)
@@ -247,6 +247,20 @@ class OpenSegments:
         segments = list(self._by_class.values())
         self._by_class.clear()
         return segments
+
+
+def _joined(operations: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The same writes, each of which goes on in file and memory where the one before it ends joined to that one."""
+    if not len(operations):
+        return operations
+    before, after = operations[:-1], operations[1:]
+    goes_on = before[:, 1] == after[:, 1]
+    for column in (2, 3):
+        goes_on &= before[:, column] + before[:, 4] == after[:, column]
+    begins = np.flatnonzero(np.append(True, ~goes_on))
+    joined = operations[begins]
+    joined[:, 4] = np.add.reduceat(operations[:, 4], begins)
+    return joined
 
 
 def empty_staging(records: RecordRows) -> Staged:
