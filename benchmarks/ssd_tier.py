@@ -9,8 +9,8 @@ write. Both sides alternate in one run.
 - first layer: a layered read's time until the first layer is there, in seconds, against its last.
 - reopen: seconds until a store on everything that was written is open.
 
-    python -m benchmarks.ssd_tier [--directory DIR] [--model NAME] [--tokens N] [--rounds N] [--engine NAME ...]
-        [--output FILE]
+    python -m benchmarks.ssd_tier [--directory DIR] [--model NAME] [--tokens N] [--block-tokens N] [--rounds N]
+        [--engine NAME ...] [--output FILE]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 
 import kvstore
 from benchmarks.paired import Absent, Row, report
-from kvstore.bench.shapes import shape
+from kvstore.bench.shapes import BLOCK_TOKENS_DEFAULT, shape
 from kvstore.limits import FILE_DEPTH_DEFAULT, FILE_PIECE_BYTES
 from kvstore.placement.ssd.options import SsdPlace
 from kvstore.spec import ReuseRule
@@ -219,6 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="paper-1t")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--block-tokens", type=int, default=BLOCK_TOKENS_DEFAULT, help="small blocks, small records")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engine", nargs="+", choices=sorted(FIO_ENGINES), default=sorted(FIO_ENGINES))
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks/ssd_tier.json"))
@@ -227,12 +228,11 @@ def main() -> None:
         parser.error("fio is what this compares with, and it is not installed")
     rows: list[Row] = []
     lines: list[tuple[str, str]] = []
+    spec = shape(arguments.model, arguments.block_tokens)
     absent: list[Absent] = []
     for engine in arguments.engine:
         with tempfile.TemporaryDirectory(prefix="kvstore-bench-", dir=arguments.directory) as directory:
-            setting = Setting(
-                Path(directory), engine, FILE_DEPTH_DEFAULT, shape(arguments.model), arguments.tokens, arguments.rounds
-            )
+            setting = Setting(Path(directory), engine, FILE_DEPTH_DEFAULT, spec, arguments.tokens, arguments.rounds)
             try:
                 more, said = measure(setting)
             except kvstore.errors.UnavailableError as error:
