@@ -38,7 +38,7 @@ class Waits:
             undo: takes back a value that came when the process had gone.
 
         Raises:
-            PoolError: too many are waited for.
+            PoolError: too many are waited for, or there can be no thread for it.
         """
         with self._lock:
             if self._running >= ATTACHED_WAITS_MAX:
@@ -46,9 +46,15 @@ class Waits:
                     f"this process waits for {ATTACHED_WAITS_MAX} loads or flushes, which is the limit; wait for some"
                 )
             self._running += 1
-        threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(work, pack, answer, undo), name="kvstore-owner-wait", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            with self._lock:
+                self._running -= 1
+            raise PoolError(f"the owner has no thread to wait in: {error}; raise its limit on threads") from error
 
     def _run(
         self, work: Callable[[], Any], pack: Callable[[Any], bytes], answer: Answer, undo: Callable[[Any], None]

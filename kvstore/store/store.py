@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -214,7 +215,10 @@ class Store(NodeOperations):
         check_deadline(deadline_s, LeaseError)
         deadline = Deadline.after(deadline_s)
         refusal: KVStoreError | None = None
-        for candidate in match.candidates:
+        waiting = deque(match.candidates)
+        was_damaged: set[int] = set()
+        while waiting:
+            candidate = waiting.popleft()
             try:
                 hold = self.pool.hold(
                     candidate.path,
@@ -240,6 +244,10 @@ class Store(NodeOperations):
             for held in damaged:
                 is_state = self.spec.groups[held.name.group].rule is ReuseRule.STATE
                 self.pool.condemn(candidate.path.key(held.name.node), is_state=is_state, slot=held.slot)
+            if id(candidate) not in was_damaged:
+                # Only what lies in memory has gone: another tier may have it sound.
+                was_damaged.add(id(candidate))
+                waiting.appendleft(candidate)
         raise refusal or LeaseGoneError("every resume point of this match was damaged or evicted; match again")
 
     def _copied(self, size_bytes: int, seconds: float) -> None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvstore.attached.waits import Waits
 from kvstore.clock import Deadline
-from kvstore.errors import LoadFailedError, ShelfRefusedError
+from kvstore.errors import LoadFailedError, PoolError, ShelfRefusedError
 from kvstore.handle import Handle
+from kvstore.limits import ATTACHED_WAITS_MAX
 from kvstore.placement import load as load_module
 from kvstore.placement.tiered import TieredPool
 from kvstore.pool import StoreLimits
@@ -207,3 +209,38 @@ def test_a_listener_looks_into_the_pool_while_a_load_begins(tiers: Tiers, monkey
             check_lease(lease, tiers.store.prompt(IDS))
     tiers.pool.unsubscribe(look)
     assert set(told) == {22}
+
+
+def test_what_is_damaged_in_memory_alone_is_read_from_the_shelf(tiers: Tiers) -> None:
+    """Only the damaged copy goes, and the reader loses nothing."""
+    tiers.write()
+    tiers.store.flush(TEST_S)
+    found = tiers.store.match(MORE)
+    assert found.best is not None
+    hold = tiers.pool.hold_here(found.best.path)
+    record = hold.records[0]
+    tiers.arena.view(record.slot)[record.layout.pieces[0].offset] ^= 1
+    hold.release()
+    with tiers.store.read(found, verify=True) as lease:
+        assert lease.tokens == 22
+        check_lease(lease, tiers.store.prompt(IDS))
+    assert tiers.pool.statistics().damaged_records == 1
+    assert tiers.shelf.statistics().damaged_records == 0
+
+
+# Waits of attached processes
+
+
+def test_a_wait_without_a_thread_is_refused_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = Waits(lambda call: call())
+
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def answer(reply: bytes | None, error: BaseException | None) -> None:
+        raise AssertionError("nothing was to be answered")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    for _ in range(ATTACHED_WAITS_MAX + 1):
+        with pytest.raises(PoolError, match="no thread to wait in"):
+            waits.begin(lambda: None, lambda _: b"", answer, undo=lambda _: None)
