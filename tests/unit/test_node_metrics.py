@@ -90,7 +90,7 @@ def test_names_and_labels() -> None:
         assert re.fullmatch(r"kvstore_[a-z_]+[a-z]", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == COUNTER)
         assert metric.text.endswith(".")
-        assert set(metric.labels) <= {"address", "outcome", "use", "version", "tier", "reason"}
+        assert set(metric.labels) <= {"address", "outcome", "use", "version", "tier", "device", "reason"}
         samples = list(metric.samples(READY))
         assert len(samples) <= 4 * NODE_ADDRESSES_MAX
         assert all(len(labels) == len(metric.labels) for labels, _ in samples)
