@@ -39,10 +39,6 @@ class AttachedHold(BaseHold):
     def pool(self) -> AttachedPool:
         return self._pool
 
-    @property
-    def is_released(self) -> bool:
-        return self._is_released or self._pool.term != self._term
-
     def check(self) -> None:
         self._pool.check_open()
         if self._is_released:

@@ -7,6 +7,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kvstore.cli.printing import print_table, printable
 from kvstore.errors import RecordError, SsdDirectoryError
 from kvstore.record import StreamedRecord, read_record_stream
 from kvstore.record.stream import STREAM_BYTES_MAX
@@ -139,22 +140,6 @@ def _held(document: dict[str, Any]) -> str:
 
 
 def _print(document: dict[str, Any], pieces_shown: int | None) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 140)
-
-    def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            # Names come from the file: as Text they cannot carry rich's markup.
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        console.print(table)
-
     units = document["units"]
     summary = {
         "file": f"{document['file']}, {format_bytes(document['size_bytes'])}, undamaged",
@@ -171,8 +156,8 @@ def _print(document: dict[str, Any], pieces_shown: int | None) -> None:
         "codecs, coverage": f"{document['codecs']}, {document['coverage']}" + _held(document),
         "schema, header": f"{document['schema_bytes']} and {document['header_bytes']} bytes",
     }
-    show("record", ("field", "value"), [(name, str(value)) for name, value in summary.items()])
-    show(
+    print_table("record", ("field", "value"), [(name, str(value)) for name, value in summary.items()])
+    print_table(
         "tensors of each layer",
         ("name", "type", "shape", "segments (units of all, rows per unit)", "bytes"),
         [
@@ -192,21 +177,16 @@ def _print(document: dict[str, Any], pieces_shown: int | None) -> None:
     pieces = document["pieces"]
     shown = pieces[:pieces_shown]
     columns = ("layer", "tensor", "segment", "unit", "rows", "offset", "size_bytes", "crc32c")
-    show(
+    print_table(
         f"{len(pieces)} pieces, all checksums hold",
         columns,
         [tuple(str(piece[column]) for column in columns) for piece in shown],
     )
     if len(shown) < len(pieces):
-        console.print(f"{len(pieces) - len(shown)} more; --pieces shows all")
+        print(f"{len(pieces) - len(shown)} more; --pieces shows all")
 
 
 def _tokens(document: dict[str, Any]) -> str:
     if not document["capacity_tokens"]:
         return f"the state after {document['end_tokens']}"
     return f"{document['valid_tokens']} of room for {document['capacity_tokens']}, ending at {document['end_tokens']}"
-
-
-def printable(text: str) -> str:
-    """Control characters of a file's names escaped, so that they reach no terminal."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

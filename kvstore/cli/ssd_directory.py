@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvstore.cli.inspect import printable
+from kvstore.cli.printing import print_table
 from kvstore.errors import SsdDirectoryError
 from kvstore.tiers.ssd.direct_files import DirectFiles
 from kvstore.tiers.ssd.finding import Finding, find, own_manifest
@@ -110,21 +109,6 @@ def _describe_segment(finding: Finding, segment: Segment) -> dict[str, Any]:
 
 def print_directory(document: dict[str, Any]) -> None:
     """Tables for people."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 140)
-
-    def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
-        console.print(table)
-
     lost = document["not_counted"]
     summary = {
         "directory": document["directory"],
@@ -138,8 +122,8 @@ def print_directory(document: dict[str, Any]) -> None:
         "segments without records": ", ".join(document["unnamed_segments"]) or "none",
         "files of others": ", ".join(document["files_of_others"]) or "none",
     }
-    show("directory of an SSD tier", ("field", "value"), list(summary.items()))
-    show(
+    print_table("directory of an SSD tier", ("field", "value"), list(summary.items()))
+    print_table(
         "journals",
         ("name", "size", "batches", "rows", "damaged pages", "complete"),
         [
@@ -154,7 +138,7 @@ def print_directory(document: dict[str, Any]) -> None:
             for each in document["journals"]
         ],
     )
-    show(
+    print_table(
         "segments",
         ("name", "group", "span", "units", "size", "sealed", "records", "live"),
         [

@@ -73,10 +73,6 @@ class LayeredHold(BaseHold):
     def pool(self) -> BasePool:
         return self._pool
 
-    @property
-    def is_released(self) -> bool:
-        return self._is_released
-
     def check(self) -> None:
         """As `BaseHold.check`; `LoadFailedError` when the load has failed."""
         if self._pool.is_closed:

@@ -87,7 +87,6 @@ class TieredPool(Pool):
             raise PoolError(f"{len(shelves)} tiers beside the memory are over the limit of {SHELVES_MAX}")
         super().__init__(spec, tier, eviction=eviction, checkpoints=checkpoints, limits=limits, clock=clock)
         self.shelves = tuple(shelves)
-        self._tier_names = (tier.name, *(shelf.name for shelf in shelves))
         self._are_durable = (False, *(shelf.is_durable for shelf in shelves))
         self._close_deadline_s = close_deadline_s
         self._close_lock = threading.Lock()

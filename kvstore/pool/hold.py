@@ -69,10 +69,6 @@ class Hold(BaseHold):
         return RecordArrays.of_rows(self.placed.rows), self.placed.addresses
 
     @property
-    def is_released(self) -> bool:
-        return self._is_released or self._is_due
-
-    @property
     def _is_due(self) -> bool:
         return self.ends_s != math.inf and self._pool.now_s() >= self.ends_s
 

@@ -98,11 +98,6 @@ class BaseHold(ABC):
     def pool(self) -> BasePool:
         """The pool that the records lie in."""
 
-    @property
-    @abstractmethod
-    def is_released(self) -> bool:
-        """Whether the records may have been reused."""
-
     @abstractmethod
     def check(self) -> None:
         """Raise unless the records are still held. Who copied asks again afterwards.

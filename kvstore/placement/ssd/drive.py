@@ -143,10 +143,6 @@ class Drive:
         )
         return True
 
-    def refuse_writes(self, why: str) -> None:
-        """Nothing is written there from now on."""
-        self._stop_writing(self._trouble or why)
-
     def _pass_through(self, trouble: str) -> None:
         """Logged once until a write succeeds."""
         if not self._passing_trouble:

@@ -84,11 +84,6 @@ class SsdShelf(Shelf):
     def is_durable(self) -> bool:
         return True
 
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """What moves the bytes of each directory."""
-        return tuple(drive.files.engine for drive in self._stock.drives)
-
     # Finding and reading
 
     def find(self, query: Query) -> Finding:

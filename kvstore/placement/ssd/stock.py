@@ -12,6 +12,7 @@ import numpy as np
 from kvstore.abc import SlotRows
 from kvstore.errors import StoreClosedError
 from kvstore.events.changes import IS_STATE
+from kvstore.placement.ssd.drive import LOG
 from kvstore.placement.ssd.places import (
     DRIVE_MASK,
     WHOLE_INDEX,
@@ -62,7 +63,6 @@ class Stock:
         self.evicted_records = 0
         self.damaged_records = 0
         self.recovered_records = 0
-        self.dropped_records = 0
         self.lost_segments: set[int] = set()
         self.lost_drives: set[int] = set()
         self.has_chores = True
@@ -91,7 +91,12 @@ class Stock:
         is_taken = np.frombuffer(taken, np.bool_)
         self.add(table[is_taken, SLOT : SLOT_BYTES + 1])
         self.recovered_records = int(is_taken.sum())
-        self.dropped_records = len(is_taken) - self.recovered_records
+        LOG.info(
+            "the SSD tier in %s has %d records, and %d that nothing leads to",
+            ", ".join(f"{drive.files.directory} ({drive.files.engine})" for drive in self.drives),
+            self.recovered_records,
+            len(is_taken) - self.recovered_records,
+        )
 
     def add(self, slots: npt.NDArray[np.uint64]) -> None:
         """Records came into the index."""

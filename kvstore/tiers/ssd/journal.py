@@ -19,7 +19,6 @@ from kvstore.tiers.ssd.frame import (
     pack_frame,
     parse_head,
 )
-from kvstore.tiers.ssd.memory import padded
 from kvstore.tiers.ssd.moves import read, sync, write
 from kvstore.tiers.ssd.names import FileName
 
@@ -243,8 +242,3 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._files.close_file(self._file)
-
-
-def snapshot_end_bytes() -> int:
-    """Size of a frame without rows."""
-    return padded(HEAD_BYTES)
