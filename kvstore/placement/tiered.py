@@ -289,7 +289,7 @@ class TieredPool(Pool):
     # Removing
 
     def evict(self, key: bytes, *, states_only: bool = False) -> int:
-        """As `Pool.evict`, in every tier."""
+        """As `Pool.evict`, in every tier. What is just being kept in another tier is held, and stays: see `flush`."""
         freed_bytes = super().evict(key, states_only=states_only)
         for shelf in self.shelves:
             freed_bytes += shelf.evict(key, states_only=states_only)

@@ -74,10 +74,9 @@ def open_store(
         one record fits. AttachError: another owner serves the socket, or it cannot be made; or there is none, and an
         argument says how processes attach.
         ValueError: `dram` or `gpu` is not a size. SpecError: `spec` is none, or the pages are of another, lack a layer,
-        or hold no whole records. UnavailableError, DeviceError: there is no
-        such device, or it has too little memory. ConfigError: `ssd` names no directory and capacity, or
-        `limits` are none. SsdDirectoryError:
-        a directory of it is another process's, another model's, of a newer format, or cannot be used.
+        or hold no whole records. UnavailableError, DeviceError: there is no such device, or it has too little memory.
+        ConfigError: `ssd` names no directory and capacity, or `limits` are none. SsdDirectoryError: a directory of it
+        is another process's, another model's, of a newer format, or cannot be used.
     """
     check_spec(spec)
     check_limits(limits)
