@@ -185,6 +185,7 @@ class TieredPool(Pool):
                         self, load, pinned, lambda: self.hold_here(load.path, shard=shard, grid=grid, grids=grids)
                     )
                     undoing.pop_all()
+                    self.limit_hold(hold)
                     return hold
             try:
                 load.wait(None, deadline)

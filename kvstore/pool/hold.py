@@ -88,11 +88,7 @@ class Hold(BaseHold):
         if self._is_due:
             self.expire()
         if self._has_expired:
-            raise LeaseGoneError(
-                f"the lease of {self.path.tokens} tokens expired: it was held for longer than the "
-                f"{self._pool.limits.lease_max_s:g} s that the store was opened with (StoreLimits.lease_max_s), and "
-                "the records may have been reused; match again"
-            )
+            raise expired_lease(self._pool, self.path)
         if self._is_released:
             raise LeaseError("the lease was released; its views are no longer valid. Read the match again")
 
@@ -119,3 +115,12 @@ class Hold(BaseHold):
     def release_later(self) -> None:
         if not self._is_released:
             self._pool.settle_later(self.release)
+
+
+def expired_lease(pool: Pool, path: NodePath) -> LeaseGoneError:
+    """What who holds a lease for too long is told."""
+    return LeaseGoneError(
+        f"the lease of {path.tokens} tokens expired: it was held for longer than the "
+        f"{pool.limits.lease_max_s:g} s that the store was opened with (StoreLimits.lease_max_s), and "
+        "the records may have been reused; match again"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvstore.pool.endings import Endings
 from kvstore.pool.index import LASTING_US
@@ -13,7 +13,6 @@ from kvstore.pool.index import LASTING_US
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvstore.pool.hold import Hold
     from kvstore.pool.index import PrefixIndex
     from kvstore.pool.pins import Pin
     from kvstore.pool.store_limits import StoreLimits
@@ -22,11 +21,20 @@ if TYPE_CHECKING:
 US_PER_S = 1_000_000
 
 
+class Lasting(Protocol):
+    """What is held, and since when for too long."""
+
+    ends_s: float
+
+    def expire(self) -> None:
+        """It was held for longer than the store bears."""
+
+
 @dataclass
 class Due:
     """What has ended, apart from records: its owner ends it outside the pool's lock."""
 
-    holds: list[Hold] = field(default_factory=list)
+    holds: list[Lasting] = field(default_factory=list)
     transactions: list[Transaction] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
 
@@ -43,7 +51,7 @@ class Lifetimes:
         self._limits = limits
         self._index = index
         self.clock = clock
-        self._holds: Endings[Hold] = Endings()
+        self._holds: Endings[Lasting] = Endings()
         self._writers: Endings[weakref.ref[Transaction]] = Endings()
         self._pins: Endings[Pin] = Endings()
         self.next_s = math.inf
@@ -57,13 +65,13 @@ class Lifetimes:
         """The moment in so many seconds; infinitely late for None."""
         return math.inf if seconds is None else self.clock() + seconds
 
-    def add_hold(self, hold: Hold) -> None:
+    def add_hold(self, hold: Lasting) -> None:
         hold.ends_s = self.in_s(self._limits.lease_max_s)
         if hold.ends_s != math.inf:
             self._holds.add(hold, hold.ends_s)
             self.look()
 
-    def remove_hold(self, hold: Hold) -> None:
+    def remove_hold(self, hold: Lasting) -> None:
         self._holds.remove(hold)
 
     def add_writer(self, transaction: Transaction) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvstore._native import HeldRows
     from kvstore.abc import Slot
     from kvstore.clock import Deadline
+    from kvstore.pool.lifetimes import Lasting
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordPlace
     from kvstore.pool.prompt import Prompt
@@ -197,6 +198,16 @@ class Pool(PoolWrites):
             self._room.unpin_all(hold.placed.slots)
             self._room.freed(self._index.release(hold.held))
         self._notify()
+
+    def limit_hold(self, hold: Lasting) -> None:
+        """From now on the longest lease counts for it, until `no_longer_held`."""
+        with self._lock:
+            self._lifetimes.add_hold(hold)
+
+    def no_longer_held(self, hold: Lasting) -> None:
+        """It was ended."""
+        with self._lock:
+            self._lifetimes.remove_hold(hold)
 
     def exempt(self, hold: Hold) -> None:
         """A hold that somebody else ends when it lasts for too long."""

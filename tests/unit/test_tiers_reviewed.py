@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.attached.waits import Waits
 from kvstore.clock import Deadline
-from kvstore.errors import LoadFailedError, PoolError, ShelfRefusedError
+from kvstore.errors import LeaseGoneError, LoadFailedError, PoolError, ShelfRefusedError
 from kvstore.handle import Handle
 from kvstore.limits import ATTACHED_WAITS_MAX
 from kvstore.placement import load as load_module
@@ -226,6 +226,25 @@ def test_what_is_damaged_in_memory_alone_is_read_from_the_shelf(tiers: Tiers) ->
         check_lease(lease, tiers.store.prompt(IDS))
     assert tiers.pool.statistics().damaged_records == 1
     assert tiers.shelf.statistics().damaged_records == 0
+
+
+@pytest.mark.parametrize("has_come", [False, True])
+def test_a_layered_lease_does_not_outlast_the_longest_one(has_come: bool) -> None:
+    tiers = Tiers(StoreLimits(lease_max_s=10))
+    with closing(tiers.store):
+        tiers.write()
+        tiers.store.flush(TEST_S)
+        tiers.forget_here()
+        lease = tiers.store.read(tiers.store.match(MORE), layered=True)
+        if has_come:
+            lease.wait()
+        tiers.now_s = 100.0
+        assert tiers.pool.statistics().expired_leases == 1
+        with pytest.raises(LeaseGoneError, match="lease_max_s"):
+            lease.layer(tiers.store.spec.layers[0])
+        lease.release()
+        tiers.now_s = 1000.0
+        assert tiers.pool.statistics().expired_leases == 1
 
 
 # Waits of attached processes
