@@ -84,7 +84,7 @@ def test_a_node_receives_tells_and_serves_its_host(source: kvstore.Store, argume
     with serving(*arguments, "--socket", str(path)) as node:
         node.wait_ready()
         assert node.metric("kvstore_receive_transfers_total") == 0
-        with kvstore.attach(path) as engine:
+        with kvstore.attach(path, deadline_s=WITHIN_S) as engine:
             report = source.send(match_all(source, prompt(BIG_TOKENS)), node.address).result(WITHIN_S)
             assert_same(source, engine, prompt(BIG_TOKENS), BIG_TOKENS)
             assert node.metric("kvstore_attached_processes") == 1
@@ -116,7 +116,7 @@ def test_a_node_with_a_disk_has_its_cache_again(source: kvstore.Store, arguments
         node.wait_ready()
         assert node.event("opened")["ssd"] == f"{tmp_path}/a:1GiB, {tmp_path}/b:1GiB"
         source.send(match_all(source, prompt(BIG_TOKENS)), node.address).result(WITHIN_S)
-        with kvstore.attach(path) as engine:
+        with kvstore.attach(path, deadline_s=WITHIN_S) as engine:
             store_prompt(engine, ids)
             engine.flush(WITHIN_S)
             with pytest.raises(QuotaTooSmallError):
@@ -125,7 +125,7 @@ def test_a_node_with_a_disk_has_its_cache_again(source: kvstore.Store, arguments
         assert node.exit_status() == 0
     with serving(*arguments, *more) as node:
         node.wait_ready()
-        with kvstore.attach(path) as engine:
+        with kvstore.attach(path, deadline_s=WITHIN_S) as engine:
             found = engine.match([*ids, 1])
             assert (found.tokens, found.tier) == (40, "ssd")
             assert found.best is not None
@@ -165,7 +165,7 @@ def test_an_engine_fetches_from_another_node(source: kvstore.Store, arguments: l
     with serving(*arguments) as far, serving(*arguments, "--socket", str(path)) as near:
         source.send(match_all(source, ids), far.address).result(WITHIN_S)
         near.wait_ready()
-        with kvstore.attach(path) as engine, kvstore.attach(path) as neighbour:
+        with kvstore.attach(path, deadline_s=WITHIN_S) as engine, kvstore.attach(path) as neighbour:
             report = engine.fetch([*ids, 1], far.address).result(WITHIN_S)
             assert report.tokens == BIG_TOKENS
             for reader in (engine, neighbour):

@@ -108,9 +108,9 @@ def test_a_fault_of_a_shelf_does_not_end_the_keeping(tiers: Tiers, monkeypatch: 
             patched.setattr(tiers.shelf, where, fault)
         tiers.write()
         with suppress(ShelfRefusedError) if where == "statistics" else pytest.raises(ShelfRefusedError, match="failed"):
-            tiers.store.flush(5.0)
+            tiers.store.flush(TEST_S)
     tiers.write(range(100, 120))
-    tiers.store.flush(5.0)
+    tiers.store.flush(TEST_S)
     tiers.forget_here(range(100, 120))
     tiers.read(range(100, 120))
     assert tiers.pool.statistics().keeping.pinned_bytes == 0
@@ -145,7 +145,7 @@ def test_a_load_whose_thread_does_not_start_is_none(tiers: Tiers, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(LoadFailedError, match="thread"):
-            tiers.store.read(tiers.store.match(MORE), deadline_s=5.0)
+            tiers.store.read(tiers.store.match(MORE), deadline_s=TEST_S)
     found = tiers.pool.statistics()
     assert (found.loading.running, found.reserved_bytes, found.quarantined_bytes) == (0, 0, 0)
     tiers.read()
@@ -204,8 +204,8 @@ def test_a_listener_looks_into_the_pool_while_a_load_begins(tiers: Tiers, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(tiers.shelf, "hold", dropping)
-        reading = Background(lambda: tiers.store.read(found, deadline_s=5.0))
-        with reading.result(10.0) as lease:
+        reading = Background(lambda: tiers.store.read(found, deadline_s=TEST_S))
+        with reading.result(2 * TEST_S) as lease:
             check_lease(lease, tiers.store.prompt(IDS))
     tiers.pool.unsubscribe(look)
     assert set(told) == {22}
