@@ -7,6 +7,7 @@ import os
 import select
 import threading
 from collections import OrderedDict, deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,10 +16,14 @@ from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, KVStoreError, LeaseGoneError, ShelfRefusedError
 from kvstore.handle import Handle
 from kvstore.limits import KEEP_AGAIN_S, KEEP_QUEUE_MAX, KEPT_KNOWN_MAX
+from kvstore.placement.ends import Ends, live_longer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import TypeAlias
+
+    import numpy as np
+    import numpy.typing as npt
 
     from kvstore.placement.shelf import Shelf
     from kvstore.pool import Hold, NodePath
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("kvstore.placement")
 
-NOT_LOST = frozenset(("sparse", "transient"))
+NOT_LOST = frozenset(("sparse", "transient", "ended"))
 """Reasons for which a resume point is not kept by design: `flush` does not speak of them."""
 
 
@@ -88,6 +93,7 @@ class _Keeping:
 
     offer: _Offer
     hold: Hold
+    ends: Ends
     handles: Sequence[tuple[Shelf, Handle[int]]]
     size_bytes: int
 
@@ -98,12 +104,21 @@ class Keeper:
     Args:
         hold: holds a resume point in the pool's own tier until it is released, however long that takes; raises
             `LeaseGoneError`.
+        ends_of: until when the nodes of a path are wanted there.
         shelves: each is offered everything.
         pinned_bytes_max: what may be pinned at once; a single resume point may be more.
     """
 
-    def __init__(self, hold: Callable[[Wanted], Hold], shelves: Sequence[Shelf], pinned_bytes_max: int) -> None:
+    def __init__(
+        self,
+        hold: Callable[[Wanted], Hold],
+        ends_of: Callable[[NodePath], npt.NDArray[np.uint64]],
+        shelves: Sequence[Shelf],
+        pinned_bytes_max: int,
+    ) -> None:
         self._hold = hold
+        self._ends_of = ends_of
+        self._ends_lock = threading.RLock()
         self._shelves = tuple(shelves)
         self._pinned_bytes_max = pinned_bytes_max
         self._changed = threading.Condition()
@@ -127,11 +142,15 @@ class Keeper:
 
     # Offering
 
-    def offer(self, wanted: Wanted) -> None:
-        """A resume point is in the pool: keep what the shelves lack of it."""
+    def offer(self, wanted: Wanted, *, may_live_longer: bool = False) -> None:
+        """A resume point is in the pool: keep what the shelves lack of it.
+
+        Args:
+            may_live_longer: than the shelves know, also where they have all of it.
+        """
         key = wanted.key
         with self._changed:
-            if self._is_stopping or key in self._queued or self._is_known(key):
+            if self._is_stopping or key in self._queued or (self._is_known(key) and not may_live_longer):
                 return
             offer = _Offer(self._last_number + 1, wanted)
             self._last_number = offer.number
@@ -192,7 +211,8 @@ class Keeper:
 
     def _begin(self, offer: _Offer) -> bool:
         """Have the shelves take it; False if there is no room to pin it now."""
-        lacking = [shelf for shelf in self._shelves if not _has(shelf, offer.wanted)]
+        ends = Ends(self._ends_of(offer.wanted.path))
+        lacking = [shelf for shelf in self._shelves if not _has(shelf, offer.wanted, ends)]
         if not lacking:
             self._done(offer, 0, 0)
             return True
@@ -207,9 +227,22 @@ class Keeper:
         if not fits:
             _release(hold)
             return False
-        handles = [(shelf, _keep(shelf, offer.wanted.path, hold)) for shelf in lacking]
-        self._keeping.append(_Keeping(offer, hold, handles, size_bytes))
+        with self._ends_lock:
+            ends.table = self._ends_of(offer.wanted.path)
+            handles = [(shelf, _keep(shelf, offer.wanted.path, hold, ends)) for shelf in lacking]
+            self._keeping.append(_Keeping(offer, hold, ends, handles, size_bytes))
         return True
+
+    @contextmanager
+    def changing_ends(self) -> Iterator[None]:
+        """While the pool and then the shelves are told other ends: what is being kept gets those of the pool."""
+        with self._ends_lock:
+            yield
+
+    def note_ends(self) -> None:
+        """The pool's ends have changed; inside of `changing_ends`, before the shelves hear of it."""
+        for keeping in tuple(self._keeping):
+            keeping.ends.table = self._ends_of(keeping.offer.wanted.path)
 
     def _wait(self) -> None:
         poll = select.poll()
@@ -335,10 +368,10 @@ class Keeper:
         os.close(self._wake)
 
 
-def _keep(shelf: Shelf, path: NodePath, hold: Hold) -> Handle[int]:
+def _keep(shelf: Shelf, path: NodePath, hold: Hold, ends: Ends) -> Handle[int]:
     """As `Shelf.keep`, which must not end this thread whatever happens there."""
     try:
-        return shelf.keep(path, hold.salt, hold.placed)
+        return shelf.keep(path, hold.salt, hold.placed, ends)
     except Exception as error:
         failed: Handle[int] = Handle(f"keeping {path.tokens} tokens in the {shelf.name} tier")
         failed.fail(
@@ -355,9 +388,10 @@ def _release(hold: Hold) -> None:
         LOG.exception("a listener of the pool failed")
 
 
-def _has(shelf: Shelf, wanted: Wanted) -> bool:
+def _has(shelf: Shelf, wanted: Wanted, ends: Ends) -> bool:
+    """Whether a shelf has all of it, for as long as it is wanted."""
     held = shelf.hold(wanted.path, shard=wanted.shard, grid=wanted.grid, grids=wanted.grids)
     if held is None:
         return False
     held.release()
-    return True
+    return not live_longer(ends.table, shelf.ends_of(wanted.path))

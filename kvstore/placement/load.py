@@ -68,6 +68,7 @@ class Load:
             grid_digests=RecordDigests(names, rows.table[:, DIGEST].astype(np.int64), rows.digests),
             resume_nodes=[len(held.path) - 1],
         )
+        self._transaction.ends_of = shelf.ends_of
         reserved = self._transaction.placed
         self._row_numbers = names.positions_of(reserved.rows.record_names)
         """Of each reserved record, its row on the shelf."""

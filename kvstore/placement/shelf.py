@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvstore.clock import Deadline
     from kvstore.events import Changes, Tell
     from kvstore.handle import Handle
+    from kvstore.placement.ends import Ends
     from kvstore.pool.held import PlacedRows
     from kvstore.pool.path import NodePath, RecordPlace
     from kvstore.pool.rows import Rows
@@ -40,7 +41,7 @@ class ShelfStatistics:
         kept_bytes: records that were given to it and written; `written_bytes` with all that came of it: the ratio is
             the write amplification.
         loaded_bytes: records that were read from it.
-        evicted_records, damaged_records: that left it.
+        evicted_records, damaged_records: that left it; `expired_records` of them because they had ended.
         refused: how often it did not take what it was given, by reason.
         trouble: why it does not work as it should, in a sentence; empty when it does.
     """
@@ -55,6 +56,7 @@ class ShelfStatistics:
     loaded_bytes: int
     evicted_records: int
     damaged_records: int
+    expired_records: int
     refused: Mapping[str, int]
     trouble: str
 
@@ -136,14 +138,49 @@ class Shelf(ABC):
         """Keep the records of a resume point in place; None if one of them is not here."""
 
     @abstractmethod
-    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows) -> Handle[int]:
-        """Take what is lacking here of a resume point.
+    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends | None = None) -> Handle[int]:
+        """Take what is lacking here of a resume point. What is here already lives as long, if that is longer.
 
         Resolves to the bytes of the records that were taken, once they can be found here (and are durable, on a shelf
         that is). Fails with `ShelfRefusedError` where the shelf does not want them or cannot take them.
 
         Args:
             placed: all records of the resume point, sealed. Their memory must stay as it is until the handle is done.
+            ends: until when it is wanted, as it says when the records come into the index; None: it lasts.
+        """
+
+    # Time to live. The pool has the clock, and asks; what has ended is not found in a call that begins after `expire`.
+
+    @property
+    @abstractmethod
+    def next_end_us(self) -> int:
+        """When something may end next, by the pool's clock; `LASTING_US` while nothing does."""
+
+    @abstractmethod
+    def expire(self, now_us: int) -> int:
+        """Forget what has ended by now, held or not; how many records. Their space returns when nobody uses it."""
+
+    @abstractmethod
+    def stored_tokens(self, path: NodePath) -> int:
+        """The length of the deepest prefix of a path that has records here; 0 without one."""
+
+    @abstractmethod
+    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
+        """Until when a prompt that is stored is wanted, as `BasePool.expire` says it.
+
+        Args:
+            after_tokens: shorter resume points past this length end then, too.
+            meant_tokens: the length of the deepest prefix that any tier has: that is the one which is meant.
+        """
+
+    @abstractmethod
+    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
+        """As `Ends.table`, of what is here of a path."""
+
+    def drop_ended(self, key: bytes, *, is_state: bool) -> None:  # noqa: B027  # most have nothing to do
+        """Something has ended in the pool: a node's states, or its attention with everything below it.
+
+        For a tier that is not filled by `keep`, so that nobody tells it until when its records are wanted.
         """
 
     @abstractmethod

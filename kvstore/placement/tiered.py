@@ -18,6 +18,7 @@ from kvstore.placement.keeper import Keeper, KeepStatistics, Wanted
 from kvstore.placement.layered import LayeredHold
 from kvstore.placement.loads import Loads, LoadStatistics
 from kvstore.pool.explain import TierLookup
+from kvstore.pool.index import LASTING_US
 from kvstore.pool.pool import Pool
 from kvstore.pool.rows import GROUP, NODE
 from kvstore.pool.search import Query, answer
@@ -92,9 +93,11 @@ class TieredPool(Pool):
         self._close_lock = threading.Lock()
         self._keeper = Keeper(
             self._hold_to_keep,
+            self.ends_of,
             self.shelves,
             int(tier.capacity_bytes * KEEP_PINNED_FRACTION_MAX),
         )
+        self.subscribe_expired(self._drop_ended)
         self._loads = Loads(self, self._keeper.forget_known)
 
     # Reading
@@ -108,6 +111,7 @@ class TieredPool(Pool):
         cap_tokens: int | None = None,
         accept_coverage: bool = False,
     ) -> Match:
+        self._expire_shelves()
         own = super().match(prompt, shard=shard, grid=grid, cap_tokens=cap_tokens, accept_coverage=accept_coverage)
         exact = prompt.exact
         cap = len(prompt) - 1 if cap_tokens is None else min(cap_tokens, len(prompt))
@@ -257,7 +261,8 @@ class TieredPool(Pool):
         for node in sorted(nodes):
             # What was computed with other chunk boundaries is another variant, and kept beside this one.
             of_node = {place: digest for place, digest in grids.items() if place[0] <= node} or None
-            self._keeper.offer(Wanted(path.prefix(node + 1), shard, grids=of_node))
+            wanted = Wanted(path.prefix(node + 1), shard, grids=of_node)
+            self._keeper.offer(wanted, may_live_longer=self._has_ends)
 
     def _hold_to_keep(self, wanted: Wanted) -> Hold:
         """All of it; or one worker's share, where nobody stores the others' here."""
@@ -286,6 +291,47 @@ class TieredPool(Pool):
             raise UnavailableError("nothing here outlives a crash; open the store with ssd=")
         self._settle()
         self._keeper.flush(Deadline.after(deadline_s))
+
+    # Time to live
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._expire_shelves()
+
+    def _expire_shelves(self) -> None:
+        """Have the other tiers forget what has ended."""
+        now_us = self._lifetimes.moment_us(0.0)
+        for shelf in self.shelves:
+            if shelf.next_end_us <= now_us:
+                shelf.expire(now_us)
+
+    def _drop_ended(self, expired: Sequence[tuple[bytes, bool]]) -> None:
+        for shelf in self.shelves:
+            for key, is_state in expired:
+                shelf.drop_ended(key, is_state=is_state)
+
+    @property
+    def _has_ends(self) -> bool:
+        """Whether anything here does not last."""
+        with self._lock:
+            if self._index.native.life_bytes:
+                return True
+        return any(shelf.next_end_us != LASTING_US for shelf in self.shelves)
+
+    def expire(self, path: NodePath, ttl_s: float | None, *, after_tokens: int | None = None) -> int:
+        with self._keeper.changing_ends():
+            return super().expire(path, ttl_s, after_tokens=after_tokens)
+
+    def _set_end(self, path: NodePath, ends_at_us: int, after_tokens: int) -> int:
+        # With the lock, so that what is loaded meanwhile is committed before or after, but not in between.
+        native = self._index.native
+        meant = max(native.stored_tokens(path.packed), *(shelf.stored_tokens(path) for shelf in self.shelves), 0)
+        if meant:
+            native.set_end(path.packed, ends_at_us, after_tokens, meant)
+            self._keeper.note_ends()
+            for shelf in self.shelves:
+                shelf.set_end(path, ends_at_us, after_tokens=after_tokens, meant_tokens=meant)
+        return meant
 
     # Removing
 

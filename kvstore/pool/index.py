@@ -145,9 +145,13 @@ class PrefixIndex:
     def let_go(self, writes: WriteSet) -> SlotRows:
         return self._removed(self.native.let_go(writes), RemovedWhy.HANDED_OVER)
 
-    def expire(self, now_us: int) -> SlotRows:
-        """Forget what has ended by now; see `take_expired` of the native index for what that was."""
-        return self._removed(self.native.expire(now_us), RemovedWhy.EXPIRED)
+    def expire(self, now_us: int, *, even_written: bool = False) -> SlotRows:
+        """Forget what has ended by now; see `take_expired` of the native index for what that was.
+
+        Args:
+            even_written: also what a running writer goes on from.
+        """
+        return self._removed(self.native.expire(now_us, even_written), RemovedWhy.EXPIRED)
 
     def evict(self, node: int, *, states_only: bool) -> SlotRows:
         return self._removed(self.native.evict(node, states_only), RemovedWhy.DROPPED)

@@ -9,18 +9,16 @@ import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from kvstore.errors import (
     LeaseGoneError,
     PinLimitError,
     StaleSlotError,
 )
 from kvstore.events import RemovedWhy
+from kvstore.limits import PROMPT_TOKENS_MAX
 from kvstore.pool.held import PlacedRows
 from kvstore.pool.hold import Hold
-from kvstore.pool.index import LASTING_US, RECORD_BYTES, needs_of
-from kvstore.pool.lifetimes import US_PER_S
+from kvstore.pool.index import RECORD_BYTES, needs_of
 from kvstore.pool.pins import Pin
 from kvstore.pool.plan import place_table
 from kvstore.pool.rows import Rows
@@ -31,6 +29,7 @@ from kvstore.spec.shard import WHOLE
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from kvstore._native import HeldRows
@@ -256,27 +255,20 @@ class Pool(PoolWrites):
         with self._lock:
             self._check_open()
             ends_at_us = self._lifetimes.moment_us(ttl_s)
-            native = self._index.native
-            if after_tokens is None:
-                tokens = native.set_end(path.packed, ends_at_us)
-            else:
-                tokens = native.set_end(path.packed, ends_at_us, after_tokens)
+            after = PROMPT_TOKENS_MAX if after_tokens is None else after_tokens
+            tokens = self._set_end(path, ends_at_us, after)
             self._lifetimes.look()
         self._settle()  # what has ended at once makes room at once
         return tokens
 
-    def ends_s(self, path: NodePath) -> npt.NDArray[np.float64]:
-        """How long the attention and the states of each node of a path will live, in seconds, `[nodes, 2]`.
+    def _set_end(self, path: NodePath, ends_at_us: int, after_tokens: int) -> int:
+        """Under the lock: a prompt is wanted until then; the length of its deepest prefix that is stored."""
+        return self._index.native.set_end(path.packed, ends_at_us, after_tokens)
 
-        Infinite for what lasts, and 0 for what is not there. Other tiers that take records over keep them as long.
-        """
+    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
+        """Until when the nodes of a path are wanted, as `kvstore.placement.ends.Ends.table` has it."""
         with self._lock:
-            self._check_open()
-            ends_us = self._index.native.ends_of(path.packed)
-        left: npt.NDArray[np.float64] = np.maximum(ends_us / US_PER_S - self.now_s(), 0.0)
-        left[ends_us == LASTING_US] = math.inf
-        left[ends_us == 0] = 0.0
-        return left
+            return self._index.native.ends_of(b"".join(path.node_keys))
 
     def accept_handover(self, path: NodePath) -> tuple[HandOver, Mapping[RecordPlace, bytes], Hold] | None:
         self._settle()

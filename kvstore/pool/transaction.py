@@ -24,7 +24,7 @@ from kvstore.spec import UNKNOWN_GRID
 from kvstore.spec.coverage import span_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -96,6 +96,8 @@ class Transaction(BaseTransaction):
         self.is_transient = is_transient
         self.ttl_s: float | None = None
         """How long what it commits lives after that; None for as long as there is room."""
+        self.ends_of: Callable[[NodePath], npt.NDArray[np.uint64]] | None = None
+        """Until when what it commits is wanted where it comes from, which is then asked instead of `ttl_s`."""
         self.ends_s = math.inf
         """When it has been open for too long, by the pool's clock."""
         self._serial = next(_serials)

@@ -194,9 +194,12 @@ class PoolWrites(PoolCore):
             transaction.writes,
             commit.ready,
             commit.costs_us,
-            ends_at_us=self._lifetimes.moment_us(transaction.ttl_s),
-            committed_nodes=commit.committed_nodes,
+            ends_at_us=self._lifetimes.moment_us(transaction.ttl_s) if transaction.ends_of is None else 0,
+            committed_nodes=commit.committed_nodes if transaction.ends_of is None else 0,
         )
+        if transaction.ends_of is not None:
+            ends = transaction.ends_of(transaction.path)
+            self._index.native.prolong(b"".join(transaction.path.node_keys), ends)
         transaction.given_back(given_back)
         if transaction.path.sparse:
             committed = transaction.placed.rows.end_tokens[commit.ready.astype(np.int64)]

@@ -98,7 +98,7 @@ def open_store(
         if ssd is not None:
             from kvstore.placement.ssd import open_ssd
 
-            shelves.append(open_ssd(spec, ssd))
+            shelves.append(open_ssd(spec, ssd, clock=clock))
             undoing.callback(shelves[-1].close)
         if shelves:
             from kvstore.placement.tiered import TieredPool

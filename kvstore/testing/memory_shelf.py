@@ -21,6 +21,7 @@ import numpy as np
 from kvstore.abc import SlotRows
 from kvstore.errors import DeadlineError, PoolError, ShelfRefusedError, StoreClosedError
 from kvstore.handle import Handle
+from kvstore.placement.ends import NEW_US, PROMPTS, Ends, packed_keys
 from kvstore.placement.shelf import Shelf, ShelfHold, ShelfLoad, ShelfStatistics
 from kvstore.pool import PoolStatistics
 from kvstore.pool.index import PrefixIndex, needs_of
@@ -113,9 +114,10 @@ class _Kept:
 
 @dataclass
 class ShelfMedium:
-    """What outlives a shelf: records by slot, each with the path that leads to it."""
+    """What outlives a shelf: records by slot, each with the path that leads to it; ends by node, as `Ends` has them."""
 
     kept: dict[Slot, _Kept] = field(default_factory=dict)
+    ends: dict[bytes, list[int]] = field(default_factory=dict)
 
 
 class MemoryLoad(ShelfLoad):
@@ -217,6 +219,7 @@ class _Keeping:
     slots: SlotRows
     sources: Sequence[memoryview]
     costs_us: npt.NDArray[np.uint64]
+    ends: Ends
 
 
 class _NotedArena(ArenaTier):
@@ -326,11 +329,11 @@ class MemoryShelf(Shelf):
 
     # Keeping
 
-    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows) -> Handle[int]:
+    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends | None = None) -> Handle[int]:
         handle: Handle[int] = Handle(f"keeping {path.tokens} tokens on the shelf {self._name!r}")
         try:
             with self._lock:
-                keeping = self._begin(path, salt, placed)
+                keeping = self._begin(path, salt, placed, ends or Ends.lasting(path))
                 thread = threading.Thread(target=self._keep, args=(keeping, handle), name=f"{self._name}-keep")
                 self._keepers.add(thread)
                 thread.start()
@@ -340,7 +343,7 @@ class MemoryShelf(Shelf):
             handle.fail(error)
         return handle
 
-    def _begin(self, path: NodePath, salt: bytes, placed: PlacedRows) -> _Keeping:
+    def _begin(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends) -> _Keeping:
         """Reserve what is lacking, or refuse."""
         if self._is_closed:
             raise StoreClosedError(f"the shelf {self._name!r} is closed")
@@ -366,7 +369,9 @@ class MemoryShelf(Shelf):
         positions = rows.record_names.positions_of(missing.record_names)
         sources = [placed.memories[position] for position in positions.tolist()]
         costs_us = rows.table[positions, COST_US]
-        return _Keeping(path, salt, writes, missing, slots, sources, costs_us)
+        native.prolong(packed_keys(path), ends.table)
+        self._note_ends(path)
+        return _Keeping(path, salt, writes, missing, slots, sources, costs_us, ends)
 
     def _keep(self, keeping: _Keeping, handle: Handle[int]) -> None:
         may_go_on = self.keeps.enter(lambda: self._is_closed)
@@ -386,7 +391,9 @@ class MemoryShelf(Shelf):
         contents = [bytes(view) for view in self.tier.views(slots)]
         self._room.unpin_all(slots)
         ready = np.arange(len(slots), dtype=np.uint64)
-        given_back = self._index.commit(keeping.writes, ready, keeping.costs_us)
+        given_back = self._index.commit(keeping.writes, ready, keeping.costs_us, ends_at_us=NEW_US)
+        self._index.native.prolong(packed_keys(keeping.path), keeping.ends.table)
+        self._note_ends(keeping.path)
         kept = sorted(set(range(len(slots))).difference(given_back))
         self._room.keep_all(slots.taken(kept))
         self._room.give_back_all(slots.taken(given_back))
@@ -404,6 +411,7 @@ class MemoryShelf(Shelf):
     def _recover(self) -> None:
         """Take what is there, ancestors first; what cannot be reached from the root is lost."""
         before, self._medium.kept = self._medium.kept, {}
+        ends = {key: row for key, row in self._medium.ends.items() if any(row)}
         self.tier.kept = self._medium.kept
         native = self._index.native
         for record in sorted(before.values(), key=lambda record: (len(record.path), record.row[1].item())):
@@ -417,8 +425,12 @@ class MemoryShelf(Shelf):
             writes.set_slots(slots.table)
             costs_us = np.array([record.row[COST_US]], np.uint64)
             self.tier.views(slots)[0][:] = record.data
-            self._commit(_Keeping(record.path, record.salt, writes, missing, slots, (), costs_us))
+            lasts = Ends.lasting(record.path)
+            lasts.table[:, PROMPTS] = 0
+            self._commit(_Keeping(record.path, record.salt, writes, missing, slots, (), costs_us, lasts))
         self._kept_bytes = 0
+        native.restore_ends(b"".join(ends), np.array([*ends.values()], np.uint64).reshape(-1, 3))
+        self._medium.ends = ends
 
     # Losing
 
@@ -456,6 +468,38 @@ class MemoryShelf(Shelf):
             node = None if self._is_closed else self._index.native.find(key)
             return 0 if node is None else self._room.freed(self._index.evict(node, states_only=states_only))
 
+    # Time to live
+
+    def _note_ends(self, path: NodePath) -> None:
+        ends = self._index.native.ends_of(packed_keys(path))
+        self._medium.ends.update(zip(path.node_keys, ends.tolist(), strict=True))
+
+    @property
+    def next_end_us(self) -> int:
+        with self._lock:
+            return self._index.native.next_end_us
+
+    def expire(self, now_us: int) -> int:
+        with self._lock:
+            freed = self._index.expire(now_us, even_written=True)
+            self._index.native.take_expired()
+            self._counters.expired_records += len(freed)
+            self._room.freed(freed)
+            return len(freed)
+
+    def stored_tokens(self, path: NodePath) -> int:
+        with self._lock:
+            return self._index.native.stored_tokens(path.packed)
+
+    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
+        with self._lock:
+            self._index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
+            self._note_ends(path)
+
+    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
+        with self._lock:
+            return self._index.native.ends_of(packed_keys(path))
+
     # The shelf itself
 
     def statistics(self) -> ShelfStatistics:
@@ -472,6 +516,7 @@ class MemoryShelf(Shelf):
                 self.loaded_bytes,
                 self._counters.evicted_records,
                 self._counters.damaged_records,
+                self._counters.expired_records,
                 dict(self._refused),
                 self.trouble,
             )

@@ -28,8 +28,10 @@ from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, KVStoreError, ShelfRefusedError
 from kvstore.events import Changes, RemovedWhy
 from kvstore.limits import RECORD_ALIGN_BYTES
+from kvstore.placement.ends import Ends
 from kvstore.placement.shelf import Shelf
 from kvstore.pool import Hold
+from kvstore.pool.index import LASTING_US
 from kvstore.pool.search import Query
 from kvstore.record import which_intact
 from kvstore.spec import WHOLE, ChunkGrid, Coverage, ReuseRule, Shard
@@ -49,6 +51,10 @@ if TYPE_CHECKING:
     from kvstore.store import Store
 
 TEST_S = 30.0
+FAR_US = 1 << 55
+"""A moment far in the future, by any clock."""
+SLACK_US = 3_600_000_000
+"""What a shelf's clock may run on while it is opened again."""
 
 
 class Landing:
@@ -592,4 +598,86 @@ class ShelfConformance:
             self.assert_loads(again, holds[0])
             self.assert_loads(again, holds[2])
             assert self.lengths(again, source, range(8), salt=b"other") == []
+            again.check()
+
+    # Time to live
+
+    def wanted(self, hold: Hold, ends_us: int) -> Ends:
+        """A prompt that is wanted until a moment."""
+        ends = Ends.lasting(hold.path)
+        ends.table[ends.table == LASTING_US] = ends_us
+        return ends
+
+    def keep_until(self, shelf: Shelf, hold: Hold, ends_us: int) -> None:
+        shelf.keep(hold.path, hold.salt, hold.placed, self.wanted(hold, ends_us)).result(TEST_S)
+
+    def test_what_has_ended_is_not_found_held_or_not(self, shelf: Shelf, source: Store) -> None:
+        if not self.takes_records:
+            pytest.skip("this shelf is not filled by keep")
+        short, long = self.write(source, range(8)), self.write(source, [*range(8), 50, 51, 52, 53])
+        self.keep_until(shelf, short, FAR_US + 10)
+        self.keep_until(shelf, long, FAR_US + 20)
+        assert shelf.next_end_us <= FAR_US + 10
+        assert shelf.ends_of(short.path)[-1].tolist() == [FAR_US + 20, FAR_US + 10, FAR_US + 10]
+        assert shelf.expire(FAR_US + 9) == 0
+        assert self.lengths(shelf, source, range(8)) == [8]
+        held = shelf.hold(short.path, shard=WHOLE)
+        assert held is not None
+        assert shelf.expire(FAR_US + 10) > 0
+        assert self.lengths(shelf, source, range(8)) == []
+        assert self.lengths(shelf, source, [*range(8), 50, 51, 52, 53]) == [12]
+        self.assert_same(held, short)
+        held.release()
+        shelf.check()
+        assert shelf.expire(FAR_US + 20) > 0
+        found = shelf.statistics()
+        assert found.committed_bytes == 0
+        assert found.expired_records > 0
+        assert shelf.next_end_us == LASTING_US
+        shelf.check()
+        self.keep_until(shelf, long, FAR_US + 30)
+        self.assert_loads(shelf, long)
+
+    def test_keeping_again_prolongs_a_life_and_never_shortens_it(self, shelf: Shelf, source: Store) -> None:
+        if not self.takes_records:
+            pytest.skip("this shelf is not filled by keep")
+        original = self.write(source, range(8))
+        for ends_us, known_us in ((10, 10), (30, 30), (20, 30)):
+            self.keep_until(shelf, original, FAR_US + ends_us)
+            assert shelf.ends_of(original.path)[-1].tolist() == [FAR_US + known_us] * 3
+        shelf.keep(original.path, original.salt, original.placed).result(TEST_S)
+        assert shelf.expire(FAR_US + 100) == 0
+        self.assert_loads(shelf, original)
+        shelf.check()
+
+    def test_an_end_can_be_set(self, shelf: Shelf, source: Store) -> None:
+        system, talk = self.write(source, range(8)), self.write(source, [*range(8), 50, 51, 52, 53])
+        for hold in (system, talk):
+            self.fill(shelf, hold)
+        assert shelf.stored_tokens(talk.path) == 12
+        shelf.set_end(talk.path, FAR_US + 10, after_tokens=1 << 20, meant_tokens=16)  # another tier has more of it
+        shelf.expire(FAR_US + 10)
+        assert self.lengths(shelf, source, range(8)) == [8]
+        shelf.set_end(talk.path, FAR_US + 20, after_tokens=0, meant_tokens=12)
+        assert shelf.expire(FAR_US + 19) == 0
+        shelf.expire(FAR_US + 20)
+        assert shelf.stored_tokens(talk.path) == 0
+        assert self.lengths(shelf, source, range(8)) == []
+        shelf.check()
+
+    def test_ends_are_there_again(self, shelf: Shelf, source: Store) -> None:
+        if not shelf.is_durable:
+            pytest.skip("this shelf is not durable")
+        timed, lasting = self.write(source, range(8)), self.write(source, range(100, 108))
+        self.keep_until(shelf, timed, FAR_US)
+        self.fill(shelf, lasting)
+        before = shelf.ends_of(timed.path).astype(np.int64)
+        with closing(self.reopen(shelf)) as again:
+            after = again.ends_of(timed.path).astype(np.int64)
+            assert (abs(after - before) < SLACK_US).all()
+            again.expire(FAR_US - SLACK_US)
+            self.assert_loads(again, timed)
+            assert again.expire(FAR_US + SLACK_US) > 0
+            assert self.lengths(again, source, range(8)) == []
+            self.assert_loads(again, lasting)
             again.check()

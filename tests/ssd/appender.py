@@ -38,7 +38,7 @@ def main(path: str, seed: int) -> None:
             # What a shelf would keep: here all of it, as read back.
             files = DirectFiles(path)
             other = SsdDirectory.open(files, SPEC, capacity_bytes=1 << 30, is_read_only=True)
-            directory.rewrite_journal(*other.recovered, deadline())
+            directory.rewrite_journal(*other.recovered, deadline(), other.recovered_ends)
             other.close()
 
 

@@ -12,7 +12,8 @@ import pytest
 from kvstore.errors import LeaseError, LeaseGoneError, PinLimitError, PoolFullError, QuarantineFullError, WriteError
 from kvstore.pool import Pool, StoreLimits
 from kvstore.pool.endings import STALE_MAX, Endings
-from kvstore.pool.index import NODE_BYTES, RECORD_BYTES
+from kvstore.pool.index import LASTING_US, NODE_BYTES, RECORD_BYTES
+from kvstore.pool.lifetimes import US_PER_S
 from kvstore.store import Store, open_store
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all, put_tokens
 
@@ -209,10 +210,11 @@ def test_ends_are_told_to_other_tiers(clock: FakeClock) -> None:
         store.pool.subscribe_expired(told.extend)
         path = store.prompt(ids_of(3)).path
         write(store, ids_of(3), ttl_s=10)
-        left_s = store.pool.ends_s(path)
-        assert left_s.tolist() == [[10, 0], [10, 0], [10, 10]]
+        at = int(clock.now_s + 10) * US_PER_S
+        assert store.pool.ends_of(path).tolist() == [[at, 0, 0], [at, 0, 0], [at, at, at]]
         write(store, ids_of(1))
-        assert store.pool.ends_s(path).tolist() == [[math.inf, math.inf], [10, 0], [10, 10]]
+        lasting = [LASTING_US] * 3
+        assert store.pool.ends_of(path).tolist() == [lasting, [at, 0, 0], [at, at, at]]
         clock.advance(10)
         assert not told
         assert found(store, ids_of(3)) == B

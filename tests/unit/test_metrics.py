@@ -33,7 +33,7 @@ from kvstore.testing.specs import dense, hybrid, put_all
 REFERENCE = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
 B = 16
 IDS = [(7 * number) % 1000 for number in range(70)]
-SSD = ShelfStatistics("ssd", 100, 60, 50, 4, 40, 48, 30, 2, 1, {"budget": 3}, "the disk is full")
+SSD = ShelfStatistics("ssd", 100, 60, 50, 4, 40, 48, 30, 2, 1, 0, {"budget": 3}, "the disk is full")
 GPU = DeviceStatistics("cuda:0", read_bytes=70, resident_bytes=50, put_bytes=30, waiting=2, overdue=1)
 
 

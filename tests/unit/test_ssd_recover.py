@@ -192,7 +192,7 @@ def test_recovery_follows_the_rules(spec: ModelSpec, data: st.DataObject) -> Non
         forgotten += lost
     tables = collector.tables()
     assert tables.contradicting == 0
-    found_nodes, found, losses = recover(tables, spec, segments_of(spec, missing))
+    found_nodes, found, _, losses = recover(tables, spec, segments_of(spec, missing))
     wanted = {
         (row.node.key, *row.name, GRIDS[row.grid], row.sequence, row.segment)
         for row in expected(spec, rows, forgotten, missing)
@@ -234,7 +234,7 @@ def test_keys_that_begin_alike_are_told_apart() -> None:
     assert head is not None
     collector.add(frame.data[HEAD_BYTES:], head.table_begins(), head.counts, 1)
     segment = Segment(FileName(1, 1001, False), layout, 0, layout.slot_bytes * SLOTS)
-    found_nodes, found, _ = recover(collector.tables(), spec, {1: segment})
+    found_nodes, found, _, _ = recover(collector.tables(), spec, {1: segment})
     assert {name[0] for name in names_of(found_nodes, found)} == {node.key for node in nodes}
 
 
@@ -260,7 +260,7 @@ def test_nodes_that_contradict_each_other_are_left_out() -> None:
         assert head is not None
         collector.add(frame.data[HEAD_BYTES:], head.table_begins(), head.counts, 1)
         segment = Segment(FileName(1, 1001, False), layout, 0, layout.slot_bytes * SLOTS)
-        found_nodes, found, losses = recover(collector.tables(), spec, {1: segment})
+        found_nodes, found, _, losses = recover(collector.tables(), spec, {1: segment})
         assert [name[0] for name in names_of(found_nodes, found)] == [nodes[0].key]
         assert losses.unreachable == 2
 

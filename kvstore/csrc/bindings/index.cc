@@ -176,11 +176,23 @@ class PrefixIndex {
         return index_.commit(set, ready, costs, {tier, codec, is_lossy}, {ends_at, committed_nodes});
     }
 
-    std::uint32_t set_end(const nb::tuple& packed, Moment at, std::uint32_t after_tokens) {
-        return index_.set_end(*PackedPath(packed), at, after_tokens);
+    std::uint32_t set_end(const nb::tuple& packed, Moment at, std::uint32_t after_tokens, std::uint32_t meant_tokens) {
+        return index_.set_end(*PackedPath(packed), at, after_tokens, meant_tokens);
     }
 
-    Table ends_of(const nb::tuple& packed) const { return make_table(index_.ends_of(*PackedPath(packed)), 2); }
+    std::uint32_t stored_tokens(const nb::tuple& packed) const { return index_.stored_tokens(*PackedPath(packed)); }
+
+    Table ends_of(const nb::bytes& keys) const {
+        return make_table(index_.ends_of({digests_of(keys, "the keys"), size_of(keys) / digest_bytes}), ends_columns);
+    }
+
+    void prolong(const nb::bytes& keys, const AnyArray& ends) {
+        index_.prolong({digests_of(keys, "the keys"), size_of(keys) / digest_bytes}, ends_by(keys, ends));
+    }
+
+    void restore_ends(const nb::bytes& keys, const AnyArray& ends) {
+        index_.restore_ends({digests_of(keys, "the keys"), size_of(keys) / digest_bytes}, ends_by(keys, ends));
+    }
 
     nb::list take_expired() {
         nb::list expired;
@@ -307,6 +319,16 @@ class PrefixIndex {
     }
 
   private:
+    static constexpr std::size_t ends_columns = 3;
+
+    static std::span<const Moment> ends_by(const nb::bytes& keys, const AnyArray& ends) {
+        const auto values = uint64_values(ends, ends_columns, "ends");
+        if (size_of(keys) / digest_bytes * ends_columns != values.size()) {
+            throw std::invalid_argument("each node has a key and three ends");
+        }
+        return values;
+    }
+
     static std::uint64_t seed() {
         std::random_device source;
         return (std::uint64_t{source()} << 32) | source();
@@ -428,11 +450,18 @@ void bind_index(nb::module_& module) {
         .def("leave", [](PrefixIndex& self, WriteSet& set) { self.index().leave(set); }, "writes"_a)
         .def("let_go", [](PrefixIndex& self, WriteSet& set) { return slot_table(self.index().let_go(set)); },
              "writes"_a)
-        .def("set_end", &PrefixIndex::set_end, "path"_a, "ends_at_us"_a, "after_tokens"_a = none)
+        .def("set_end", &PrefixIndex::set_end, "path"_a, "ends_at_us"_a, "after_tokens"_a = none,
+             "meant_tokens"_a = 0)
+        .def("stored_tokens", &PrefixIndex::stored_tokens, "path"_a)
         .def("expire",
-             [](PrefixIndex& self, Moment now_us) { return slot_table(self.index().expire(now_us)); }, "now_us"_a)
+             [](PrefixIndex& self, Moment now_us, bool even_written) {
+                 return slot_table(self.index().expire(now_us, even_written));
+             },
+             "now_us"_a, "even_written"_a = false)
         .def("take_expired", &PrefixIndex::take_expired)
-        .def("ends_of", &PrefixIndex::ends_of, "path"_a)
+        .def("ends_of", &PrefixIndex::ends_of, "keys"_a)
+        .def("prolong", &PrefixIndex::prolong, "keys"_a, "ends_us"_a)
+        .def("restore_ends", &PrefixIndex::restore_ends, "keys"_a, "ends_us"_a)
         .def_prop_ro("next_end_us", [](const PrefixIndex& self) { return self.index().next_end(); })
         .def_prop_ro("life_bytes", [](const PrefixIndex& self) { return self.index().life_bytes(); })
         .def("evict",

@@ -264,14 +264,24 @@ class Index {
     // Time to live
     // The deepest prefix of a path that is stored is wanted until a moment, and so are shorter resume points of it past
     // `after_tokens`; what is shared with others that are wanted for longer stays. The prefix's length, 0 without one.
-    std::uint32_t set_end(const Path& path, Moment at, std::uint32_t after_tokens);
-    // Forget what has ended, held or not; but not what a running writer goes on from: that is for when it has ended.
-    std::vector<Slot> expire(Moment now);
+    // With `meant_tokens` the prefix of this length is meant, which may be stored deeper elsewhere than it is here: then
+    // what is wanted for itself here stays, and the rest of the path is wanted no longer than what needs it.
+    std::uint32_t set_end(const Path& path, Moment at, std::uint32_t after_tokens, std::uint32_t meant_tokens = 0);
+    // The length of the deepest prefix of a path that has records, 0 without one.
+    std::uint32_t stored_tokens(const Path& path) const;
+    // Forget what has ended, held or not; but not what a running writer goes on from: that is for when it has ended,
+    // unless `even_written`.
+    std::vector<Slot> expire(Moment now, bool even_written = false);
     // When there may be something to expire.
     Moment next_end() const { return lives_.next(); }
     std::size_t life_bytes() const { return lives_.memory_bytes(); }
-    // When the attention and the states of each node of a path end; 0 for what is not there.
-    std::vector<Moment> ends_of(const Path& path) const;
+    // When the attention and the states of each node end, and the prompts that end there; 0 for what is not there.
+    std::vector<Moment> ends_of(std::span<const Digest> keys) const;
+    // What is there of nodes, ancestors first, lives until these moments at least, three of each as `ends_of` has them.
+    void prolong(std::span<const Digest> keys, std::span<const Moment> ends);
+    // What was restored ends at these moments, as far as it is there; of several of one node the earliest counts. What
+    // hangs on something ends with it.
+    void restore_ends(std::span<const Digest> keys, std::span<const Moment> ends);
     std::vector<Expired> take_expired() { return std::exchange(expired_, {}); }
 
     // For the pool to act upon after each call that changes something.
@@ -330,6 +340,7 @@ class Index {
     // lives.cc
     void live_on(const WriteSet& set, Life life);
     Moment wanted_until(NodeId id) const;
+    NodeId deepest_of(const Path& path, std::uint32_t& number) const;
     // restore.cc
     std::vector<NodeId> restore_nodes(std::uint32_t block_tokens, std::span<const KeptNode> nodes,
                                       std::span<const KeptRoot> roots, std::vector<NodeId>& made);

@@ -27,27 +27,39 @@ void Index::live_on(const WriteSet& set, Life life) {
     lives_.tidy(nodes_);
 }
 
-std::uint32_t Index::set_end(const Path& path, Moment at, std::uint32_t after_tokens) {
-    std::uint32_t number = path.size();
-    NodeId deepest = none;
-    for (; number > 0; --number) {
-        deepest = find(path.key(number - 1));
-        if (deepest != none && nodes_[deepest].end_tokens == path.end_tokens(number - 1) && holds_records(deepest)) {
-            break;
+// The deepest node of a path that has records, and the number of the one after it; 0 without one.
+NodeId Index::deepest_of(const Path& path, std::uint32_t& number) const {
+    for (number = path.size(); number > 0; --number) {
+        const NodeId id = find(path.key(number - 1));
+        if (id != none && nodes_[id].end_tokens == path.end_tokens(number - 1) && holds_records(id)) {
+            return id;
         }
     }
-    if (number == 0) {
+    return none;
+}
+
+std::uint32_t Index::stored_tokens(const Path& path) const {
+    std::uint32_t number = 0;
+    const NodeId deepest = deepest_of(path, number);
+    return deepest == none ? 0 : nodes_[deepest].end_tokens;
+}
+
+std::uint32_t Index::set_end(const Path& path, Moment at, std::uint32_t after_tokens, std::uint32_t meant_tokens) {
+    std::uint32_t number = 0;
+    const NodeId deepest = deepest_of(path, number);
+    if (deepest == none) {
         return 0;
     }
+    const bool is_meant = meant_tokens == 0 || nodes_[deepest].end_tokens == meant_tokens;
     lives_.reserve(nodes_, 2 * std::size_t{number});
     for (NodeId id = deepest; !nodes_.has(id, is_root); id = nodes_.parent(id)) {
-        if (id != deepest && nodes_[id].end_tokens <= after_tokens) {
+        if (nodes_[id].end_tokens <= after_tokens && !(is_meant && id == deepest)) {
             break;
         }
         if (nodes_.has(id, has_states)) {
             lives_.set(nodes_, handle_of(id, true), at);
         }
-        if (id == deepest || nodes_.has(id, ends_prompt)) {
+        if ((is_meant && id == deepest) || nodes_.has(id, ends_prompt)) {
             lives_.set_prompts(nodes_, id, at);
         }
     }
@@ -85,14 +97,14 @@ Moment Index::wanted_until(NodeId id) const {
     return wanted;
 }
 
-std::vector<Slot> Index::expire(Moment now) {
+std::vector<Slot> Index::expire(Moment now, bool even_written) {
     std::vector<Slot> freed;
     std::vector<Handle> handles;
     for (Handle handle = lives_.first(nodes_, now); handle != none; handle = lives_.first(nodes_, now)) {
         const NodeId id = node_of(handle);
         const bool is_state = kind_of(handle) != 0;
         try {
-            if (!is_state && nodes_[id].reserved != 0) {
+            if (!is_state && nodes_[id].reserved != 0 && !even_written) {
                 lives_.put_off_first();  // a running writer will go on from here
                 continue;
             }
@@ -119,17 +131,83 @@ std::vector<Slot> Index::expire(Moment now) {
     return freed;
 }
 
-std::vector<Moment> Index::ends_of(const Path& path) const {
+std::vector<Moment> Index::ends_of(std::span<const Digest> keys) const {
     std::vector<Moment> ends;
-    ends.reserve(2 * std::size_t{path.size()});
-    for (std::uint32_t number = 0; number < path.size(); ++number) {
-        const NodeId id = find(path.key(number));
+    ends.reserve(3 * keys.size());
+    for (const Digest& key : keys) {
+        const NodeId id = find(key);
         for (const bool is_state : {false, true}) {
             const bool is_there = id != none && nodes_.has(id, is_state ? has_states : has_attention);
             ends.push_back(is_there ? lives_.of(nodes_, handle_of(id, is_state)) : 0);
         }
+        ends.push_back(id != none && holds_records(id) ? lives_.of_prompts(nodes_, id) : 0);
     }
     return ends;
+}
+
+void Index::prolong(std::span<const Digest> keys, std::span<const Moment> ends) {
+    lives_.reserve(nodes_, 2 * keys.size());
+    for (std::size_t number = 0; number < keys.size(); ++number) {
+        const NodeId id = find(keys[number]);
+        if (id == none || nodes_.has(id, is_root) || !holds_records(id)) {
+            continue;
+        }
+        for (const bool is_state : {false, true}) {
+            if (nodes_.has(id, is_state ? has_states : has_attention)) {
+                lives_.extend(nodes_, handle_of(id, is_state), ends[3 * number + (is_state ? 1 : 0)]);
+            }
+        }
+        const Moment prompts = ends[3 * number + 2];
+        if (prompts > lives_.of_prompts(nodes_, id)) {
+            lives_.set_prompts(nodes_, id, prompts);
+        }
+    }
+    lives_.tidy(nodes_);
+}
+
+void Index::restore_ends(std::span<const Digest> keys, std::span<const Moment> ends) {
+    std::vector<NodeId> order;
+    nodes_.each([&](NodeId id) {
+        if (!nodes_.has(id, is_root)) {
+            order.push_back(id);
+        }
+    });
+    std::sort(order.begin(), order.end(),
+              [&](NodeId left, NodeId right) { return nodes_[left].end_tokens < nodes_[right].end_tokens; });
+    lives_.reserve(nodes_, 2 * (keys.size() + order.size()));
+    const auto shorten = [&](NodeId id, bool is_state, Moment at) {
+        const Handle handle = handle_of(id, is_state);
+        if (nodes_.has(id, is_state ? has_states : has_attention) && at < lives_.of(nodes_, handle)) {
+            lives_.set(nodes_, handle, at);
+        }
+    };
+    for (std::size_t number = 0; number < keys.size(); ++number) {
+        const NodeId id = find(keys[number]);
+        if (id == none || nodes_.has(id, is_root) || !holds_records(id)) {
+            continue;
+        }
+        const Moment* const at = &ends[3 * number];
+        shorten(id, false, at[0]);
+        shorten(id, true, at[1]);
+        if (at[2] != 0) {
+            const Moment known = lives_.of_prompts(nodes_, id);
+            lives_.set_prompts(nodes_, id, known == 0 ? at[2] : std::min(at[2], known));
+        }
+    }
+    for (const NodeId id : order) {
+        const NodeId parent = nodes_.parent(id);
+        if (!nodes_.has(parent, is_root) && nodes_.has(parent, has_attention)) {
+            shorten(id, false, lives_.of(nodes_, handle_of(parent, false)));
+        }
+        if (nodes_.has(id, has_attention)) {
+            const Moment attention = lives_.of(nodes_, handle_of(id, false));
+            shorten(id, true, attention);
+            if (lives_.of_prompts(nodes_, id) > attention) {
+                lives_.set_prompts(nodes_, id, attention);
+            }
+        }
+    }
+    lives_.tidy(nodes_);
 }
 
 }  // namespace kvstore::index

@@ -15,6 +15,7 @@ from kvstore.errors import DeadlineError, ShelfRefusedError, SpecError, StoreClo
 from kvstore.events import RemovedWhy
 from kvstore.handle import Handle
 from kvstore.limits import PAGE_COPIES_MAX, PAGE_FORGET_DEADLINE_S
+from kvstore.placement.ends import Ends, packed_keys
 from kvstore.placement.gpu.page_load import PageLoad
 from kvstore.placement.gpu.page_names import name_pages, units_in_pages
 from kvstore.placement.gpu.page_table import PageTable
@@ -50,6 +51,7 @@ class _Counters:
     loaded_bytes: int = 0
     evicted_records: int = 0
     damaged_records: int = 0
+    expired_records: int = 0
     trouble: str = ""
 
 
@@ -219,6 +221,7 @@ class PageShelf(Shelf):
         positions = RecordNames(named.table[:, : STOP + 1]).positions_of(rows.record_names)
         ready = np.arange(len(rows), dtype=np.uint64)
         given_back = self._index.commit(writes, ready, named.costs_us[positions])
+        self._index.native.prolong(packed_keys(path), Ends.lasting(path).table)
         self._table.freed(SlotRows(slots[given_back]))
         native.leave(writes)
         self._table.freed(self._index.let_go(writes))
@@ -345,7 +348,7 @@ class PageShelf(Shelf):
 
     # Keeping and losing
 
-    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows) -> Handle[int]:
+    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends | None = None) -> Handle[int]:
         handle: Handle[int] = Handle(f"keeping {path.tokens} tokens in an engine's pages")
         with self._changed:
             if self._is_closed:
@@ -358,6 +361,43 @@ class PageShelf(Shelf):
         with self._changed:
             self._refused[reason] = self._refused.get(reason, 0) + 1
         return ShelfRefusedError(reason, message)
+
+    # Time to live
+
+    @property
+    def next_end_us(self) -> int:
+        with self._changed:
+            return self._index.native.next_end_us
+
+    def expire(self, now_us: int) -> int:
+        with self._changed:
+            freed = self._index.expire(now_us, even_written=True)
+            self._index.native.take_expired()
+            self._counters.expired_records += len(freed)
+            self._counters.evicted_records += len(freed)
+            self._table.freed(freed)
+            return len(freed)
+
+    def stored_tokens(self, path: NodePath) -> int:
+        with self._changed:
+            return self._index.native.stored_tokens(path.packed)
+
+    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
+        with self._changed:
+            self._index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
+
+    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
+        with self._changed:
+            return self._index.native.ends_of(packed_keys(path))
+
+    def drop_ended(self, key: bytes, *, is_state: bool) -> None:
+        with self._changed:
+            node = self._index.native.find(key)
+            if node is not None:
+                freed = self._index.condemn(node, is_state=is_state)
+                self._counters.expired_records += len(freed)
+                self._counters.evicted_records += len(freed)
+                self._table.freed(freed)
 
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         with self._changed:
@@ -395,6 +435,7 @@ class PageShelf(Shelf):
                 loaded_bytes=self._counters.loaded_bytes,
                 evicted_records=self._counters.evicted_records,
                 damaged_records=self._counters.damaged_records,
+                expired_records=self._counters.expired_records,
                 refused=dict(self._refused),
                 trouble=self._counters.trouble,
             )

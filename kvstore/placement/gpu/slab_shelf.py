@@ -21,6 +21,7 @@ from kvstore.errors import (
 )
 from kvstore.handle import Handle
 from kvstore.limits import DEVICE_COPY_DEADLINE_S, DEVICE_KEEPS_MAX, GHOSTS_MAX
+from kvstore.placement.ends import NEW_US, Ends, packed_keys
 from kvstore.placement.gpu.slab_hold import SlabHold, SlabLoad
 from kvstore.placement.gpu.worker import Worker
 from kvstore.placement.shelf import Shelf, ShelfStatistics
@@ -39,6 +40,8 @@ from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
 
     from kvstore._native import Finding, WriteSet
     from kvstore.abc import Slot, SlotRows
@@ -85,6 +88,8 @@ def open_slabs(spec: ModelSpec, options: GpuOptions, *, arena_memory: memoryview
 class _Keep:
     """A resume point on its way to the device."""
 
+    path: NodePath
+    ends: Ends
     writes: WriteSet
     slots: SlotRows
     costs_us: Any
@@ -212,11 +217,11 @@ class SlabShelf(Shelf):
 
     # Keeping
 
-    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows) -> Handle[int]:
+    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends | None = None) -> Handle[int]:
         handle: Handle[int] = Handle(f"copying {path.tokens} tokens to the device")
         try:
             with self._lock:
-                kept = self._reserve(path, salt, placed, handle)
+                kept = self._reserve(path, salt, placed, ends or Ends.lasting(path), handle)
                 if kept is not None:
                     self._keeps += 1
                     self._in_worker.submit(partial(self._copy_in, kept))
@@ -229,7 +234,9 @@ class SlabShelf(Shelf):
             handle.resolve(0)
         return handle
 
-    def _reserve(self, path: NodePath, salt: bytes, placed: PlacedRows, handle: Handle[int]) -> _Keep | None:
+    def _reserve(
+        self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends, handle: Handle[int]
+    ) -> _Keep | None:
         """Space for what is lacking, entered in the index; None if nothing is."""
         if self._is_closed:
             raise ShelfRefusedError("closed", "the gpu tier is closed")
@@ -245,6 +252,7 @@ class SlabShelf(Shelf):
         writes = native.plan(path.packed, np.ascontiguousarray(table), b"".join(placed.rows.digests))
         if writes.is_wrong_path or writes.gap_node is not None:
             raise ShelfRefusedError("gap", f"the records given of {path.tokens} tokens are not whole from the root")
+        native.prolong(packed_keys(path), ends.table)
         rows = Rows(self.spec, path, *writes.missing())
         if not len(rows):
             return None
@@ -267,7 +275,7 @@ class SlabShelf(Shelf):
         chosen = names.positions_of(rows.record_names)
         addresses = placed.addresses[chosen].astype(np.int64)
         copies = RecordCopies(self._tier.locations(slots), addresses, np.array(sizes, np.int64))
-        return _Keep(writes, slots, placed.rows.table[chosen, COST_US].copy(), copies, handle)
+        return _Keep(path, ends, writes, slots, placed.rows.table[chosen, COST_US].copy(), copies, handle)
 
     def _copy_in(self, kept: _Keep) -> None:
         """On the thread that copies to the device."""
@@ -291,7 +299,9 @@ class SlabShelf(Shelf):
         """The records are there: a match may find them. The bytes that were taken."""
         self._room.unpin_all(kept.slots)
         count = len(kept.slots)
-        given_back = self._index.commit(kept.writes, np.arange(count, dtype=np.uint64), kept.costs_us)
+        ready = np.arange(count, dtype=np.uint64)
+        given_back = self._index.commit(kept.writes, ready, kept.costs_us, ends_at_us=NEW_US)
+        self._index.native.prolong(packed_keys(kept.path), kept.ends.table)
         stays = kept.slots.taken(sorted(set(range(count)).difference(given_back)))
         self._room.keep_all(stays)
         self._room.give_back_all(kept.slots.taken(given_back))
@@ -313,6 +323,33 @@ class SlabShelf(Shelf):
         """The device has failed: what it holds is not to be read, and it gets nothing more."""
         with self._lock:
             self._failure = self._failure or str(error)
+
+    # Time to live
+
+    @property
+    def next_end_us(self) -> int:
+        with self._lock:
+            return self._index.native.next_end_us
+
+    def expire(self, now_us: int) -> int:
+        with self._lock:
+            freed = self._index.expire(now_us, even_written=True)
+            self._index.native.take_expired()
+            self._counts.expired_records += len(freed)
+            self._room.freed(freed)
+            return len(freed)
+
+    def stored_tokens(self, path: NodePath) -> int:
+        with self._lock:
+            return self._index.native.stored_tokens(path.packed)
+
+    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
+        with self._lock:
+            self._index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
+
+    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
+        with self._lock:
+            return self._index.native.ends_of(packed_keys(path))
 
     # Removing
 
@@ -348,6 +385,7 @@ class SlabShelf(Shelf):
                 loaded_bytes=self._loaded_bytes,
                 evicted_records=self._counts.evicted_records,
                 damaged_records=self._counts.damaged_records,
+                expired_records=self._counts.expired_records,
                 refused=dict(self._refused),
                 trouble=self._trouble(),
             )

@@ -10,6 +10,7 @@ import numpy as np
 from kvstore.errors import ShelfRefusedError
 from kvstore.keys import KEY_BYTES
 from kvstore.limits import SSD_APPEND_ROWS_MAX
+from kvstore.placement.ends import NEW_US, packed_keys
 from kvstore.pool.rows import COST_US, DIGEST, GROUP, NODE, SPAN, STOP, Rows
 from kvstore.tiers.ssd.rows import NodeRows, RecordRows
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
     from kvstore._native import PrefixIndex, WriteSet
     from kvstore.handle import Handle
+    from kvstore.placement.ends import Ends
     from kvstore.pool.held import PlacedRows
+    from kvstore.pool.index import PrefixIndex as Index
     from kvstore.pool.path import NodePath
     from kvstore.spec import ModelSpec
 
@@ -29,6 +32,7 @@ class Keeping:
     """A resume point that somebody wants kept.
 
     Attributes:
+        ends: until when it is wanted.
         size_bytes: of what was lacking when it came.
         missing: what is lacking, from `begin` on.
         addresses, costs_us: of those.
@@ -42,15 +46,19 @@ class Keeping:
     slots: npt.NDArray[np.uint64]
     writes: WriteSet
 
-    def __init__(self, spec: ModelSpec, path: NodePath, salt: bytes, placed: PlacedRows, handle: Handle[int]) -> None:
+    def __init__(
+        self, spec: ModelSpec, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends, handle: Handle[int]
+    ) -> None:
         self.path = path
         self.salt = salt
+        self.ends = ends
         self.handle = handle
         self.size_bytes = 0
         self.kept_bytes = 0
         self._spec = spec
         self._placed = placed
         self._has_committed = False
+        self._told: npt.NDArray[np.uint64] | None = None
 
     def plan(self, native: PrefixIndex) -> WriteSet:
         """What is lacking as the index is.
@@ -86,28 +94,33 @@ class Keeping:
         native.enter(self.writes, self.path.packed, self.salt, [], [])
 
     def commit(
-        self, native_commit: _Commit, numbers: npt.NDArray[np.int64], slots: npt.NDArray[np.uint64]
+        self, index: Index, numbers: npt.NDArray[np.int64], slots: npt.NDArray[np.uint64]
     ) -> npt.NDArray[np.bool_]:
         """These of `missing` are durable: whether each came into the index."""
         self._has_committed = True
         self.slots[numbers] = slots
         self.writes.set_slots(self.slots)
-        given_back = native_commit(self.writes, numbers.astype(np.uint64), self.costs_us[numbers])
+        ready = numbers.astype(np.uint64)
+        given_back = index.commit(self.writes, ready, self.costs_us[numbers], ends_at_us=NEW_US)
+        index.native.prolong(packed_keys(self.path), self.ends.table)
         taken: npt.NDArray[np.bool_] = ~np.isin(numbers, np.array(given_back, np.int64))
         self.kept_bytes += int(slots[taken, 2].sum())
         return taken
+
+    def told(self) -> npt.NDArray[np.uint64]:
+        """Until when it is wanted, as the journals are about to be told."""
+        self._told = self.ends.table
+        return self._told
+
+    @property
+    def has_other_ends(self) -> bool:
+        """Whether the journals were told others."""
+        return self._told is not None and self._told is not self.ends.table
 
     @property
     def has_committed(self) -> bool:
         """Whether some of it may be in the index."""
         return self._has_committed
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeAlias
-
-    _Commit: TypeAlias = Callable[[WriteSet, npt.NDArray[np.uint64], npt.NDArray[np.uint64]], list[int]]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from typing import TYPE_CHECKING
 
 from kvstore.errors import SsdDirectoryError
@@ -25,7 +26,12 @@ _DRIVE_ERRORS = (errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODE
 
 
 def open_ssd(
-    spec: ModelSpec, ssd: AnySsd, *, make_files: Callable[[SsdPlace, SsdOptions], Files] | None = None
+    spec: ModelSpec,
+    ssd: AnySsd,
+    *,
+    make_files: Callable[[SsdPlace, SsdOptions], Files] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    now: Callable[[], float] = time.time,
 ) -> SsdShelf:
     """Open an SSD tier, made where there is none yet. The last part of each path is made if it is missing.
 
@@ -34,6 +40,7 @@ def open_ssd(
     Args:
         ssd: `/dir:200GiB`, several of them, or `SsdOptions`.
         make_files: what moves the bytes of a directory; the best engine of this machine by default.
+        clock, now: seconds, as `SsdShelf` has them.
 
     Raises:
         ConfigError: no such options. SsdDirectoryError: a directory is another process's, another model's, of a newer
@@ -53,7 +60,7 @@ def open_ssd(
                 LOG.error("%s", left_out[-1])
         if not drives:
             raise SsdDirectoryError(f"no directory of the SSD tier can be used: {'; '.join(left_out)}")
-        return SsdShelf(spec, drives, options, left_out=left_out)
+        return SsdShelf(spec, drives, options, left_out=left_out, clock=clock, now=now)
     except BaseException:
         for drive in drives:
             drive.directory.close()

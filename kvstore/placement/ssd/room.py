@@ -18,14 +18,16 @@ from kvstore.limits import FILE_ALIGN_BYTES, KIB, MIB, SEGMENTS_MAX, SSD_APPEND_
 from kvstore.placement.ssd.places import DRIVE_MASK, WHOLE_INDEX, checksums_of, segment_index, slots_of
 from kvstore.placement.ssd.rows import part, unpack
 from kvstore.pool.rows import SLOT, SLOT_BYTES
+from kvstore.tiers.ssd.rows import EndRows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
     from kvstore.abc.files import FileBatch
     from kvstore.placement.ssd.drive import Drive
+    from kvstore.placement.ssd.keeping import Keeping
     from kvstore.placement.ssd.stock import Stock
     from kvstore.tiers.ssd.directory import SegmentUsage
     from kvstore.tiers.ssd.rows import NodeRows, RecordRows
@@ -125,8 +127,9 @@ class Room:
             return False
         with self._stock.lock:
             survey = self._stock.index.native.survey(DRIVE_MASK, segment_index(drive.number, 0), in_order=True)
+            ends = self._stock.ends_of_keys(survey[0][0], with_plain=False)
         nodes, records = unpack(*survey)
-        directory.rewrite_journal(nodes, records, Deadline.after(self._write_deadline_s))
+        directory.rewrite_journal(nodes, records, Deadline.after(self._write_deadline_s), ends)
         drive.rewritten_bytes = directory.journal_bytes
         drive.has_forgotten = False
         return True
@@ -265,15 +268,21 @@ class Room:
 
     # Journals hear of what was dropped
 
-    def tell_forgotten(self) -> None:
-        """Give the directories what was dropped; it stands before whatever they are given next."""
+    def tell_forgotten(self, keepings: Sequence[Keeping] = ()) -> None:
+        """Give the directories what was dropped; it stands before whatever they are given next.
+
+        And until when nodes are wanted: those of which that has changed, and those of `keepings`, which come next.
+        """
         with self._stock.lock:
             keys, are_states = self._stock.take_forgotten()
-        if keys:
-            for drive in self._stock.drives:
-                if drive.may_write:
-                    drive.directory.forget(keys, are_states)
-                    drive.has_forgotten = True
+            ends = EndRows.join(
+                [self._stock.take_ends(), *(self._stock.ends_with(each.path, each.told()) for each in keepings)]
+            )
+        for drive in self._stock.drives:
+            if drive.may_write:
+                drive.directory.note_ends(ends, self._stock.clock.wall_us)
+                drive.directory.forget(keys, are_states)
+                drive.has_forgotten = drive.has_forgotten or bool(keys or len(ends))
 
 
 def _has_ended(batch: FileBatch, count: int) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, ShelfRefusedError, StoreClosedError
 from kvstore.handle import Handle
 from kvstore.limits import SSD_CLOSE_DEADLINE_S
+from kvstore.placement.ends import Ends, packed_keys
 from kvstore.placement.shelf import Shelf, ShelfStatistics
 from kvstore.placement.ssd.budget import WriteBudget, load_state
+from kvstore.placement.ssd.clock import JournalClock
 from kvstore.placement.ssd.keeping import Keeping
 from kvstore.placement.ssd.loading import SsdHold, SsdLoad
 from kvstore.placement.ssd.places import drives_of, segment_index, segments_of
@@ -50,7 +53,8 @@ class SsdShelf(Shelf):
     Args:
         drives: the directories, opened; the shelf closes them.
         left_out: why others could not be opened.
-        now: wall-clock seconds, for the budget of writes.
+        now: wall-clock seconds, for the budget of writes, and for ends that outlive the process.
+        clock: the pool's, seconds.
     """
 
     def __init__(
@@ -60,17 +64,19 @@ class SsdShelf(Shelf):
         options: SsdOptions,
         *,
         left_out: Sequence[str] = (),
-        now: Callable[[], float] | None = None,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
         self._left_out = tuple(left_out)
-        self._stock = Stock(spec, drives)
-        self._stock.restore()
+        told_us = max((drive.directory.wall_us for drive in drives), default=0)
+        self._stock = Stock(spec, drives, JournalClock(clock, now, told_us))
+        with self._stock.lock:
+            self._stock.restore()
         states = [load_state(drive.files) for drive in drives] if options.daily_bytes is not None else []
         known = [state for state in states if state is not None]
         state = max(known, key=lambda each: each.at_s, default=None)
-        clock = {} if now is None else {"now": now}
-        self._budget = WriteBudget(options.daily_bytes, state, **clock)
+        self._budget = WriteBudget(options.daily_bytes, state, now=now)
         self._writer = Writer(self._stock, options, self._budget)
         self._holds: set[SsdHold] = set()
         self._closing = threading.Lock()
@@ -160,10 +166,10 @@ class SsdShelf(Shelf):
 
     # Keeping
 
-    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows) -> Handle[int]:
+    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends | None = None) -> Handle[int]:
         handle: Handle[int] = Handle(f"keeping {path.tokens} tokens in the SSD tier")
         stock = self._stock
-        keeping = Keeping(self.spec, path, salt, placed, handle)
+        keeping = Keeping(self.spec, path, salt, placed, ends or Ends.lasting(path), handle)
         with stock.lock:
             try:
                 stock.check_open()
@@ -171,8 +177,9 @@ class SsdShelf(Shelf):
                     raise ShelfRefusedError("sparse", "what a sparse prefill wrote is not kept in the SSD tier")
                 writes = keeping.plan(stock.index.native)
                 keeping.size_bytes = keeping.lacking_bytes(writes)
-                if keeping.size_bytes:
+                if keeping.size_bytes or stock.live_longer(path, keeping.ends.table):
                     self._writer.put(keeping)
+                    stock.prolong(path, keeping.ends.table)
                 else:
                     stock.index.native.touch_path(path.packed)
                     handle.resolve(0)
@@ -181,6 +188,32 @@ class SsdShelf(Shelf):
                     stock.refused[error.reason] += 1
                 handle.fail(error)
         return handle
+
+    # Time to live
+
+    @property
+    def next_end_us(self) -> int:
+        with self._stock.lock:
+            return self._stock.index.native.next_end_us
+
+    def expire(self, now_us: int) -> int:
+        with self._stock.lock:
+            return 0 if self._stock.is_closed else self._stock.expire(now_us)
+
+    def stored_tokens(self, path: NodePath) -> int:
+        with self._stock.lock:
+            return self._stock.index.native.stored_tokens(path.packed)
+
+    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
+        stock = self._stock
+        with stock.lock:
+            if not stock.is_closed:
+                stock.index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
+                stock.note_ends(path)
+
+    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
+        with self._stock.lock:
+            return self._stock.index.native.ends_of(packed_keys(path))
 
     # Losing
 
@@ -222,6 +255,7 @@ class SsdShelf(Shelf):
                 loaded_bytes=stock.loaded_bytes,
                 evicted_records=stock.evicted_records,
                 damaged_records=stock.damaged_records,
+                expired_records=stock.expired_records,
                 refused=dict(stock.refused),
                 trouble=self._trouble(),
             )

@@ -12,6 +12,9 @@ import numpy as np
 from kvstore.abc import SlotRows
 from kvstore.errors import StoreClosedError
 from kvstore.events.changes import IS_STATE
+from kvstore.keys import KEY_BYTES
+from kvstore.placement.ends import are_plain, live_longer, packed_keys
+from kvstore.placement.ssd.clock import JournalClock
 from kvstore.placement.ssd.drive import LOG
 from kvstore.placement.ssd.places import (
     DRIVE_MASK,
@@ -23,6 +26,7 @@ from kvstore.placement.ssd.places import (
 from kvstore.placement.ssd.rows import pack
 from kvstore.pool.index import PrefixIndex
 from kvstore.pool.rows import SLOT, SLOT_BYTES
+from kvstore.tiers.ssd.rows import EndRows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +50,11 @@ class Stock:
         lost_segments, lost_drives: what is to leave the index, by the thread that writes.
         has_chores: whether there may be segments in which nothing lives.
         guarded: how many times something was written that is in no index yet.
+        clock: by which a journal says when something ends.
+        now_us: the latest moment at which somebody asked for what has ended.
     """
 
-    def __init__(self, spec: ModelSpec, drives: Sequence[Drive]) -> None:
+    def __init__(self, spec: ModelSpec, drives: Sequence[Drive], clock: JournalClock | None = None) -> None:
         self.spec = spec
         self.drives = tuple(drives)
         self.lock = threading.RLock()
@@ -62,6 +68,9 @@ class Stock:
         self.loaded_bytes = 0
         self.evicted_records = 0
         self.damaged_records = 0
+        self.expired_records = 0
+        self.clock = clock or JournalClock()
+        self.now_us = 0
         self.recovered_records = 0
         self.lost_segments: set[int] = set()
         self.lost_drives: set[int] = set()
@@ -69,6 +78,8 @@ class Stock:
         self.guarded = 0
         self._forgotten_keys: list[bytes] = []
         self._forgotten_states: list[bool] = []
+        self._other_ends: dict[bytes, None] = {}
+        self._tells_all_ends = False
 
     @property
     def lists_whole_paths(self) -> bool:
@@ -91,6 +102,9 @@ class Stock:
         is_taken = np.frombuffer(taken, np.bool_)
         self.add(table[is_taken, SLOT : SLOT_BYTES + 1])
         self.recovered_records = int(is_taken.sum())
+        ends = EndRows.join([drive.directory.recovered_ends for drive in self.drives])
+        self.index.native.restore_ends(ends.keys.tobytes(), self.clock.to_moments(ends.ends_us))
+        self.expire(self.clock.moment_us)
         LOG.info(
             "the SSD tier in %s has %d records, and %d that nothing leads to",
             ", ".join(f"{drive.files.directory} ({drive.files.engine})" for drive in self.drives),
@@ -117,7 +131,10 @@ class Stock:
             own = drives == drive.number
             drive.subtract(segments[own], table[own, 2])
         self.index.tell()
-        if not may_return:
+        if may_return:
+            # What the journals say of their ends may be there then, too, and is to be overruled.
+            self._tells_all_ends = self._tells_all_ends or self.index.native.life_bytes > 0
+        else:
             for changes in self._removed:
                 self.forget(changes.keys, changes.table[:, IS_STATE].astype(bool).tolist())
         self._removed.clear()
@@ -145,6 +162,59 @@ class Stock:
             self.damaged_records += len(lost)
             self.freed(lost, may_return=True)
 
+    # Time to live
+
+    def expire(self, now_us: int) -> int:
+        """Forget what has ended by now; how many records."""
+        self.now_us = max(self.now_us, now_us)
+        freed = self.index.expire(now_us, even_written=True)
+        self.index.native.take_expired()
+        self.expired_records += len(freed)
+        self.evicted_records += len(freed)
+        self.freed(freed)
+        return len(freed)
+
+    def prolong(self, path: NodePath, ends: npt.NDArray[np.uint64]) -> None:
+        """What is here of a path is wanted until then at least."""
+        keys = packed_keys(path)
+        before = self.index.native.ends_of(keys)
+        self.index.native.prolong(keys, ends)
+        is_other = (self.index.native.ends_of(keys) != before).any(axis=1)
+        self._other_ends.update({path.key(node): None for node in np.flatnonzero(is_other).tolist()})
+
+    def live_longer(self, path: NodePath, ends: npt.NDArray[np.uint64]) -> bool:
+        """Whether something that is here of a path is wanted for longer than is known."""
+        return live_longer(ends, self.index.native.ends_of(packed_keys(path)))
+
+    def note_ends(self, path: NodePath) -> None:
+        """Until when a path's nodes are wanted has changed: for the journals."""
+        self._other_ends.update(dict.fromkeys(path.node_keys))
+        self.changed.notify_all()
+
+    def ends_with(self, path: NodePath, ends: npt.NDArray[np.uint64]) -> EndRows:
+        """What the journals must know before a path's records are there, which are wanted until `ends`."""
+        known = self.index.native.ends_of(packed_keys(path))
+        wanted = np.maximum(known, ends)
+        is_other = (wanted != known).any(axis=1) & ~(are_plain(wanted) & are_plain(known))
+        is_other |= self._tells_all_ends
+        keys = np.frombuffer(packed_keys(path), np.uint8).reshape(-1, KEY_BYTES)
+        return EndRows(keys[is_other], self.clock.to_wall(wanted[is_other]))
+
+    def take_ends(self) -> EndRows:
+        """Of all nodes whose ends have changed, for the directories' journals."""
+        return self.ends_of_keys(b"".join(self._take_other_ends()))
+
+    def _take_other_ends(self) -> dict[bytes, None]:
+        taken, self._other_ends = self._other_ends, {}
+        return taken
+
+    def ends_of_keys(self, packed: bytes, *, with_plain: bool = True) -> EndRows:
+        """Until when nodes are wanted, as the journals have it; those that are here."""
+        keys = np.frombuffer(packed, np.uint8).reshape(-1, KEY_BYTES)
+        ends = self.index.native.ends_of(packed)
+        chosen = (ends != 0).any(axis=1) & (with_plain | ~are_plain(ends))
+        return EndRows(keys[chosen], self.clock.to_wall(ends[chosen]))
+
     # What shall not come back
 
     def forget(self, keys: Sequence[bytes], are_states: Sequence[bool]) -> None:
@@ -154,15 +224,16 @@ class Stock:
 
     @property
     def has_forgotten(self) -> bool:
-        """Whether something was dropped of which the directories do not know."""
-        return bool(self._forgotten_keys)
+        """Whether something was dropped, or has another end, of which the directories do not know."""
+        return bool(self._forgotten_keys or self._other_ends)
 
     def has_dropped_of(self, path: NodePath) -> bool:
         """Whether something of a path was dropped of which the directories do not know."""
         if not self._forgotten_keys:
             return False
-        dropped = set(self._forgotten_keys)
-        return any(path.key(node) in dropped for node in range(len(path)))
+        dropped = set(zip(self._forgotten_keys, self._forgotten_states, strict=True))
+        keys = path.node_keys
+        return (keys[-1], True) in dropped or any((key, False) in dropped for key in keys)
 
     def take_forgotten(self) -> tuple[list[bytes], list[bool]]:
         """For the directories' journals."""

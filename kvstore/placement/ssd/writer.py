@@ -181,6 +181,7 @@ class Writer:
                 try:
                     keeping.begin(self._stock.index.native)
                     begun.append(keeping)
+                    self._stock.prolong(keeping.path, keeping.ends.table)
                 except Exception as error:
                     self._end(keeping, self._named(error))
         failure: BaseException | None = None
@@ -189,6 +190,7 @@ class Writer:
                 if self._is_closing and any(keeping.has_committed for keeping in begun):
                     raise StoreClosedError("the SSD tier was closed before all of this was written")
                 self._write(chunk)
+            self._write_ends(begun)
         except Exception as error:
             failure = self._named(error)
         for keeping in begun:
@@ -196,6 +198,21 @@ class Writer:
                 self._finish(keeping, failure)
             except Exception as error:  # one that ends badly must not keep the others from ending
                 self._end(keeping, self._named(error))
+
+    def _write_ends(self, keepings: Sequence[Keeping]) -> None:
+        """Make durable until when what was there already is wanted."""
+        others = [keeping for keeping in keepings if not len(keeping.missing)]
+        if not others:
+            return
+        self._room.tell_forgotten(others)
+        for drive in self._stock.drives:
+            if drive.may_write and drive.has_forgotten:
+                try:
+                    drive.directory.sync(Deadline.after(self._options.write_deadline_s))
+                except (OSError, DeadlineError) as error:
+                    self._note(drive, error, {})
+                    raise
+                drive.has_forgotten = False
 
     def _named(self, error: Exception) -> BaseException:
         """An error as the handle gives it. What nobody foresaw must not end the thread, and is not hidden."""
@@ -215,7 +232,11 @@ class Writer:
                 lacks_some = keeping.plan(native).missing()[0].size > 0
             except ShelfRefusedError as error:
                 failure, lacks_some = failure or error, True
-            if failure is None and lacks_some:
+            if keeping.has_other_ends:
+                stock.note_ends(keeping.path)
+            if lacks_some and keeping.ends.last_us <= stock.now_us:
+                failure = ShelfRefusedError("ended", "its time to live was over before it was written")
+            elif failure is None and lacks_some:
                 failure = ShelfRefusedError("damaged", "records before these were lost while they were written")
             elif failure is not None and not lacks_some:
                 failure = None  # all of it was written before something else failed
@@ -255,7 +276,7 @@ class Writer:
             shares = [(drive, share) for drive, share in shares if share.size]
             if not self._have_room(chunk, shares, sizes, reasons):
                 continue
-            self._room.tell_forgotten()
+            self._room.tell_forgotten(chunk.keepings)
             failed = self._append(chunk, shares, slots, reasons)
             remaining = np.concatenate([np.empty(0, np.int64), *failed])
             taken = slots[np.setdiff1d(left, remaining)]
@@ -349,11 +370,8 @@ class Writer:
                 if not own.any():
                     continue
                 if stock.has_dropped_of(keeping.path):
-                    # Its journal rows stand before those that say so.
-                    raise ShelfRefusedError(
-                        "damaged", "records before these were found damaged while they were written"
-                    )
-                taken = keeping.commit(stock.index.commit, chunk.numbers[own], slots[own])
+                    continue  # its journal rows stand before those that say so
+                taken = keeping.commit(stock.index, chunk.numbers[own], slots[own])
                 stock.add(slots[own][taken])
                 stock.kept_bytes += int(slots[own][taken, 2].sum())
 

@@ -20,8 +20,8 @@ from kvstore.tiers.ssd.lock import DirectoryLock
 from kvstore.tiers.ssd.moves import OperationsError, UnsettledError, move, sync
 from kvstore.tiers.ssd.names import FileName, parse_name
 from kvstore.tiers.ssd.opening import ensure_made, find_and_settle, segment_keys
-from kvstore.tiers.ssd.parts import check_fits, frames_of
-from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, NodeRows, RecordRows
+from kvstore.tiers.ssd.parts import check_fits, end_parts_of, frames_of, may_join
+from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, EndRows, NodeRows, RecordRows
 from kvstore.tiers.ssd.segment import Segment, seal
 from kvstore.tiers.ssd.snapshot import write_snapshot
 from kvstore.tiers.ssd.staging import OpenSegments, Staged, check_rows, empty_staging, read_checksums
@@ -68,6 +68,8 @@ class SsdDirectory:
     Attributes:
         recovered: what was there when it was opened: the nodes and records that the journal names and whose segments
             are there, without what `forget` named, each record once, contiguous from the root. Not verified.
+        recovered_ends: until when the nodes are wanted, of those of which the journal says so.
+        wall_us: the latest wall clock that the journal tells, microseconds since 1970; 0 where it tells none.
         losses: what the journal names and was not recovered, by reason.
         damaged_pages: pages of the journal that were skipped.
         segment_bytes: size from which on a segment takes no more records.
@@ -91,6 +93,7 @@ class SsdDirectory:
         self._segments: dict[int, Segment] = finding.segments
         self._next_segment = finding.next_segment
         self._forgotten: list[tuple[bytes, bool]] = []
+        self._ends: list[EndRows] = []
         self._to_seal: list[Segment] = []
         self._unsettled: UnsettledError | None = None
         self._trouble = ""
@@ -102,6 +105,8 @@ class SsdDirectory:
         self.segment_bytes = segment_bytes
         self._open = OpenSegments(files, self._directory_id, self.segment_bytes, self._take_number)
         self.recovered: tuple[NodeRows, RecordRows] = (finding.nodes, finding.records)
+        self.recovered_ends: EndRows = finding.ends
+        self.wall_us = finding.wall_us
         self.losses: Losses = finding.losses
         self.damaged_pages = sum(scan.damaged_pages for scan in finding.journals)
 
@@ -248,10 +253,24 @@ class SsdDirectory:
         if not self._trouble and self._journal is not None:
             self._forgotten.extend(zip(keys, map(bool, are_states), strict=True))
 
+    def note_ends(self, ends: EndRows, wall_us: int) -> None:
+        """Until when nodes are wanted, whether they are there already or come with the next `append`.
+
+        Rows of the next `append` or `sync`; with `trouble` this does nothing.
+
+        Args:
+            wall_us: what the clock shows by which they are given.
+        """
+        self.wall_us = max(self.wall_us, wall_us)
+        if not self._trouble and self._journal is not None:
+            self._journal.wall_us = self.wall_us
+            if len(ends):
+                self._ends.append(ends)
+
     def sync(self, deadline: Deadline) -> None:
-        """Write the rows of `forget` that wait. Raises as `append`; they wait on then."""
+        """Write the rows of `forget` and `note_ends` that wait. Raises as `append`; they wait on then."""
         journal = self._writable_journal()
-        if self._forgotten:
+        if self._forgotten or self._ends:
             self._add_to_journal(journal, NodeRows.empty(), RecordRows.empty(), {}, deadline)
 
     def segments(self) -> list[SegmentUsage]:
@@ -286,8 +305,12 @@ class SsdDirectory:
             if is_any_gone:
                 self._files.sync_names()
 
-    def rewrite_journal(self, nodes: NodeRows, records: RecordRows, deadline: Deadline) -> None:
+    def rewrite_journal(
+        self, nodes: NodeRows, records: RecordRows, deadline: Deadline, ends: EndRows | None = None
+    ) -> None:
         """Replace the journal by one that holds just these rows, all of them with places.
+
+        Rows of `note_ends` that wait stay behind it.
 
         A crash at any moment leaves one or the other. Rows of `forget` that wait are dropped: what they name is not
         among these.
@@ -310,6 +333,8 @@ class SsdDirectory:
                 sequence=old.sequence,
                 nodes=nodes,
                 records=records,
+                ends=ends or EndRows.empty(),
+                wall_us=self.wall_us,
                 segments=segment_keys(self._segments),
                 next_segment=self._next_segment,
                 deadline=deadline,
@@ -317,7 +342,7 @@ class SsdDirectory:
         except (OSError, DeadlineError) as error:
             self._note(error, is_sync=False)
             # It may be complete all the same: what is appended to the old one has to come after it.
-            old.sequence += len(nodes) + len(records) + 3
+            old.sequence += len(nodes) + len(records) + len(ends or ()) + 3
             self._remove_failed_journal(number)
             raise
         self._journal = journal
@@ -447,12 +472,19 @@ class SsdDirectory:
 
         If that fails some of them may come back after a crash: what they name is there.
         """
-        frames = frames_of(nodes, records, self._forgotten)
+        parts = frames_of(nodes, records, self._forgotten)
+        frames = [(part, EndRows.empty()) for part in parts]
+        ends = EndRows.join(self._ends)
+        if may_join(parts[0], ends):
+            frames[0] = parts[0], ends
+        else:
+            none = NodeRows.empty(), RecordRows.empty(), ()
+            frames = [*((none, each) for each in end_parts_of(ends)), *frames]
         end, rows = journal.end, journal.rows
         try:
-            for part_nodes, part_records, forgotten in frames:
+            for (part_nodes, part_records, forgotten), part_ends in frames:
                 named = {int(number): segments[int(number)] for number in np.unique(part_records.place[:, SEGMENT])}
-                tables = pack_tables(part_nodes, part_records, forgotten, named)
+                tables = pack_tables(part_nodes, part_records, forgotten, named, part_ends)
                 journal.add(tables, FrameKind.BATCH, self._next_segment, deadline)
                 # Each by itself: whoever opens it next relies on no more than the last frame being unsafe.
                 try:
@@ -465,6 +497,7 @@ class SsdDirectory:
             self._note(error, is_sync=error.errno not in _FULL)
             raise
         self._forgotten.clear()
+        self._ends.clear()
 
     def _count(self, staged: Staged) -> None:
         for number, (segment, _) in staged.ends.items():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvstore.abc.files import Files
     from kvstore.record import RecordLayout
     from kvstore.spec import ModelSpec
-    from kvstore.tiers.ssd.rows import NodeRows, RecordRows
+    from kvstore.tiers.ssd.rows import EndRows, NodeRows, RecordRows
 
 _NAMES_SHOWN = 3
 
@@ -42,7 +42,8 @@ class Finding:
         unnamed: segments that no journal names.
         foreign: names of files that are none of a directory's.
         next_segment: no segment of this number or above was ever made.
-        nodes, records: what counts.
+        nodes, records, ends: what counts.
+        wall_us: the latest wall clock that a frame tells.
         losses: what does not.
         offsets: of all records that the journals name in segments that are not sealed, by segment, of those that do not
             count, too.
@@ -58,6 +59,8 @@ class Finding:
     next_segment: int
     nodes: NodeRows
     records: RecordRows
+    ends: EndRows
+    wall_us: int
     losses: Losses
     offsets: dict[int, list[int]]
 
@@ -137,7 +140,7 @@ def _find(files: Files, manifest: Manifest, progress: Callable[[int, int], None]
         raise SsdDirectoryError(
             f"{files.directory} has segments but no journal that says what they hold; restore it or empty the directory"
         )
-    tables, scans = _read_journals(files, manifest, journal_names, progress)
+    tables, scans, wall_us = _read_journals(files, manifest, journal_names, progress)
     segments: dict[int, Segment] = {}
     lost = []
     for number, (nonce, record_class) in sorted(tables.segments.items()):
@@ -150,7 +153,7 @@ def _find(files: Files, manifest: Manifest, progress: Callable[[int, int], None]
             lost.append(number)
         else:
             segments[number] = segment
-    nodes, records, losses = recover(tables, manifest.spec, segments, is_alone=is_alone)
+    nodes, records, ends, losses = recover(tables, manifest.spec, segments, is_alone=is_alone)
     numbers = [name.number + 1 for name in own if not name.is_journal]
     return Finding(
         manifest=manifest,
@@ -163,6 +166,8 @@ def _find(files: Files, manifest: Manifest, progress: Callable[[int, int], None]
         next_segment=max([1, *numbers, *(scan.next_segment for scan in scans), *(n + 1 for n in tables.segments)]),
         nodes=nodes,
         records=records,
+        ends=ends,
+        wall_us=wall_us,
         losses=losses,
         offsets=_offsets(tables, segments),
     )
@@ -173,8 +178,8 @@ def _read_journals(
     manifest: Manifest,
     names: list[FileName],
     progress: Callable[[int, int], None] | None,
-) -> tuple[Tables, tuple[JournalScan, ...]]:
-    """The rows that count of all journals.
+) -> tuple[Tables, tuple[JournalScan, ...], int]:
+    """The rows that count of all journals, and the latest wall clock of a frame.
 
     The newest that is complete replaces what the others say up to the end of its snapshot. What was appended to another
     one later counts: so it does not matter at which step a rewriting was given up.
@@ -198,7 +203,8 @@ def _read_journals(
     collector = TableCollector()
     for head, payload in counting:
         collector.add(memoryview(payload), head.table_begins(), head.counts, head.sequence)
-    return collector.tables(), tuple(scans)
+    wall_us = max((head.wall_us for _, found in parts for head, _ in found), default=0)
+    return collector.tables(), tuple(scans), wall_us
 
 
 def _layout(spec: ModelSpec, record_class: tuple[int, int, int, int]) -> RecordLayout | None:

@@ -24,8 +24,8 @@ FRAME_MAGIC = b"KVSJRNL1"
 HEAD_BYTES = 128
 SEQUENCE_MAX = (1 << 62) - 1
 # Magic, checksums of head and payload; directory, journal, nonce, sequence, offset; kind, payload bytes, next segment;
-# rows of each table; reserved.
-_HEAD = struct.Struct("<8sII16sQQQQIIQ8I16x")
+# rows of each table; reserved; wall clock.
+_HEAD = struct.Struct("<8sII16sQQQQIIQ9I4xQ")
 _HEAD_CRC_OFFSET = 8
 
 SEGMENT_ROW = np.dtype([("number", "<u8"), ("nonce", "<u8"), ("name", "<u2", 4)])
@@ -39,13 +39,14 @@ RECORD_ROW = np.dtype(
      ("cost_us", "<u8"), ("slot_bytes", "<u4"), ("zero", "<u4")]
 )  # fmt: skip
 FORGET_ROW = np.dtype([("key", "u1", KEY_BYTES), ("is_state", "<u4"), ("zero", "<u4")])
+END_ROW = np.dtype([("key", "u1", KEY_BYTES), ("ends_us", "<u8", 3)])
 SALT_BYTE = np.dtype("u1")
 TAIL_ID = np.dtype("<u4")
 DIGEST_ROW = np.dtype([("digest", "u1", KEY_BYTES)])
-TABLES = (SEGMENT_ROW, ROOT_ROW, SALT_BYTE, NODE_ROW, TAIL_ID, RECORD_ROW, DIGEST_ROW, FORGET_ROW)
+TABLES = (SEGMENT_ROW, ROOT_ROW, SALT_BYTE, NODE_ROW, TAIL_ID, RECORD_ROW, DIGEST_ROW, FORGET_ROW, END_ROW)
 """In the order in which they lie in a payload, each padded to 8 bytes."""
 TABLE_BYTES = tuple(table.itemsize for table in TABLES)
-SEGMENTS, ROOTS, SALTS, NODES, TAILS, RECORDS, DIGESTS, FORGETS = range(8)
+SEGMENTS, ROOTS, SALTS, NODES, TAILS, RECORDS, DIGESTS, FORGETS, ENDS = range(9)
 
 assert _HEAD.size == HEAD_BYTES
 assert all(size % 8 == 0 for size in TABLE_BYTES if size > 4)
@@ -76,6 +77,7 @@ class FrameHead:
         next_segment: no segment up to it, itself excluded, is to be made any more.
         counts: rows of each of `TABLES`.
         payload_checksum: CRC32C.
+        wall_us: wall-clock microseconds since 1970 when it was written; 0 where nobody said.
     """
 
     directory_id: bytes
@@ -88,6 +90,7 @@ class FrameHead:
     next_segment: int
     counts: tuple[int, ...]
     payload_checksum: int
+    wall_us: int
 
     @property
     def frame_bytes(self) -> int:
@@ -112,6 +115,7 @@ def pack_frame(
     offset: int,
     kind: FrameKind,
     next_segment: int,
+    wall_us: int = 0,
 ) -> npt.NDArray[np.uint8]:
     """A frame in aligned memory.
 
@@ -134,7 +138,7 @@ def pack_frame(
     head = bytearray(
         _HEAD.pack(
             FRAME_MAGIC, 0, crc32c(frame[HEAD_BYTES : HEAD_BYTES + payload_bytes]), directory_id, journal, nonce,
-            sequence, offset, kind, payload_bytes, next_segment, *counts,
+            sequence, offset, kind, payload_bytes, next_segment, *counts, wall_us,
         )
     )  # fmt: skip
     struct.pack_into("<I", head, _HEAD_CRC_OFFSET, crc32c(head))
@@ -147,13 +151,13 @@ def parse_head(head: bytes) -> FrameHead | None:
     if len(head) != HEAD_BYTES or not head.startswith(FRAME_MAGIC):
         return None
     (_, head_checksum, payload_checksum, directory_id, journal, nonce, sequence, offset, kind, payload_bytes,
-     next_segment, *counts) = _HEAD.unpack(head)  # fmt: skip
+     next_segment, *counts, wall_us) = _HEAD.unpack(head)  # fmt: skip
     blank = head[:_HEAD_CRC_OFFSET] + bytes(4) + head[_HEAD_CRC_OFFSET + 4 :]
     if crc32c(blank) != head_checksum or not FrameKind.BATCH <= kind <= FrameKind.SNAPSHOT_END:
         return None
     frame = FrameHead(
         directory_id, journal, nonce, sequence, offset, FrameKind(kind), payload_bytes, next_segment, tuple(counts),
-        payload_checksum,
+        payload_checksum, wall_us,
     )  # fmt: skip
     if frame.frame_bytes > JOURNAL_FRAME_BYTES_MAX or frame.table_begins()[-1] != payload_bytes:
         return None

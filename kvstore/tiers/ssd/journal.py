@@ -169,6 +169,7 @@ class Journal:
         sequence: the next frame's.
         rows: record and forget rows in it.
         written_bytes: since it was made or opened.
+        wall_us: what its next frames tell of the wall clock.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Journal:
         self.sequence = sequence
         self.rows = 0
         self.written_bytes = 0
+        self.wall_us = 0
 
     @classmethod
     def create(cls, files: Files, number: int, directory_id: bytes, *, sequence: int) -> Journal:
@@ -213,6 +215,7 @@ class Journal:
             offset=self.end,
             kind=kind,
             next_segment=next_segment,
+            wall_us=self.wall_us,
         )
         if self.end + frame.nbytes > JOURNAL_BYTES_MAX:
             raise OSError(

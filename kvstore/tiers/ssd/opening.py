@@ -14,7 +14,7 @@ from kvstore.tiers.ssd.footer import head_bytes
 from kvstore.tiers.ssd.journal import Journal
 from kvstore.tiers.ssd.manifest import Manifest, write_manifest
 from kvstore.tiers.ssd.names import MANIFEST, parse_name
-from kvstore.tiers.ssd.rows import NodeRows, RecordRows
+from kvstore.tiers.ssd.rows import EndRows, NodeRows, RecordRows
 from kvstore.tiers.ssd.segment import seal
 from kvstore.tiers.ssd.snapshot import write_snapshot
 
@@ -85,6 +85,7 @@ def _settled_journal(files: Files, finding: Finding, deadline: Deadline) -> Jour
         file = files.open(str(scan.name), may_write=True)
         journal = Journal(files, file, scan.name, directory_id, end=scan.end, sequence=scan.last_sequence + 1)
         journal.rows = scan.rows
+        journal.wall_us = finding.wall_us
         # It may have been written and not been made safe; from here on it is counted upon.
         journal.renew(scan.last_frame_bytes, deadline)
         return journal
@@ -95,6 +96,8 @@ def _settled_journal(files: Files, finding: Finding, deadline: Deadline) -> Jour
         sequence=finding.last_sequence + 1,
         nodes=finding.nodes,
         records=finding.records,
+        ends=finding.ends,
+        wall_us=finding.wall_us,
         segments=segment_keys(finding.segments),
         next_segment=finding.next_segment,
         deadline=deadline,
@@ -117,6 +120,8 @@ def _empty_journal(files: Files, manifest: Manifest, deadline: Deadline) -> Jour
         sequence=1,
         nodes=NodeRows.empty(),
         records=RecordRows.empty(),
+        ends=EndRows.empty(),
+        wall_us=0,
         segments={},
         next_segment=1,
         deadline=deadline,

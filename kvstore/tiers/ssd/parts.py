@@ -18,12 +18,14 @@ from kvstore.tiers.ssd.frame import (
     TABLES,
     TAIL_ID,
 )
-from kvstore.tiers.ssd.rows import NodeRows, RecordRows, TailIds
+from kvstore.tiers.ssd.rows import EndRows, NodeRows, RecordRows, TailIds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 ROWS_PER_FRAME_MAX = 1 << 15
+ROWS_JOINED_MAX = 1 << 12
+"""A node takes 1.2 KiB with a tail, and 1 KiB more with a salt of its own."""
 _PADDING_BYTES = HEAD_BYTES + 8 * len(TABLES) + FILE_ALIGN_BYTES
 _RECORD_BYTES = RECORD_ROW.itemsize + DIGEST_ROW.itemsize + SEGMENT_ROW.itemsize
 """At most: others may share its digest and its segment."""
@@ -78,6 +80,18 @@ def frames_of(nodes: NodeRows, records: RecordRows, forgotten: Sequence[tuple[by
     count = max(1, min(ROWS_PER_FRAME_MAX, limit_bytes // FORGET_ROW.itemsize))
     none = NodeRows.empty(), RecordRows.empty()
     return [*((*none, forgotten[begin : begin + count]) for begin in range(0, len(forgotten), count)), *parts]
+
+
+def end_parts_of(ends: EndRows) -> list[EndRows]:
+    """Rows of ends, few enough for a frame of their own."""
+    numbers = np.arange(len(ends))
+    return [ends.taken(numbers[at : at + ROWS_PER_FRAME_MAX]) for at in range(0, len(ends), ROWS_PER_FRAME_MAX)]
+
+
+def may_join(part: Part, ends: EndRows) -> bool:
+    """Whether rows of ends surely fit beside others in one frame."""
+    nodes, records, forgotten = part
+    return len(ends) <= ROWS_JOINED_MAX and len(nodes) + len(records) + len(forgotten) <= ROWS_JOINED_MAX
 
 
 def check_fits(nodes: NodeRows, records: RecordRows) -> None:

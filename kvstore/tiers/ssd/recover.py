@@ -13,7 +13,7 @@ import numpy as np
 from kvstore.keys import KEY_BYTES
 from kvstore.limits import FILE_ALIGN_BYTES, PROMPT_TOKENS_MAX
 from kvstore.tiers.ssd.footer import head_bytes
-from kvstore.tiers.ssd.rows import NodeRows, RecordRows, TailIds
+from kvstore.tiers.ssd.rows import ENDLESS_US, EndRows, NodeRows, RecordRows, TailIds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,8 +49,10 @@ class Losses:
 
 def recover(
     tables: Tables, spec: ModelSpec, segments: Mapping[int, Segment], *, is_alone: bool = True
-) -> tuple[NodeRows, RecordRows, Losses]:
+) -> tuple[NodeRows, RecordRows, EndRows, Losses]:
     """The nodes and records that count, each once: parents before children, and records in the order of their rows.
+
+    And until when the nodes are wanted, of those of which something says so.
 
     Args:
         is_alone: no other directory holds what records here depend on, so what cannot be reached does not count.
@@ -103,7 +105,29 @@ def recover(
         replaced=len(chosen) - len(latest) + int(is_replaced.sum()),
         unreachable=len(latest) - len(reachable) + int((is_sane & ~is_known).sum()),
     )
-    return nodes.rows(kept_nodes), rows, losses
+    return nodes.rows(kept_nodes), rows, _ends(tables, nodes, renumbered, kept_nodes), losses
+
+
+def _ends(
+    tables: Tables, nodes: _Nodes, renumbered: npt.NDArray[np.int64], kept_nodes: npt.NDArray[np.int64]
+) -> EndRows:
+    """The last row of each node that counts, without what was forgotten since."""
+    if not len(tables.ends):
+        return EndRows.empty()
+    keys = np.ascontiguousarray(tables.ends["key"])
+    found = nodes.find(keys)
+    is_kept = np.zeros(len(nodes) + 1, np.bool_)
+    is_kept[kept_nodes] = True
+    attention, states = _forget_sequences(tables, nodes)
+    # In the order of their sequences, so that of one node the last assignment counts.
+    latest = np.full(len(nodes) + 1, -1, np.int64)
+    latest[found] = np.arange(len(found))
+    chosen = latest[:-1][is_kept[:-1] & (latest[:-1] >= 0)]
+    chosen = chosen[tables.end_sequences[chosen] >= attention[found[chosen]]]
+    chosen = chosen[np.argsort(renumbered[found[chosen]], kind="stable")]
+    ends_us = tables.ends["ends_us"][chosen].copy()
+    ends_us[tables.end_sequences[chosen] < states[found[chosen]], 1] = ENDLESS_US
+    return EndRows(keys[chosen], ends_us)
 
 
 def _are_among(rows: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -313,22 +337,30 @@ def _which_are_remembered(
     tables: Tables, nodes: _Nodes, node: npt.NDArray[np.int64], spec: ModelSpec
 ) -> npt.NDArray[np.bool_]:
     """Of each record row: whether it was written after its node, or one above, was last forgotten."""
-    forgets = tables.forgets
-    if not len(forgets):
+    if not len(tables.forgets):
         return np.ones(len(node), np.bool_)
-    found = nodes.find(np.ascontiguousarray(forgets["key"]))
-    attention = np.full(len(nodes) + 1, -1, np.int64)
-    states = attention.copy()
-    is_state = forgets["is_state"] != 0
-    # Sequences ascend, and of equal places the last assignment counts.
-    attention[found[~is_state]] = tables.forget_sequences[~is_state]
-    states[found[is_state]] = tables.forget_sequences[is_state]
-    attention[-1] = states[-1] = -1
-    forgotten = nodes.most_of_ancestors(attention)[node]
+    attention, states = _forget_sequences(tables, nodes)
+    forgotten = attention[node]
     is_state_record = np.isin(tables.record_names[:, 0], spec.state_groups)
     forgotten = np.maximum(forgotten, np.where(is_state_record, states[node], -1))
     # What is forgotten in a frame counts before the records of the same frame.
     return tables.record_sequences >= forgotten
+
+
+def _forget_sequences(tables: Tables, nodes: _Nodes) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """When each node, or one above, was last forgotten, and when its states were, `[n + 1]`; -1 for never."""
+    forgets = tables.forgets
+    attention = np.full(len(nodes) + 1, -1, np.int64)
+    states = attention.copy()
+    if len(forgets):
+        found = nodes.find(np.ascontiguousarray(forgets["key"]))
+        is_state = forgets["is_state"] != 0
+        # Sequences ascend, and of equal places the last assignment counts.
+        attention[found[~is_state]] = tables.forget_sequences[~is_state]
+        states[found[is_state]] = tables.forget_sequences[is_state]
+        attention[-1] = states[-1] = -1
+        attention = nodes.most_of_ancestors(attention)
+    return attention, states
 
 
 def _last_of_rows(identity: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -17,6 +17,8 @@ GROUP, SPAN, START, STOP = range(4)
 """Columns of `RecordRows.name`."""
 SEGMENT, OFFSET, SLOT_BYTES = range(3)
 """Columns of `RecordRows.place`."""
+ENDLESS_US = (1 << 64) - 1
+"""The end of what lasts."""
 
 
 class TailIds(Sequence["npt.NDArray[np.uint32]"]):
@@ -159,3 +161,38 @@ class RecordRows:
             np.empty((0, 3), np.uint64),
             np.empty(0, np.uint32),
         )
+
+
+@dataclass(frozen=True)
+class EndRows:
+    """Until when nodes are wanted, `k` of them. A later row of a node replaces an earlier one; who has none lasts.
+
+    Attributes:
+        keys: prefix keys, uint8 `[k, 32]`.
+        ends_us: wall-clock microseconds since 1970 of the node's attention, of its states, and of the prompts that end
+            there, uint64 `[k, 3]`. `ENDLESS_US` has no end; 0 is not there.
+    """
+
+    keys: npt.NDArray[np.uint8]
+    ends_us: npt.NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def taken(self, numbers: npt.NDArray[np.int64]) -> EndRows:
+        """Those of these numbers, in their order."""
+        return EndRows(self.keys[numbers], self.ends_us[numbers])
+
+    @classmethod
+    def join(cls, parts: Sequence[EndRows]) -> EndRows:
+        """One after the other."""
+        empty = cls.empty()
+        return cls(
+            np.concatenate([empty.keys, *(each.keys for each in parts)]),
+            np.concatenate([empty.ends_us, *(each.ends_us for each in parts)]),
+        )
+
+    @classmethod
+    def empty(cls) -> EndRows:
+        """No nodes."""
+        return cls(np.empty((0, KEY_BYTES), np.uint8), np.empty((0, 3), np.uint64))

@@ -8,8 +8,8 @@ import numpy as np
 
 from kvstore.tiers.ssd.frame import FrameKind
 from kvstore.tiers.ssd.journal import Journal
-from kvstore.tiers.ssd.parts import parts_of
-from kvstore.tiers.ssd.rows import SEGMENT, NodeRows, RecordRows
+from kvstore.tiers.ssd.parts import end_parts_of, parts_of
+from kvstore.tiers.ssd.rows import SEGMENT, EndRows, NodeRows, RecordRows
 from kvstore.tiers.ssd.tables import pack_tables
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def write_snapshot(
     sequence: int,
     nodes: NodeRows,
     records: RecordRows,
+    ends: EndRows,
+    wall_us: int,
     segments: Mapping[int, SegmentKey],
     next_segment: int,
     deadline: Deadline,
@@ -41,7 +43,11 @@ def write_snapshot(
         OSError, DeadlineError: it is not, or perhaps not. Its file may be there, and may come back after a crash.
     """
     journal = Journal.create(files, number, directory_id, sequence=sequence)
+    journal.wall_us = wall_us
     try:
+        for part_ends in end_parts_of(ends):
+            tables = pack_tables(NodeRows.empty(), RecordRows.empty(), (), {}, part_ends)
+            journal.add(tables, FrameKind.SNAPSHOT, next_segment, deadline)
         for part_nodes, part_records in parts_of(nodes, records):
             named = {int(each): segments[int(each)] for each in np.unique(part_records.place[:, SEGMENT])}
             journal.add(pack_tables(part_nodes, part_records, (), named), FrameKind.SNAPSHOT, next_segment, deadline)

@@ -11,6 +11,8 @@ from kvstore.keys import KEY_BYTES
 from kvstore.limits import SALT_BYTES_MAX
 from kvstore.tiers.ssd.frame import (
     DIGESTS,
+    END_ROW,
+    ENDS,
     FORGET_ROW,
     FORGETS,
     NODE_ROW,
@@ -27,7 +29,7 @@ from kvstore.tiers.ssd.frame import (
     TAILS,
 )
 from kvstore.tiers.ssd.names import NUMBER_MAX
-from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, NodeRows, RecordRows, TailIds
+from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, EndRows, NodeRows, RecordRows, TailIds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +45,7 @@ def pack_tables(
     records: RecordRows,
     forgotten: Sequence[tuple[bytes, bool]],
     segments: Mapping[int, SegmentKey],
+    ends: EndRows | None = None,
 ) -> list[npt.NDArray[Any]]:
     """The tables of a frame, in the order of `TABLES`. Places of records name segments that are among `segments`."""
     numbers = sorted(segments)
@@ -76,8 +79,13 @@ def pack_tables(
     forget_rows = np.zeros(len(forgotten), FORGET_ROW)
     forget_rows["key"] = _digests([key for key, _ in forgotten])
     forget_rows["is_state"] = [is_state for _, is_state in forgotten]
+    ends = ends or EndRows.empty()
+    end_rows = np.zeros(len(ends), END_ROW)
+    end_rows["key"] = ends.keys
+    end_rows["ends_us"] = ends.ends_us
     return [
         segment_rows, root_rows, salts, node_rows, tails.ids, record_rows, _digests(records.digests), forget_rows,
+        end_rows,
     ]  # fmt: skip
 
 
@@ -95,7 +103,8 @@ class Tables:
         record_nonces: of each record's segment.
         record_names: class of each record, `[m, 4]`.
         forgets: what was forgotten.
-        node_sequences, record_sequences, forget_sequences: of each row's frame.
+        ends: until when nodes are wanted.
+        record_sequences, forget_sequences, end_sequences: of each row's frame.
         contradicting: rows that were left out.
     """
 
@@ -111,6 +120,8 @@ class Tables:
     forgets: npt.NDArray[np.void]
     record_sequences: npt.NDArray[np.int64]
     forget_sequences: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.void]
+    end_sequences: npt.NDArray[np.int64]
     contradicting: int
 
 
@@ -190,6 +201,8 @@ class TableCollector:
             forgets=rows[FORGETS],
             record_sequences=sequences[of][is_kept],
             forget_sequences=sequences[frames[FORGETS]],
+            ends=rows[ENDS],
+            end_sequences=sequences[frames[ENDS]],
             contradicting=contradicting,
         )
 

@@ -81,7 +81,7 @@ def repair(directory: SsdDirectory, spec: ModelSpec, bad: list[BadRecord]) -> No
     """
     deadline = Deadline.after(SSD_RECOVERY_DEADLINE_S)
     if directory.damaged_pages or directory.losses.without_segment:
-        directory.rewrite_journal(*directory.recovered, deadline)
+        directory.rewrite_journal(*directory.recovered, deadline, directory.recovered_ends)
     for record in bad:
         directory.forget([record.key], [record.name[0] in spec.state_groups])
     directory.sync(deadline)
