@@ -284,6 +284,8 @@ NODE_LIFE_S_MAX = 7 * 24 * 3600.0
 """Of the longest lease and writer that a node's operator sets."""
 NODE_COUNT_MAX = 1 << 16
 """Of any number of transfers, connections or pieces that an operator sets; each connection has a thread."""
+NODE_QUOTAS_MAX = 4096
+"""Salts that have a quota of their own in a node's configuration."""
 HTTP_CONNECTIONS_MAX = 16
 """Requests that a node's health endpoint serves at once; each has a thread."""
 HTTP_REQUEST_BYTES_MAX = 16 * KIB

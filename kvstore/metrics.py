@@ -282,6 +282,19 @@ POOL_METRICS: tuple[Metric[StoreMetrics], ...] = (
     _of_pool("kvstore_pool_evicted_records_total", COUNTER, "Records evicted.", lambda p: p.evicted_records),
     _of_pool("kvstore_pool_evicted_bytes_total", COUNTER, "Bytes evicted.", lambda p: p.evicted_bytes),
     _of_pool("kvstore_pool_damaged_records_total", COUNTER, "Records found damaged.", lambda p: p.damaged_records),
+    _of_pool("kvstore_pool_expired_records_total", COUNTER, "Records that ended.", lambda p: p.expired_records),
+    _of_pool("kvstore_pool_expired_leases_total", COUNTER, "Leases held for too long.", lambda p: p.expired_leases),
+    _of_pool("kvstore_pool_expired_writers_total", COUNTER, "Writers open for too long.", lambda p: p.expired_writers),
+    _of_pool("kvstore_pool_quota_refusals_total", COUNTER, "Writes over a quota.", lambda p: p.quota_refusals),
+    _of_pool(
+        "kvstore_pool_quota_evicted_records_total",
+        COUNTER,
+        "Records evicted for one.",
+        lambda p: p.quota_evicted_records,
+    ),
+    _of_pool("kvstore_pool_pins", GAUGE, "Pins that are held.", lambda p: p.pins),
+    _of_pool("kvstore_pool_pinned_bytes", GAUGE, "Bytes that they keep.", lambda p: p.pinned_bytes),
+    _of_pool("kvstore_pool_pin_refusals_total", COUNTER, "Pins over a limit.", lambda p: p.pin_refusals),
 )
 """Of the pool's memory."""
 
@@ -296,6 +309,7 @@ TIER_METRICS: tuple[Metric[StoreMetrics], ...] = (
     _of_tiers("kvstore_tier_loaded_bytes_total", COUNTER, "Records read from it.", lambda t: t.loaded_bytes),
     _of_tiers("kvstore_tier_evicted_records_total", COUNTER, "Records evicted.", lambda t: t.evicted_records),
     _of_tiers("kvstore_tier_damaged_records_total", COUNTER, "Records found damaged.", lambda t: t.damaged_records),
+    _of_tiers("kvstore_tier_expired_records_total", COUNTER, "Records that ended.", lambda t: t.expired_records),
     Metric(
         "kvstore_tier_refused_total", COUNTER, "What it did not take, by reason.", ("tier", "reason"), _tier_refusals
     ),

@@ -16,11 +16,13 @@ from kvstore.limits import (
     CONNECTIONS_PER_TRANSFER_MAX,
     GIB,
     KIB,
+    LIFE_S_MAX,
     NODE_ADDRESSES_MAX,
     NODE_COUNT_MAX,
     NODE_DEADLINE_S_MAX,
     NODE_DRAIN_S_MAX,
     NODE_LIFE_S_MAX,
+    NODE_QUOTAS_MAX,
     RECORD_BYTES_MAX,
     SSD_DIRECTORIES_MAX,
 )
@@ -102,24 +104,52 @@ class HttpConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What each salt may take, and for how long engines may hold what they hold; see `kvstore.StoreLimits`.
+    """What the node bears of each tenant; see `StoreLimits`.
 
     Attributes:
-        quota: bytes that the records of one salt may take in memory; None: as much as there is.
-        lease_max_s: a lease that is held for longer ends; None: never.
-        writer_max_s: a writer that is open for longer is aborted; None: never.
+        quota: bytes of memory that the records of one salt may take; None: no more than there is.
+        quotas: other quotas of single salts, each `salt:2GiB`; `salt:none` lifts it.
+        shelf_quota: bytes of one salt in the tier on disk.
+        ttl_s: time to live of what is written without one of its own.
+        lease_max_s, writer_max_s: an engine that has one for longer loses it.
     """
 
     quota: int | None = field(default=None, metadata={"kind": size()})
+    quotas: tuple[str, ...] = field(
+        default=(), metadata={"kind": several(text("a salt and a size such as tenant-7:2GiB"), NODE_QUOTAS_MAX)}
+    )
+    shelf_quota: int | None = field(default=None, metadata={"kind": size()})
+    ttl_s: float | None = field(default=None, metadata={"kind": seconds(0.001, LIFE_S_MAX)})
     lease_max_s: float | None = field(default=None, metadata={"kind": seconds(0.001, NODE_LIFE_S_MAX)})
     writer_max_s: float | None = field(default=None, metadata={"kind": seconds(0.001, NODE_LIFE_S_MAX)})
 
     def __post_init__(self) -> None:
         _parse_fields(self, "limits.")
+        try:
+            self.store_limits()
+        except ConfigError as error:
+            raise ConfigError(f"limits.quotas: {error}") from error
 
     def store_limits(self) -> StoreLimits:
-        """As `kvstore.open` takes them."""
-        return StoreLimits(quota=self.quota, lease_max_s=self.lease_max_s, writer_max_s=self.writer_max_s)
+        """As `kvstore.open` takes them.
+
+        Raises:
+            ConfigError: a quota names no salt or no size, or two name one salt.
+        """
+        quotas: dict[bytes, str | None] = {}
+        for each in self.quotas:
+            salt, colon, amount = each.rpartition(":")
+            if not colon or salt.encode() in quotas:
+                raise ConfigError(f"it has {each!r}; give each salt once, with a size, such as 'tenant-7:2GiB'")
+            quotas[salt.encode()] = None if amount == "none" else amount
+        return StoreLimits(
+            quota=self.quota,
+            quotas=quotas,
+            shelf_quota=self.shelf_quota,
+            ttl_s=self.ttl_s,
+            lease_max_s=self.lease_max_s,
+            writer_max_s=self.writer_max_s,
+        )
 
 
 @dataclass(frozen=True)

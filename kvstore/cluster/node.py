@@ -158,12 +158,12 @@ class Node:
                 spec,
                 dram=config.dram,
                 ssd=config.ssd_options(),
-                limits=config.limits.store_limits(),
                 socket=attach.socket,
                 arena=attach.arena,
                 allow_uids=attach.allow_uids,
                 silence_s=attach.silence_s,
                 verify=attach.verify,
+                limits=config.limits.store_limits(),
             )
         )
         log_event(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from kvstore.errors import ConfigError
-from kvstore.limits import PINNED_FRACTION_MAX, SALT_BYTES_MAX
+from kvstore.limits import LIFE_S_MAX, PINNED_FRACTION_MAX, SALT_BYTES_MAX
 from kvstore.units import parse_bytes
 
 SALT_SHOWN_BYTES_MAX = 64
@@ -22,6 +22,8 @@ class StoreLimits:
         quota: bytes that the records of one salt may take, headers, reservations and their share of the index
             included; `"2GiB"`, or None for no more than the tier has.
         quotas: other quotas of single salts; None lifts it.
+        shelf_quota, shelf_quotas: the same for each further tier that evicts by itself (SSD, device slabs).
+        ttl_s: time to live of what is written without one of its own; None for no end.
         pinned_fraction: the share of the tier, and of a salt's quota, that pins may keep from being evicted.
         lease_max_s: a lease that is held for longer ends; None for never.
         writer_max_s: a writer that is open for longer is aborted; None for never.
@@ -32,27 +34,39 @@ class StoreLimits:
 
     quota: int | str | None = None
     quotas: Mapping[bytes, int | str | None] = field(default_factory=dict)
+    shelf_quota: int | str | None = None
+    shelf_quotas: Mapping[bytes, int | str | None] = field(default_factory=dict)
+    ttl_s: float | None = None
     pinned_fraction: float = PINNED_FRACTION_MAX
     lease_max_s: float | None = None
     writer_max_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.quotas, Mapping):
-            raise ConfigError(
-                f"quotas={self.quotas!r} is no mapping; pass sizes by salt, such as {{b'tenant-7': '2GiB'}}"
-            )
-        object.__setattr__(self, "quota", _size("quota", self.quota))
-        sizes = {_salt(salt): _size(f"the quota of {shown_salt(salt)}", size) for salt, size in self.quotas.items()}
-        object.__setattr__(self, "quotas", MappingProxyType(sizes))
+        for one, many in (("quota", "quotas"), ("shelf_quota", "shelf_quotas")):
+            by_salt = getattr(self, many)
+            if not isinstance(by_salt, Mapping):
+                raise ConfigError(
+                    f"{many}={by_salt!r} is no mapping; pass sizes by salt, such as {{b'tenant-7': '2GiB'}}"
+                )
+            object.__setattr__(self, one, _size(one, getattr(self, one)))
+            sizes = {_salt(salt): _size(f"the quota of {shown_salt(salt)}", size) for salt, size in by_salt.items()}
+            object.__setattr__(self, many, MappingProxyType(sizes))
         if not isinstance(self.pinned_fraction, int | float) or not 0 <= self.pinned_fraction <= 1:
             raise ConfigError(f"pinned_fraction={self.pinned_fraction!r} is no share; give a number from 0 to 1")
+        if self.ttl_s is not None and not (_is_seconds(self.ttl_s) and self.ttl_s <= LIFE_S_MAX):
+            raise ConfigError(
+                f"ttl_s={self.ttl_s!r} is no time to live; give seconds, at most {LIFE_S_MAX:.0f}, or None"
+            )
         for name in ("lease_max_s", "writer_max_s"):
             seconds = getattr(self, name)
-            is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-            if seconds is not None and not (is_number and 0 < seconds < math.inf):
+            if seconds is not None and not _is_seconds(seconds):
                 raise ConfigError(
                     f"{name}={seconds!r} is no positive number of seconds; give one, such as 600, or None"
                 )
+
+    def of_shelves(self) -> StoreLimits:
+        """What each further tier keeps to, as its own."""
+        return StoreLimits(quota=self.shelf_quota, quotas=self.shelf_quotas)
 
     @property
     def has_quotas(self) -> bool:
@@ -64,6 +78,10 @@ class StoreLimits:
         size = self.quotas.get(salt, self.quota)
         assert not isinstance(size, str), "sizes are parsed when the limits are made"
         return size
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def shown_salt(salt: bytes) -> str:

@@ -65,7 +65,7 @@ class PoolWrites(PoolCore):
             if party is not None:
                 self._joints.leave(party)
             raise
-        transaction.ttl_s = ttl_s
+        transaction.ttl_s = self.limits.ttl_s if ttl_s is None else ttl_s
         if party is not None:
             transaction.become(party, self._joints)
             self._joints.begun(party)

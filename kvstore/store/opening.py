@@ -90,7 +90,8 @@ def open_store(
     with ExitStack() as undoing:
         undoing.callback(tier.close)
         shelves: list[Shelf] = []  # the fastest first
-        slabs, pages = _open_gpu(spec, gpu, tier)
+        of_shelves = None if limits is None else limits.of_shelves()
+        slabs, pages = _open_gpu(spec, gpu, tier, of_shelves)
         for on_device in (slabs, pages):
             if on_device is not None:
                 undoing.callback(on_device.close)
@@ -98,7 +99,7 @@ def open_store(
         if ssd is not None:
             from kvstore.placement.ssd import open_ssd
 
-            shelves.append(open_ssd(spec, ssd, clock=clock))
+            shelves.append(open_ssd(spec, ssd, clock=clock, limits=of_shelves))
             undoing.callback(shelves[-1].close)
         if shelves:
             from kvstore.placement.tiered import TieredPool
@@ -121,7 +122,7 @@ def open_store(
 
 
 def _open_gpu(
-    spec: ModelSpec, gpu: int | str | GpuOptions | Pages | None, tier: ArenaTier
+    spec: ModelSpec, gpu: int | str | GpuOptions | Pages | None, tier: ArenaTier, limits: StoreLimits | None
 ) -> tuple[SlabShelf | None, PageShelf | None]:
     """The tier on a device, of one kind or the other."""
     if gpu is None:
@@ -138,7 +139,7 @@ def _open_gpu(
             )
         return None, PageShelf(gpu)
     options = gpu if isinstance(gpu, GpuOptions) else GpuOptions(gpu)
-    return open_slabs(spec, options, arena_memory=tier.memory), None
+    return open_slabs(spec, options, arena_memory=tier.memory, limits=limits), None
 
 
 def attach_store(

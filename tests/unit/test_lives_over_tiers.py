@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvstore.clock import Deadline
-from kvstore.errors import LeaseGoneError
+from kvstore.errors import LeaseGoneError, ShelfRefusedError
+from kvstore.placement.gpu.slab_shelf import GpuOptions
 from kvstore.placement.ssd import open_ssd
 from kvstore.placement.tiered import TieredPool
+from kvstore.pool import StoreLimits
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
-from kvstore.store import Store
+from kvstore.store import Store, open_store
 from kvstore.testing.memory_shelf import MemoryShelf, ShelfMedium
 from kvstore.testing.specs import check_lease, dense, hybrid, put_all
 from kvstore.tiers import ArenaTier
@@ -345,3 +347,70 @@ def test_a_system_clock_that_was_set_forward_ends_lives_early(tmp_path: Path) ->
     with tiers.opened() as store:
         assert found(store) == 0
         assert found(store, range(700, 700 + B)) == B
+
+
+# Quotas
+
+
+@pytest.mark.parametrize("kind", ["ssd", "gpu"])
+def test_a_salt_keeps_to_its_quota_in_each_tier(tmp_path: Path, kind: str) -> None:
+    if kind == "gpu":
+        pytest.importorskip("torch")
+    spec = dense(16)
+    quota_bytes = 10 * 8192 + 10_000
+    limits = StoreLimits(shelf_quota=quota_bytes, shelf_quotas={b"free": None})
+    where: dict[str, Any] = {"ssd": f"{tmp_path}:64MiB"} if kind == "ssd" else {"gpu": GpuOptions("4MiB", device="cpu")}
+    with open_store(spec, dram="4MiB", limits=limits, **where) as store:
+
+        def stored(salt: bytes) -> list[int]:
+            return [
+                number
+                for number in range(6)
+                if pool.shelves[0].stored_tokens(store.prompt([number] * 64, salt=salt).path) == 64
+            ]
+
+        pool = pool_of(store)
+        for number in range(6):
+            for salt in (b"a", b"free"):
+                with store.write([number] * 64, salt=salt) as writer:
+                    put_all(writer)
+                    writer.commit()
+                pool._keeper.flush(Deadline.after(TEST_S))
+        assert stored(b"free") == list(range(6))
+        assert stored(b"a") == [4, 5]
+        with store.write(range(1000, 1000 + 11 * 16), salt=b"a") as writer:
+            put_all(writer)
+            writer.commit()
+        with pytest.raises(ShelfRefusedError) if kind == "ssd" else nullcontext():
+            pool._keeper.flush(Deadline.after(TEST_S))
+        assert pool.statistics().shelves[0].refused == {"quota": 1}
+        assert stored(b"a") == [4, 5]
+        store.pool.check()
+
+
+def test_checkpoints_of_one_prompt_count_once_in_a_quota(tmp_path: Path) -> None:
+    limits = StoreLimits(shelf_quota="128KiB")
+    with open_store(hybrid(B), dram="4MiB", ssd=f"{tmp_path}:64MiB", limits=limits) as store:
+        with store.write(IDS, resume_at=(B, 2 * B, 3 * B)) as writer:
+            put_all(writer)
+            writer.commit()
+        store.flush(TEST_S)
+        pool = pool_of(store)
+        used_bytes = pool.statistics().shelves[0].committed_bytes
+        assert used_bytes > 128 * 1024 // 3
+        assert pool.statistics().shelves[0].refused == {}
+
+
+def test_what_is_written_without_a_time_to_live_gets_the_stores() -> None:
+    clock = [0.0]
+    with open_store(hybrid(B), dram="4MiB", limits=StoreLimits(ttl_s=60), clock=lambda: clock[0]) as store:
+        for ids, ttl_s in ((IDS, None), (IDS[:B], 90)):
+            with store.write(ids, ttl_s=ttl_s) as writer:
+                put_all(writer)
+                writer.commit()
+        clock[0] = 59.9
+        assert found(store) == len(IDS)
+        clock[0] = 60.0
+        assert found(store) == B
+        clock[0] = 90.0
+        assert found(store) == 0

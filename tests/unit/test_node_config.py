@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from kvstore.abc import TransportOptions
 from kvstore.cli.serve import parse_assignment
 from kvstore.cluster import AttachConfig, HttpConfig, LogConfig, NodeConfig, TransportConfig, read_config
-from kvstore.cluster.config import SETTINGS
+from kvstore.cluster.config import SETTINGS, LimitsConfig
 from kvstore.cluster.exposure import is_loopback
 from kvstore.errors import ConfigError
 from kvstore.limits import GIB, MIB, NODE_CONFIG_BYTES_MAX
+from kvstore.pool import StoreLimits
 from kvstore.testing.specs import hybrid
 from kvstore.transfer import TransferSettings
 
@@ -142,6 +143,7 @@ def test_values_in_python_are_checked_too() -> None:
         ("[tls]\ncertificate = 'x'", "tls is not there yet: this version neither encrypts nor authenticates"),
         ("[attach]\nverify = true", "there is no attach.socket; set it"),
         ("[attach]\nallow_uids = [-1]\nsocket = 'x'", "whole number from 0"),
+        ("[limits]\nttl_s = 0", "limits.ttl_s = 0 is not a number of seconds"),
         ("spec = 1979-05-27", "is not the path"),
     ],
 )
@@ -306,3 +308,31 @@ def test_the_reference_lists_every_setting_with_its_default() -> None:
 def test_every_setting_of_transfers_can_be_set() -> None:
     """A new one needs a kind in `kvstore.cluster.config`, and a row in the reference."""
     assert {f"transfer.{each.name}" for each in fields(TransferSettings)} <= set(SETTINGS)
+
+
+def test_limits_become_those_of_a_store() -> None:
+    limits = LimitsConfig(
+        quota="2GiB",
+        quotas=("tenant-7:1GiB", "a:b:none"),
+        shelf_quota="9GiB",
+        ttl_s=60,
+        lease_max_s=10,  # type: ignore[arg-type]
+    ).store_limits()
+    assert limits.quota == 2 << 30
+    assert limits.quotas == {b"tenant-7": 1 << 30, b"a:b": None}
+    assert limits.of_shelves().quota == 9 << 30
+    assert (limits.ttl_s, limits.lease_max_s, limits.writer_max_s) == (60, 10, None)
+    assert LimitsConfig().store_limits() == StoreLimits()
+
+
+@pytest.mark.parametrize(
+    ("quotas", "message"),
+    [
+        (["tenant-7"], "limits.quotas: it has 'tenant-7'; give each salt once, with a size"),
+        (["a:1GiB", "a:2GiB"], "limits.quotas: it has 'a:2GiB'"),
+        (["a:lots"], "limits.quotas: the quota of salt b'a' is no size"),
+    ],
+)
+def test_quotas_that_are_none(quotas: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LimitsConfig(quotas=tuple(quotas))

@@ -16,6 +16,7 @@ from kvstore.errors import (
     DeadlineError,
     DeviceError,
     PoolError,
+    QuotaError,
     ShelfRefusedError,
     StoreClosedError,
 )
@@ -31,6 +32,7 @@ from kvstore.pool.room import Room
 from kvstore.pool.rows import COST_US, GROUP, NODE, Rows
 from kvstore.pool.search import search
 from kvstore.pool.statistics import PoolStatistics
+from kvstore.pool.store_limits import StoreLimits
 from kvstore.record import largest_slot_bytes
 from kvstore.tiers.gpu.device import never_free
 from kvstore.tiers.gpu.slabs import DeviceTier
@@ -69,19 +71,26 @@ class GpuOptions:
     device: str = "cuda"
 
 
-def open_slabs(spec: ModelSpec, options: GpuOptions, *, arena_memory: memoryview | None = None) -> SlabShelf:
+def open_slabs(
+    spec: ModelSpec,
+    options: GpuOptions,
+    *,
+    arena_memory: memoryview | None = None,
+    limits: StoreLimits | None = None,
+) -> SlabShelf:
     """The device tier of a store.
 
     Args:
         arena_memory: host memory that records are copied from and to. It is page-locked here and must stay until the
             shelf is closed.
+        limits: what each salt may take here.
 
     Raises:
         UnavailableError: there is no torch or no such device. DeviceError: the device has too little memory.
         RecordTooLargeError: not even one record fits. ValueError: `capacity` is no size.
     """
     capacity_bytes = parse_bytes(options.capacity)
-    return SlabShelf(spec, open_device(options.device), capacity_bytes, arena_memory=arena_memory)
+    return SlabShelf(spec, open_device(options.device), capacity_bytes, arena_memory=arena_memory, limits=limits)
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class _Keep:
     """A resume point on its way to the device."""
 
     path: NodePath
+    salt: bytes
     ends: Ends
     writes: WriteSet
     slots: SlotRows
@@ -109,17 +119,24 @@ class SlabShelf(Shelf):
     """
 
     def __init__(
-        self, spec: ModelSpec, device: Device, capacity_bytes: int, *, arena_memory: memoryview | None = None
+        self,
+        spec: ModelSpec,
+        device: Device,
+        capacity_bytes: int,
+        *,
+        arena_memory: memoryview | None = None,
+        limits: StoreLimits | None = None,
     ) -> None:
         self.spec = spec
         self.device = device
         self._tier = DeviceTier(device, capacity_bytes, largest_slot_bytes=largest_slot_bytes(spec))
         self._lock = threading.RLock()
         ghosts_max = min(GHOSTS_MAX, int(capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
-        self._index = PrefixIndex(spec, None, ghosts_max)
+        limits = limits or StoreLimits()
+        self._index = PrefixIndex(spec, None, ghosts_max, has_quotas=limits.has_quotas)
         self._nothing = PrefixIndex(spec).native
         self._counts = PoolStatistics()
-        self._room = Room(self._tier, self._index, self._counts)
+        self._room = Room(self._tier, self._index, self._counts, limits)
         self._is_closed = False
         self._keeps = 0
         self._kept_bytes = 0
@@ -260,12 +277,14 @@ class SlabShelf(Shelf):
         is_state = np.isin(rows.table[:, GROUP], self.spec.state_groups)
         resume_nodes = np.unique(rows.table[is_state, NODE]).tolist() or [len(path) - 1]
         try:
-            self._room.check(sizes, writes.new_nodes)
+            self._room.check(sizes, writes.new_nodes, salt)
             with ExitStack() as undoing:
                 native.enter(writes, path.packed, salt, [], resume_nodes)
                 undoing.callback(native.undo, writes)
-                slots = self._room.reserve(sizes)
+                slots = self._room.reserve(sizes, salt)
                 undoing.pop_all()
+        except QuotaError as error:
+            raise ShelfRefusedError("quota", f"the gpu tier takes no more of this salt: {error}") from error
         except PoolError as error:
             raise ShelfRefusedError("full", f"the gpu tier has no room: {error}") from error
         except (DeviceError, DeadlineError) as error:  # while it moved records together
@@ -275,7 +294,7 @@ class SlabShelf(Shelf):
         chosen = names.positions_of(rows.record_names)
         addresses = placed.addresses[chosen].astype(np.int64)
         copies = RecordCopies(self._tier.locations(slots), addresses, np.array(sizes, np.int64))
-        return _Keep(path, ends, writes, slots, placed.rows.table[chosen, COST_US].copy(), copies, handle)
+        return _Keep(path, salt, ends, writes, slots, placed.rows.table[chosen, COST_US].copy(), copies, handle)
 
     def _copy_in(self, kept: _Keep) -> None:
         """On the thread that copies to the device."""
@@ -303,8 +322,8 @@ class SlabShelf(Shelf):
         given_back = self._index.commit(kept.writes, ready, kept.costs_us, ends_at_us=NEW_US)
         self._index.native.prolong(packed_keys(kept.path), kept.ends.table)
         stays = kept.slots.taken(sorted(set(range(count)).difference(given_back)))
-        self._room.keep_all(stays)
-        self._room.give_back_all(kept.slots.taken(given_back))
+        self._room.keep_all(stays, kept.salt)
+        self._room.give_back_all(kept.slots.taken(given_back), kept.salt)
         native = self._index.native
         native.set_transient(kept.writes.last_node, False)
         native.leave(kept.writes)
@@ -314,7 +333,7 @@ class SlabShelf(Shelf):
 
     def _give_back(self, kept: _Keep) -> int:
         self._room.unpin_all(kept.slots)
-        self._room.give_back_all(kept.slots)
+        self._room.give_back_all(kept.slots, kept.salt)
         self._index.native.leave(kept.writes)
         self._room.freed(self._index.let_go(kept.writes))
         return 0

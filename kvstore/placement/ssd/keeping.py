@@ -107,6 +107,13 @@ class Keeping:
         self.kept_bytes += int(slots[taken, 2].sum())
         return taken
 
+    def names(self, numbers: npt.NDArray[np.int64]) -> list[tuple[object, ...]]:
+        """What tells these of `missing` from all other records."""
+        return [
+            (self.path.key(row[NODE]), *row[GROUP : STOP + 1], self.missing.digests[row[DIGEST]])
+            for row in self.missing.table[numbers].tolist()
+        ]
+
     def told(self) -> npt.NDArray[np.uint64]:
         """Until when it is wanted, as the journals are about to be told."""
         self._told = self.ends.table
@@ -248,10 +255,7 @@ def chunks_of(keepings: Sequence[Keeping], chunk_bytes: int) -> Iterator[Chunk]:
         table = keeping.missing.table
         order = np.argsort(table[:, NODE], kind="stable")
         if len(keepings) > 1:
-            names = [
-                (keeping.path.key(row[NODE]), *row[GROUP : STOP + 1], keeping.missing.digests[row[DIGEST]])
-                for row in table[order].tolist()
-            ]
+            names = keeping.names(order)
             is_new = [name not in seen for name in names]
             seen.update(names)
             order = order[np.array(is_new, np.bool_)]

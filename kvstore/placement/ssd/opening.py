@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kvstore.abc.files import Files
     from kvstore.placement.ssd.options import AnySsd, SsdPlace
+    from kvstore.pool import StoreLimits
     from kvstore.spec import ModelSpec
 
 _DRIVE_ERRORS = (errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.ENXIO)
@@ -32,6 +33,7 @@ def open_ssd(
     make_files: Callable[[SsdPlace, SsdOptions], Files] | None = None,
     clock: Callable[[], float] = time.monotonic,
     now: Callable[[], float] = time.time,
+    limits: StoreLimits | None = None,
 ) -> SsdShelf:
     """Open an SSD tier, made where there is none yet. The last part of each path is made if it is missing.
 
@@ -40,7 +42,7 @@ def open_ssd(
     Args:
         ssd: `/dir:200GiB`, several of them, or `SsdOptions`.
         make_files: what moves the bytes of a directory; the best engine of this machine by default.
-        clock, now: seconds, as `SsdShelf` has them.
+        clock, now, limits: as `SsdShelf` has them.
 
     Raises:
         ConfigError: no such options. SsdDirectoryError: a directory is another process's, another model's, of a newer
@@ -60,7 +62,7 @@ def open_ssd(
                 LOG.error("%s", left_out[-1])
         if not drives:
             raise SsdDirectoryError(f"no directory of the SSD tier can be used: {'; '.join(left_out)}")
-        return SsdShelf(spec, drives, options, left_out=left_out, clock=clock, now=now)
+        return SsdShelf(spec, drives, options, left_out=left_out, clock=clock, now=now, limits=limits)
     except BaseException:
         for drive in drives:
             drive.directory.close()

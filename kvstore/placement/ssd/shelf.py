@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvstore.pool.held import PlacedRows
     from kvstore.pool.path import NodePath, RecordPlace
     from kvstore.pool.search import Query
+    from kvstore.pool.store_limits import StoreLimits
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
 _of_parents: list[Stock] = []
@@ -55,6 +56,7 @@ class SsdShelf(Shelf):
         left_out: why others could not be opened.
         now: wall-clock seconds, for the budget of writes, and for ends that outlive the process.
         clock: the pool's, seconds.
+        limits: what each salt may take here.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class SsdShelf(Shelf):
         left_out: Sequence[str] = (),
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
+        limits: StoreLimits | None = None,
     ) -> None:
         self.spec = spec
         self._left_out = tuple(left_out)
         told_us = max((drive.directory.wall_us for drive in drives), default=0)
-        self._stock = Stock(spec, drives, JournalClock(clock, now, told_us))
+        self._stock = Stock(spec, drives, JournalClock(clock, now, told_us), limits)
         with self._stock.lock:
             self._stock.restore()
         states = [load_state(drive.files) for drive in drives] if options.daily_bytes is not None else []

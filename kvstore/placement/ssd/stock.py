@@ -26,6 +26,7 @@ from kvstore.placement.ssd.places import (
 from kvstore.placement.ssd.rows import pack
 from kvstore.pool.index import PrefixIndex
 from kvstore.pool.rows import SLOT, SLOT_BYTES
+from kvstore.pool.store_limits import StoreLimits
 from kvstore.tiers.ssd.rows import EndRows
 
 if TYPE_CHECKING:
@@ -51,15 +52,23 @@ class Stock:
         has_chores: whether there may be segments in which nothing lives.
         guarded: how many times something was written that is in no index yet.
         clock: by which a journal says when something ends.
+        limits: what each salt may take.
         now_us: the latest moment at which somebody asked for what has ended.
     """
 
-    def __init__(self, spec: ModelSpec, drives: Sequence[Drive], clock: JournalClock | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        drives: Sequence[Drive],
+        clock: JournalClock | None = None,
+        limits: StoreLimits | None = None,
+    ) -> None:
         self.spec = spec
         self.drives = tuple(drives)
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.index = PrefixIndex(spec)
+        self.limits = limits or StoreLimits()
+        self.index = PrefixIndex(spec, has_quotas=self.limits.has_quotas)
         self._removed: list[Changes] = []
         self.index.watch("ssd", partial(_note_removed, self._removed))
         self.is_closed = False

@@ -18,6 +18,7 @@ from kvstore.placement.ssd.budget import save_state
 from kvstore.placement.ssd.drive import NO_FILES
 from kvstore.placement.ssd.keeping import Chunk, chunks_of
 from kvstore.placement.ssd.places import slots_of
+from kvstore.placement.ssd.quota import QuotaShare
 from kvstore.placement.ssd.room import Room
 from kvstore.placement.ssd.stripes import stripe
 from kvstore.tiers.ssd.memory import keep_for_ever
@@ -176,10 +177,16 @@ class Writer:
     def _write_all(self, batch: Sequence[Keeping]) -> None:
         """Make all of these durable, or say of each why not."""
         begun: list[Keeping] = []
+        share = QuotaShare(self._stock)
         with self._stock.lock:
             for keeping in batch:
                 try:
                     keeping.begin(self._stock.index.native)
+                    try:
+                        share.add(keeping)
+                    except BaseException:
+                        self._stock.index.native.undo(keeping.writes)
+                        raise
                     begun.append(keeping)
                     self._stock.prolong(keeping.path, keeping.ends.table)
                 except Exception as error:
