@@ -401,6 +401,29 @@ def test_a_drive_that_cannot_be_opened_is_left_out(source: Store) -> None:
         disks.open()
 
 
+def test_what_hangs_on_a_drive_that_cannot_be_opened_is_there_with_it_again(source: Store) -> None:
+    """It was promised: the other drive keeps its share, whatever is written, dropped and cleaned meanwhile."""
+    disks = Disks(2)
+    originals = [write(source, range(number * 100, number * 100 + 40)) for number in range(6)]
+    with closing(disks.open()) as shelf:
+        for original in originals:
+            keep(shelf, original)
+    for out in (0, 1):
+        fault = Fault("names", errno.EIO, times=None)
+        disks[out].faults.append(fault)
+        with closing(disks.open()) as shelf:
+            assert not all(loads(shelf, original) for original in originals)
+            for number in range(10, 40):
+                churn = write(source, range(number * 100, number * 100 + 40))
+                keep(shelf, churn)
+                shelf.evict(churn.path.key(0))
+            shelf.check()
+        disks[out].faults.remove(fault)
+        with closing(disks.open()) as shelf:
+            assert all(loads(shelf, original) for original in originals)
+            shelf.check()
+
+
 def test_another_models_directory_is_an_error_whatever_else_there_is() -> None:
     disks = Disks(2)
     disks.open().close()

@@ -75,7 +75,7 @@ class SsdShelf(Shelf):
         told_us = max((drive.directory.wall_us for drive in drives), default=0)
         self._stock = Stock(spec, drives, JournalClock(clock, now, told_us), limits)
         with self._stock.lock:
-            self._stock.restore()
+            self._stock.restore(is_whole=not left_out)
         states = [load_state(drive.files) for drive in drives] if options.daily_bytes is not None else []
         known = [state for state in states if state is not None]
         state = max(known, key=lambda each: each.at_s, default=None)

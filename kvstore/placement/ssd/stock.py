@@ -50,7 +50,7 @@ class Stock:
         refused: how often something was not taken, by reason.
         lost_segments, lost_drives: what is to leave the index, by the thread that writes.
         has_chores: whether there may be segments in which nothing lives.
-        guarded: how many times something was written that is in no index yet.
+        guarded: how many times something stays on the drives that is in no index (yet).
         clock: by which a journal says when something ends.
         limits: what each salt may take.
         now_us: the latest moment at which somebody asked for what has ended.
@@ -104,13 +104,20 @@ class Stock:
 
     # Coming and going
 
-    def restore(self) -> None:
-        """Fill the empty index with what the drives recovered, as far as it hangs together."""
+    def restore(self, *, is_whole: bool = True) -> None:
+        """Fill the empty index with what the drives recovered, as far as it hangs together.
+
+        Args:
+            is_whole: whether all drives are here. Otherwise what hangs on the others stays where it is, out of the
+                index, until they are: it was promised to be there again.
+        """
         nodes, (table, digests) = pack([drive.directory.recovered for drive in self.drives])
         taken = self.index.native.restore(self.spec.block_tokens, nodes, table, digests)
         is_taken = np.frombuffer(taken, np.bool_)
         self.add(table[is_taken, SLOT : SLOT_BYTES + 1])
         self.recovered_records = int(is_taken.sum())
+        if not is_whole and not is_taken.all():
+            self.guard(table[~is_taken, SLOT : SLOT_BYTES + 1])
         ends = EndRows.join([drive.directory.recovered_ends for drive in self.drives])
         self.index.native.restore_ends(ends.keys.tobytes(), self.clock.to_moments(ends.ends_us))
         self.expire(self.clock.moment_us)
@@ -264,7 +271,7 @@ class Stock:
                 self.changed.notify_all()
 
     def guard(self, slots: npt.NDArray[np.uint64]) -> None:
-        """These are written and in no index yet: their segments and their rows in the journals stay until `unguard`."""
+        """These are in no index (yet): their segments and their rows in the journals stay until `unguard`."""
         self.pin(slots)
         self.guarded += 1
 
