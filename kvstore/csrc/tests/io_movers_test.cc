@@ -76,12 +76,11 @@ void test_threads(const std::string& name) {
     // Memory lives until the engine is closed: what is cancelled or forgotten may still move.
     std::vector<std::unique_ptr<Pages>> sources;
     std::vector<std::unique_ptr<Pages>> targets;
-    std::vector<std::unique_ptr<Pages>> unread;
+    std::array<std::vector<std::unique_ptr<Pages>>, 4> unread;  // of each thread, of each batch
     constexpr std::uint64_t share = 40;
     for (std::uint64_t thread = 0; thread < 4; ++thread) {
         sources.push_back(std::make_unique<Pages>(share * page));
         targets.push_back(std::make_unique<Pages>(share * page));
-        unread.push_back(std::make_unique<Pages>(share * page));
         sources.back()->fill(static_cast<unsigned>(thread));
     }
     for (std::uint64_t thread = 0; thread < 4; ++thread) {
@@ -89,7 +88,6 @@ void test_threads(const std::string& name) {
             std::mt19937 random(static_cast<unsigned>(thread));
             Pages& source = *sources[thread];
             Pages& target = *targets[thread];
-            Pages& forgotten = *unread[thread];
             const std::uint64_t base = thread * share * page;
             for (int round = 0; round < 20; ++round) {
                 std::vector<io::Row> rows;
@@ -115,8 +113,9 @@ void test_threads(const std::string& name) {
                 run_well(*engine, rows, random() % 2 == 0);
                 check(std::memcmp(source.data(), target.data(), source.size_bytes()) == 0, "every byte is the same");
                 if (random() % 4 == 0) {
+                    unread[thread].push_back(std::make_unique<Pages>(share * page));
                     for (io::Row& one : rows) {
-                        one.address += forgotten.address() - target.address();
+                        one.address += unread[thread].back()->address() - target.address();
                     }
                     engine->submit(rows, false);
                 }
