@@ -1,6 +1,11 @@
 """Settings for all tests."""
 
 import os
+import signal
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and whatever they start as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports torch: several threads per test process on few cores run many times slower, and child
 # processes inherit it.
