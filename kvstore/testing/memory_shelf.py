@@ -22,7 +22,8 @@ from kvstore.abc import SlotRows
 from kvstore.errors import DeadlineError, PoolError, ShelfRefusedError, StoreClosedError
 from kvstore.handle import Handle
 from kvstore.placement.ends import NEW_US, PROMPTS, Ends, packed_keys
-from kvstore.placement.shelf import Shelf, ShelfHold, ShelfLoad, ShelfStatistics
+from kvstore.placement.indexed import IndexedShelf
+from kvstore.placement.shelf import ShelfHold, ShelfLoad, ShelfStatistics
 from kvstore.pool import PoolStatistics
 from kvstore.pool.index import PrefixIndex, needs_of
 from kvstore.pool.plan import place_table
@@ -234,7 +235,7 @@ class _NotedArena(ArenaTier):
         super().free_all(slots)
 
 
-class MemoryShelf(Shelf):
+class MemoryShelf(IndexedShelf):
     """Records in an arena of its own. Any thread.
 
     Args:
@@ -474,11 +475,6 @@ class MemoryShelf(Shelf):
         ends = self._index.native.ends_of(packed_keys(path))
         self._medium.ends.update(zip(path.node_keys, ends.tolist(), strict=True))
 
-    @property
-    def next_end_us(self) -> int:
-        with self._lock:
-            return self._index.native.next_end_us
-
     def expire(self, now_us: int) -> int:
         with self._lock:
             freed = self._index.expire(now_us, even_written=True)
@@ -487,18 +483,10 @@ class MemoryShelf(Shelf):
             self._room.freed(freed)
             return len(freed)
 
-    def stored_tokens(self, path: NodePath) -> int:
-        with self._lock:
-            return self._index.native.stored_tokens(path.packed)
-
     def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
         with self._lock:
-            self._index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
+            super().set_end(path, ends_at_us, after_tokens=after_tokens, meant_tokens=meant_tokens)
             self._note_ends(path)
-
-    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
-        with self._lock:
-            return self._index.native.ends_of(packed_keys(path))
 
     # The shelf itself
 

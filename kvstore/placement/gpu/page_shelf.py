@@ -19,7 +19,8 @@ from kvstore.placement.ends import Ends, packed_keys
 from kvstore.placement.gpu.page_load import PageLoad
 from kvstore.placement.gpu.page_names import name_pages, units_in_pages
 from kvstore.placement.gpu.page_table import PageTable
-from kvstore.placement.shelf import Shelf, ShelfHold, ShelfStatistics
+from kvstore.placement.indexed import IndexedShelf
+from kvstore.placement.shelf import ShelfHold, ShelfStatistics
 from kvstore.pool.index import PrefixIndex, needs_of
 from kvstore.pool.plan import place_table
 from kvstore.pool.rows import GROUP, NODE, STOP, RecordNames, Rows
@@ -90,7 +91,7 @@ class PageHold(ShelfHold):
         self._shelf.let_go(self)
 
 
-class PageShelf(Shelf):
+class PageShelf(IndexedShelf):
     """The index of what lies in an engine's pages. Any thread.
 
     The engine says what lies where (`note`), and takes pages back before it reuses them (`forget`). What it writes into
@@ -119,7 +120,7 @@ class PageShelf(Shelf):
             for span in spec.spans[group]:
                 packings_of_records(record_layout(spec, group, span.index, units), pages.shard, 1)
         self._name = name
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = self._changed = threading.Condition(threading.RLock())
         self._index = PrefixIndex(spec)
         self._table = PageTable()
         self._holds: set[PageHold] = set()
@@ -364,11 +365,6 @@ class PageShelf(Shelf):
 
     # Time to live
 
-    @property
-    def next_end_us(self) -> int:
-        with self._changed:
-            return self._index.native.next_end_us
-
     def expire(self, now_us: int) -> int:
         with self._changed:
             freed = self._index.expire(now_us, even_written=True)
@@ -377,18 +373,6 @@ class PageShelf(Shelf):
             self._counters.evicted_records += len(freed)
             self._table.freed(freed)
             return len(freed)
-
-    def stored_tokens(self, path: NodePath) -> int:
-        with self._changed:
-            return self._index.native.stored_tokens(path.packed)
-
-    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
-        with self._changed:
-            self._index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
-
-    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
-        with self._changed:
-            return self._index.native.ends_of(packed_keys(path))
 
     def drop_ended(self, key: bytes, *, is_state: bool) -> None:
         with self._changed:
@@ -468,7 +452,7 @@ class PageShelf(Shelf):
 
     def close_in_child(self) -> None:
         self._is_closed = self._is_still = True
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = self._changed = threading.Condition(threading.RLock())
         self._index = PrefixIndex(self.pages.spec)
         self._table = PageTable()
         self._holds = set()

@@ -25,7 +25,8 @@ from kvstore.limits import DEVICE_COPY_DEADLINE_S, DEVICE_KEEPS_MAX, GHOSTS_MAX
 from kvstore.placement.ends import NEW_US, Ends, packed_keys
 from kvstore.placement.gpu.slab_hold import SlabHold, SlabLoad
 from kvstore.placement.gpu.worker import Worker
-from kvstore.placement.shelf import Shelf, ShelfStatistics
+from kvstore.placement.indexed import IndexedShelf
+from kvstore.placement.shelf import ShelfStatistics
 from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
 from kvstore.pool.plan import place_table
 from kvstore.pool.room import Room
@@ -42,8 +43,6 @@ from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import numpy.typing as npt
 
     from kvstore._native import Finding, WriteSet
     from kvstore.abc import Slot, SlotRows
@@ -107,7 +106,7 @@ class _Keep:
     handle: Handle[int]
 
 
-class SlabShelf(Shelf):
+class SlabShelf(IndexedShelf):
     """Records in slabs of one device. Any thread may call any method.
 
     Its index counts against the capacity, as that of a pool does. What is used longest ago is evicted for what is kept.
@@ -345,11 +344,6 @@ class SlabShelf(Shelf):
 
     # Time to live
 
-    @property
-    def next_end_us(self) -> int:
-        with self._lock:
-            return self._index.native.next_end_us
-
     def expire(self, now_us: int) -> int:
         with self._lock:
             freed = self._index.expire(now_us, even_written=True)
@@ -357,18 +351,6 @@ class SlabShelf(Shelf):
             self._counts.expired_records += len(freed)
             self._room.freed(freed)
             return len(freed)
-
-    def stored_tokens(self, path: NodePath) -> int:
-        with self._lock:
-            return self._index.native.stored_tokens(path.packed)
-
-    def set_end(self, path: NodePath, ends_at_us: int, *, after_tokens: int, meant_tokens: int) -> None:
-        with self._lock:
-            self._index.native.set_end(path.packed, ends_at_us, after_tokens, meant_tokens)
-
-    def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
-        with self._lock:
-            return self._index.native.ends_of(packed_keys(path))
 
     # Removing
 
