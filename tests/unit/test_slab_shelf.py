@@ -13,20 +13,19 @@ import pytest
 
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, ShelfRefusedError, UnavailableError
-from kvstore.limits import DEVICE_KEEPS_MAX, RECORD_ALIGN_BYTES
+from kvstore.limits import DEVICE_KEEPS_MAX
 from kvstore.placement.gpu.slab_shelf import GpuOptions, SlabShelf, open_slabs
-from kvstore.pool.search import Query
 from kvstore.spec import WHOLE
 from kvstore.store import Store, open_store
+from kvstore.testing import shelf as shelf_kit
 from kvstore.testing.lagging_device import LaggingDevice, LaggingStream
 from kvstore.testing.resources import Background, leaves_nothing
-from kvstore.testing.specs import hybrid, put_all
+from kvstore.testing.specs import hybrid
 from kvstore.tiers.gpu.staging import RecordCopies, RecordMover, StagingRing
+from tests.shelf_cases import write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    import numpy.typing as npt
 
     from kvstore.pool import Hold
     from kvstore.pool.rows import Rows
@@ -58,38 +57,18 @@ def shelf(request: pytest.FixtureRequest, device: LaggingDevice, source: Store) 
         shelf.check()
 
 
-def write(source: Store, ids: Sequence[int]) -> Hold:
-    with source.write(ids) as writer:
-        put_all(writer)
-        writer.commit()
-    hold = source.pool.hold(source.match((*ids, 0)).candidates[0].path)
-    return hold  # type: ignore[return-value]
-
-
 def found(shelf: SlabShelf, source: Store, ids: Sequence[int]) -> int:
-    prompt = source.prompt((*ids, 0))
-    return shelf.find(Query(SPEC, prompt, prompt.path, len(prompt) - 1, WHOLE, None)).tokens
+    return shelf.find(shelf_kit.query_of(SPEC, source.prompt((*ids, 0)))).tokens
 
 
-class Landing:
-    """Aligned host memory for the records of a hold."""
+class Landing(shelf_kit.Landing):
+    """Host memory for all records of a hold."""
 
     def __init__(self, rows: Rows) -> None:
-        sizes = np.array(rows.slot_sizes, np.int64)
-        self.bytes = np.full(int(sizes.sum()) + RECORD_ALIGN_BYTES, 0xA5, np.uint8)
-        begins = -self.bytes.ctypes.data % RECORD_ALIGN_BYTES + sizes.cumsum() - sizes
-        self.addresses = (begins + self.bytes.ctypes.data).astype(np.uint64)
-        self.ranges = list(zip(begins.tolist(), (begins + sizes).tolist(), strict=True))
-
-    def record(self, number: int) -> npt.NDArray[np.uint8]:
-        begin, end = self.ranges[number]
-        return self.bytes[begin:end]
+        super().__init__(rows, np.arange(len(rows)))
 
     def holds(self, number: int, original: Hold) -> bool:
         return bytes(self.record(number)) == bytes(original.placed.memories[number])
-
-    def is_untouched(self, number: int) -> bool:
-        return bool((self.record(number) == 0xA5).all())
 
 
 def test_nothing_is_found_before_it_is_there(shelf: SlabShelf, device: LaggingDevice, source: Store) -> None:

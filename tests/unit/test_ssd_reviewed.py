@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, ShelfRefusedError
 from kvstore.placement.ssd import SsdOptions, SsdPlace, open_ssd
 from kvstore.placement.ssd import room as room_module
@@ -19,15 +18,14 @@ from kvstore.placement.ssd.keeping import Keeping
 from kvstore.placement.ssd.places import DRIVE_MASK, segment_index
 from kvstore.placement.ssd.room import Room
 from kvstore.placement.ssd.rows import unpack
-from kvstore.pool import Hold
 from kvstore.pool.rows import SLOT, SLOT_BYTES
-from kvstore.record import which_intact
 from kvstore.spec import WHOLE
 from kvstore.store import open_store
 from kvstore.testing.forgetful_disk import Fault, ForgetfulDisk
 from kvstore.testing.resources import leaves_nothing
 from kvstore.testing.shelf import Landing
-from kvstore.testing.specs import hybrid, put_all
+from kvstore.testing.specs import hybrid
+from tests.shelf_cases import keep, loads, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from kvstore.store import Store
 
 SPEC = hybrid(4)
-TEST_S = 30.0
 MIB = 1 << 20
 
 
@@ -52,36 +49,6 @@ def _leaves_nothing() -> Iterator[None]:
 def source() -> Iterator[Store]:
     with open_store(SPEC, dram="8MiB") as store:
         yield store
-
-
-def write(source: Store, ids: Sequence[int]) -> Hold:
-    with source.write(source.prompt(ids)) as writer:
-        put_all(writer)
-        writer.commit()
-    best = source.match((*ids, 0)).best
-    assert best is not None
-    hold = source.pool.hold(best.path)
-    assert isinstance(hold, Hold)
-    return hold
-
-
-def keep(shelf: SsdShelf, hold: Hold) -> int:
-    return shelf.keep(hold.path, hold.salt, hold.placed).result(TEST_S)
-
-
-def loads(shelf: SsdShelf, original: Hold) -> bool:
-    hold = shelf.hold(original.path, shard=WHOLE)
-    if hold is None:
-        return False
-    numbers = np.arange(len(hold.rows))
-    landing = Landing(hold.rows, numbers)
-    failed = hold.load(numbers, landing.addresses).wait(len(numbers), Deadline.after(TEST_S))
-    layouts, headers = hold.rows.layouts(), hold.rows.headers()
-    hold.release()
-    return not failed and all(
-        which_intact(layouts[number], landing.addresses[number : number + 1], [headers[number]])[0]
-        for number in numbers.tolist()
-    )
 
 
 def opened(disks: Sequence[ForgetfulDisk], capacity_bytes: int, **options: object) -> SsdShelf:

@@ -15,25 +15,24 @@ import pytest
 from kvstore.clock import Deadline
 from kvstore.errors import ShelfRefusedError, SsdDirectoryError, StoreClosedError
 from kvstore.placement.ssd import SsdOptions, SsdPlace, open_ssd
-from kvstore.pool import Hold
-from kvstore.record import which_intact
 from kvstore.spec import WHOLE
 from kvstore.store import open_store
 from kvstore.testing.forgetful_disk import Fault, ForgetfulDisk
 from kvstore.testing.resources import leaves_nothing
 from kvstore.testing.shelf import Landing, query_of
-from kvstore.testing.specs import hybrid, pure_state, put_all
+from kvstore.testing.specs import hybrid, pure_state
+from tests.shelf_cases import TEST_S, keep, loads, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from kvstore.placement.ssd import SsdShelf
+    from kvstore.pool import Hold
     from kvstore.spec import ModelSpec
     from kvstore.store import Store
 
 SPEC = hybrid(4)
-TEST_S = 30.0
 MIB = 1 << 20
 
 
@@ -49,21 +48,6 @@ def source() -> Iterator[Store]:
         yield store
 
 
-def write(source: Store, ids: Sequence[int]) -> Hold:
-    with source.write(source.prompt(ids)) as writer:
-        put_all(writer)
-        writer.commit()
-    best = source.match((*ids, 0)).best
-    assert best is not None
-    hold = source.pool.hold(best.path)
-    assert isinstance(hold, Hold)
-    return hold
-
-
-def keep(shelf: SsdShelf, hold: Hold) -> int:
-    return shelf.keep(hold.path, hold.salt, hold.placed).result(TEST_S)
-
-
 def refusal(shelf: SsdShelf, holds: Iterable[Hold]) -> ShelfRefusedError | None:
     """Keep one after the other until one is refused: how."""
     for hold in holds:
@@ -76,22 +60,6 @@ def refusal(shelf: SsdShelf, holds: Iterable[Hold]) -> ShelfRefusedError | None:
 
 def tokens_found(shelf: SsdShelf, source: Store, ids: Sequence[int]) -> int:
     return shelf.find(query_of(source.spec, source.prompt((*ids, 0)))).tokens
-
-
-def loads(shelf: SsdShelf, original: Hold) -> bool:
-    """Whether the resume point is there, and every record of it right."""
-    hold = shelf.hold(original.path, shard=WHOLE)
-    if hold is None:
-        return False
-    numbers = np.arange(len(hold.rows))
-    landing = Landing(hold.rows, numbers)
-    failed = hold.load(numbers, landing.addresses).wait(len(numbers), Deadline.after(TEST_S))
-    layouts, headers = hold.rows.layouts(), hold.rows.headers()
-    hold.release()
-    return not failed and all(
-        which_intact(layouts[number], landing.addresses[number : number + 1], [headers[number]])[0]
-        for number in numbers.tolist()
-    )
 
 
 class Disks:
