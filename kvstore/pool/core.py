@@ -14,10 +14,10 @@ from kvstore.errors import (
     StoreClosedError,
 )
 from kvstore.events import RemovedWhy
-from kvstore.limits import GHOSTS_MAX, SPARSE_NODES_BYTES_MAX
+from kvstore.limits import SPARSE_NODES_BYTES_MAX
 from kvstore.pool.checkpoints import LadderCheckpoints
 from kvstore.pool.explain import TierLookup, explain
-from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex
+from kvstore.pool.index import GHOST_FRACTION_MAX, NODE_BYTES, RECORD_BYTES, PrefixIndex, ghosts_max_of
 from kvstore.pool.joint import JointCommits
 from kvstore.pool.lifetimes import US_PER_S, Lifetimes
 from kvstore.pool.pins import PinBudget
@@ -40,11 +40,6 @@ if TYPE_CHECKING:
     from kvstore.pool.prompt import Prompt
     from kvstore.pool.transaction import Transaction
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
-
-
-GHOST_FRACTION_MAX = 1 / 32
-"""Share of the capacity that ghosts may take, and as much again for hints of sparse nodes: they must not crowd out
-the records that they are hints about."""
 
 
 class PoolCore(BasePool):
@@ -77,7 +72,7 @@ class PoolCore(BasePool):
         self.spec = spec
         self._tier = tier
         self._lock = threading.RLock()
-        ghosts_max = min(GHOSTS_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
+        ghosts_max = ghosts_max_of(tier.capacity_bytes)
         sparse_bytes_max = min(SPARSE_NODES_BYTES_MAX, int(tier.capacity_bytes * GHOST_FRACTION_MAX))
         self.limits = limits or StoreLimits()
         has_quotas = self.limits.has_quotas

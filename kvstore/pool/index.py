@@ -40,6 +40,15 @@ GONE_KEY_BYTES = 200
 LASTING_US: int = NativeIndex.LASTING_US
 """The end of what has none."""
 
+GHOST_FRACTION_MAX = 1 / 32
+"""Share of a tier's capacity that ghosts may take, and as much again for hints of sparse nodes: they must not crowd out
+the records that they are hints about."""
+
+
+def ghosts_max_of(capacity_bytes: int) -> int:
+    """How many ghosts the index of a tier of this capacity may keep."""
+    return min(GHOSTS_MAX, int(capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
+
 
 @lru_cache(maxsize=1024)
 def needs_of(spec: ModelSpec, shard: Shard, groups: tuple[int, ...] | None = None) -> Needs:

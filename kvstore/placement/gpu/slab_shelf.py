@@ -21,13 +21,13 @@ from kvstore.errors import (
     StoreClosedError,
 )
 from kvstore.handle import Handle
-from kvstore.limits import DEVICE_COPY_DEADLINE_S, DEVICE_KEEPS_MAX, GHOSTS_MAX
+from kvstore.limits import DEVICE_COPY_DEADLINE_S, DEVICE_KEEPS_MAX
 from kvstore.placement.ends import NEW_US, Ends, packed_keys
 from kvstore.placement.gpu.slab_hold import SlabHold, SlabLoad
 from kvstore.placement.gpu.worker import Worker
 from kvstore.placement.indexed import IndexedShelf
 from kvstore.placement.shelf import ShelfStatistics
-from kvstore.pool.index import NODE_BYTES, RECORD_BYTES, PrefixIndex, needs_of
+from kvstore.pool.index import RECORD_BYTES, PrefixIndex, ghosts_max_of, needs_of
 from kvstore.pool.plan import place_table
 from kvstore.pool.room import Room
 from kvstore.pool.rows import COST_US, GROUP, NODE, Rows
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
     from kvstore.pool.search import Query
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
     from kvstore.tiers.gpu.device import Device, Pinning
-
-GHOST_FRACTION_MAX = 1 / 32
-"""Share of the capacity that hints of what was evicted may take."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class SlabShelf(IndexedShelf):
         self.device = device
         self._tier = DeviceTier(device, capacity_bytes, largest_slot_bytes=largest_slot_bytes(spec))
         self._lock = threading.RLock()
-        ghosts_max = min(GHOSTS_MAX, int(capacity_bytes * GHOST_FRACTION_MAX) // NODE_BYTES)
+        ghosts_max = ghosts_max_of(capacity_bytes)
         limits = limits or StoreLimits()
         self._index = PrefixIndex(spec, None, ghosts_max, has_quotas=limits.has_quotas)
         self._nothing = PrefixIndex(spec).native
