@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvstore.placement.shelf import ShelfHold
     from kvstore.pool import BaseHold, BasePool, HandOver, HeldRecord, NodePath, Prompt, RecordArrays, RecordName
     from kvstore.record import RecordLayout
-    from kvstore.spec import Coverage, ModelSpec, Shard, TensorSpec
+    from kvstore.spec import Coverage, DType, ModelSpec, Shard, TensorSpec
     from kvstore.store.devices import DeviceLane
     from kvstore.tiers.gpu.pages import Pages
 
@@ -318,6 +318,10 @@ class LayerView:
         group, index, tensor = self._tensor(name)
         rows = local_rows(self._lease.spec.groups[group], index, self._lease.shard)
         return tensor.shape(rows, self._tokens(group))
+
+    def dtype(self, name: str) -> DType:
+        """Element type of `name` in the spec; `read` gives its storage type."""
+        return self._tensor(name)[2].dtype
 
     def _tensor(self, name: str) -> tuple[int, int, TensorSpec]:
         found = self._tensors.get(name)

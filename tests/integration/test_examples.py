@@ -34,6 +34,7 @@ PROMISES = {
         "2 matches found 640 of 1280 tokens",
         "attention 'attention': reaches",
     ),
+    "14_jax_mamba2.py": ("jax", "resumes at 130 of 150 tokens", "bit for bit", "lost conv or ssm state is noticed"),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
 ELSEWHERE = {"01_prefill_decode.py"}
@@ -48,7 +49,7 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", sorted(PROMISES))
 def test_example(name: str) -> None:
     expected = list(PROMISES[name])
-    while expected[0] in ("torch", "transformers"):
+    while expected[0] in ("jax", "torch", "transformers"):
         pytest.importorskip(expected.pop(0))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
