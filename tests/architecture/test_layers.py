@@ -25,7 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.attached",),
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore",),
-    ("kvstore.adapters", "kvstore.bench", "kvstore.cluster"),
+    ("kvstore.bench", "kvstore.cluster"),
+    ("kvstore.adapters",),
     ("kvstore.cli", "kvstore.testing"),
     ("kvstore.__main__",),
 )

@@ -1,0 +1,242 @@
+"""What the connector's two halves tell each other: the scheduler's orders for a step, the workers' reports of one.
+
+Plain values that can be pickled, since the workers may be other processes. Neither vLLM nor torch is needed here:
+`connector.py` wraps them into vLLM's metadata classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
+
+    from kvstore.keys import ExtraInput
+
+Tables = tuple[tuple[int, ...], ...]
+"""Page ids of one request, for each of the engine's cache groups in the engine's order; see `NULL_PAGE`."""
+
+NULL_PAGE = 0
+"""vLLM's null block: the request has no page in this column, or gave it up."""
+
+
+@dataclass(frozen=True)
+class NewPrompt:
+    """What a request is, told to the workers once, before or with its first order.
+
+    Attributes:
+        token_ids: uint32, `[tokens]`: the prompt, and what was decoded already if the worker has to know it.
+        salt, adapter, extras: what its cache is kept under; see `kvstore.Store.prompt`.
+    """
+
+    request_id: str
+    token_ids: npt.NDArray[Any]
+    salt: bytes = b""
+    adapter: str = ""
+    extras: tuple[ExtraInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class MoreTokens:
+    """Token ids that follow those that the workers know of a request: decoded since.
+
+    Attributes:
+        start: how many ids the workers have; those from here on are `token_ids` (uint32).
+    """
+
+    request_id: str
+    start: int
+    token_ids: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Load a request's cache of tokens `[start, tokens)` and the states at `tokens`, outside of any step.
+
+    The scheduler holds a lease on the resume point until a worker's `finished_recving` has been reported for the
+    request, or the request has ended. The worker reports each order exactly once, also one that failed: then with the
+    pages it did not fill as load errors.
+
+    Attributes:
+        tokens: the resume point's length n.
+        start: what the engine has in its own pages already, in tokens; 0 where a group has states only.
+        tables: the request's pages as allocated for this load.
+        attempt: counts the loads of this request; a late report of an earlier one is ignored.
+    """
+
+    request_id: str
+    tokens: int
+    start: int
+    tables: Tables
+    attempt: int
+
+
+@dataclass(frozen=True)
+class SaveOrder:
+    """Save what a step leaves of a request: right after its forward pass, before the next.
+
+    Attributes:
+        start: tokens that were computed before the step.
+        stop: tokens that are computed after it, at most what the workers know the ids of.
+        tables: the request's pages in this step.
+        resume_at: lengths in `(start, stop]` at which a resume point is committed; states exist only at `stop`, unless
+            the pages keep them elsewhere. Never empty: a step that leaves no resume point has no order.
+        joint: names the commit that all tensor-parallel ranks make together; never used twice.
+    """
+
+    request_id: str
+    start: int
+    stop: int
+    tables: Tables
+    resume_at: tuple[int, ...]
+    joint: str
+
+
+@dataclass(frozen=True)
+class StepOrders:
+    """Everything that the workers do beside one step of the engine.
+
+    Attributes:
+        step: number of the step, from 1.
+        socket: where a worker that is not the owner's process attaches. Empty as long as there is no store to attach
+            to: then there are no orders either.
+        prompts, more_tokens: to be known before the orders.
+        loads: begin in `start_load_kv`, end in the background.
+        saves: done by the end of `wait_for_save`.
+        preempted: their pages are about to be overwritten. They keep their prompt; a load that runs for them goes on
+            only if it is stopped before this step's forward.
+        ended: requests that are forgotten: prompt and all.
+    """
+
+    step: int = 0
+    socket: str = ""
+    prompts: tuple[NewPrompt, ...] = ()
+    more_tokens: tuple[MoreTokens, ...] = ()
+    loads: tuple[LoadOrder, ...] = ()
+    saves: tuple[SaveOrder, ...] = ()
+    preempted: tuple[str, ...] = ()
+    ended: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.prompts or self.more_tokens or self.loads or self.saves or self.preempted or self.ended)
+
+
+@dataclass
+class Counters:
+    """What a worker did since its last report.
+
+    Tensor-parallel ranks do the same work, so of theirs the largest counts, not the sum.
+    """
+
+    loads: int = 0
+    loads_failed: int = 0
+    loaded_tokens: int = 0
+    loaded_bytes: int = 0
+    load_s: float = 0.0
+    saves: int = 0
+    saves_failed: int = 0
+    saved_tokens: int = 0
+    saved_bytes: int = 0
+    save_s: float = 0.0
+
+    def add(self, other: Counters) -> None:
+        """Of the same rank, later."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+    def join(self, other: Counters) -> None:
+        """Of another rank, at the same time."""
+        for each in fields(self):
+            setattr(self, each.name, max(getattr(self, each.name), getattr(other, each.name)))
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(getattr(self, each.name) for each in fields(self))
+
+
+@dataclass
+class WorkerReport:
+    """What one rank reports after a step; those of all ranks are joined on the way to the scheduler.
+
+    Attributes:
+        committed: longest length committed by save orders, by request.
+        loads_done: `(request, attempt) -> tokens` of load orders that ended: 0 for one that failed.
+        failures: how often what went wrong, by a short name of the error's class.
+        is_store_gone: the owner of the store does not answer (any more): orders are not carried out. The scheduler
+            gives none until it has a store again.
+    """
+
+    committed: dict[str, int] = field(default_factory=dict)
+    loads_done: dict[tuple[str, int], int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    is_store_gone: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (
+            self.committed or self.loads_done or self.failures or self.is_store_gone or not self.counters.is_empty
+        )
+
+    def join(self, other: WorkerReport) -> WorkerReport:
+        """With another rank's of the same step. What counts is what all of them have done."""
+        joined = WorkerReport(is_store_gone=self.is_store_gone or other.is_store_gone)
+        joined.committed = {
+            request: min(tokens, other.committed[request])
+            for request, tokens in self.committed.items()
+            if request in other.committed
+        }
+        joined.loads_done = dict(self.loads_done)
+        for load, tokens in other.loads_done.items():
+            joined.loads_done[load] = min(tokens, joined.loads_done.get(load, tokens))
+        for failure in {*self.failures, *other.failures}:
+            joined.failures[failure] = max(self.failures.get(failure, 0), other.failures.get(failure, 0))
+        joined.counters.add(self.counters)
+        joined.counters.join(other.counters)
+        return joined
+
+
+class WorkerHalf(Protocol):
+    """What `connector.py` calls in a worker, from the engine's thread."""
+
+    def register(self, tensors: dict[str, Any]) -> None:
+        """The engine's cache tensors by layer name; see vLLM's `register_kv_caches`."""
+
+    def begin_step(self, orders: StepOrders) -> None:
+        """From `handle_preemptions` or `start_load_kv`, whichever comes first: take the orders, begin the loads.
+
+        Called once for each step, also for one without a forward.
+        """
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """From `wait_for_layer_load`."""
+
+    def save_layer(self, layer_name: str) -> None:
+        """From `save_kv_layer`."""
+
+    def end_step(self) -> None:
+        """From `wait_for_save`: carry out the save orders; return when the engine may overwrite its pages."""
+
+    def finished_loads(self) -> set[str]:
+        """Requests whose load has ended since the last call, well or not."""
+
+    def load_errors(self) -> set[int]:
+        """Page ids that failed loads left unfilled, since the last call; no later than `finished_loads` names them."""
+
+    def report(self) -> WorkerReport | None:
+        """What was done since the last report; None if nothing."""
+
+    def close(self) -> None:
+        """End loads and writers, detach from the store."""
+
+
+def joined(reports: Iterable[WorkerReport]) -> WorkerReport:
+    """One report of all ranks'."""
+    result: WorkerReport | None = None
+    for report in reports:
+        result = report if result is None else result.join(report)
+    return result if result is not None else WorkerReport()
