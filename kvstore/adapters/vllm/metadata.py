@@ -57,14 +57,13 @@ class LoadOrder:
     """Load a request's cache of tokens `[start, tokens)` and the states at `tokens`, outside of any step.
 
     The scheduler holds a lease on the resume point until a worker's `finished_recving` has been reported for the
-    request, or the request has ended. The worker reports each order exactly once, also one that failed: then with the
-    pages it did not fill as load errors.
+    request, also if the request ends before. The worker reports each order exactly once, also one that failed.
 
     Attributes:
         tokens: the resume point's length n.
         start: what the engine has in its own pages already, in tokens; 0 where a group has states only.
         tables: the request's pages as allocated for this load.
-        attempt: counts the loads of this request; a late report of an earlier one is ignored.
+        attempt: counts the loads of this request.
     """
 
     request_id: str
@@ -102,13 +101,15 @@ class StepOrders:
     Attributes:
         step: number of the step, from 1.
         socket: where a worker that is not the owner's process attaches. Empty as long as there is no store to attach
-            to: then there are no orders either.
+            to: then there are no save orders.
         prompts, more_tokens: to be known before the orders.
-        loads: begin in `start_load_kv`, end in the background.
+        loads: begin in `begin_loads`, end in the background. They come also with an empty `socket` (the store went
+            between match and order): such a load fails.
         saves: done by the end of `wait_for_save`.
-        preempted: their pages are about to be overwritten. They keep their prompt; a load that runs for them goes on
-            only if it is stopped before this step's forward.
-        ended: requests that are forgotten: prompt and all.
+        preempted: they gave up their pages. They keep their prompt. (No load runs for them: vLLM preempts only what
+            computes.)
+        ended: requests that are forgotten: prompt and all. A load that still runs for one may stop early, and is
+            reported.
     """
 
     step: int = 0
@@ -206,11 +207,14 @@ class WorkerHalf(Protocol):
     def register(self, tensors: dict[str, Any]) -> None:
         """The engine's cache tensors by layer name; see vLLM's `register_kv_caches`."""
 
-    def begin_step(self, orders: StepOrders) -> None:
-        """From `handle_preemptions` or `start_load_kv`, whichever comes first: take the orders, begin the loads.
+    def take_orders(self, orders: StepOrders) -> None:
+        """From `bind_connector_metadata`, before the forward: know the orders.
 
         Called once for each step, also for one without a forward.
         """
+
+    def begin_loads(self) -> None:
+        """From `start_load_kv`: after the forward was launched, unless the step has loads that it waits for itself."""
 
     def wait_for_layer(self, layer_name: str) -> None:
         """From `wait_for_layer_load`."""
@@ -221,11 +225,16 @@ class WorkerHalf(Protocol):
     def end_step(self) -> None:
         """From `wait_for_save`: carry out the save orders; return when the engine may overwrite its pages."""
 
-    def finished_loads(self) -> set[str]:
-        """Requests whose load has ended since the last call, well or not."""
+    def finished_loads(self) -> tuple[set[str], set[str]]:
+        """Requests whose load has ended since the last call: all of them, and those of them that failed.
+
+        Each load order is named exactly once, also one whose request has ended meanwhile: until then the engine keeps
+        its pages. After a failure the engine takes nothing of the load for computed. (vLLM maps single pages to
+        requests only where there is one cache group; `failed_recving` is right for all.)
+        """
 
     def load_errors(self) -> set[int]:
-        """Page ids that failed loads left unfilled, since the last call; no later than `finished_loads` names them."""
+        """Page ids that a layered load of this step's forward left unfilled, since the last call."""
 
     def report(self) -> WorkerReport | None:
         """What was done since the last report; None if nothing."""
