@@ -241,9 +241,17 @@ def _state_layers(
 
 
 def _ids(
-    pages: Pages, group: int, page_ids: Any, first_token: int, start: int, stop: int, error: type[KVStoreError]
+    pages: Pages,
+    group: int,
+    page_ids: Any,
+    first_token: int,
+    start: int,
+    stop: int,
+    error: type[KVStoreError],
+    *,
+    least: int = 0,
 ) -> PageIds:
-    """Page ids of a group with tokens, those of `[start, stop)` among them."""
+    """Page ids of a group with tokens, those of `[start, stop)` among them: `least` is -1 where some may be none."""
     name = pages.spec.groups[group].name
     if isinstance(page_ids, Mapping):
         if name not in page_ids:
@@ -260,7 +268,7 @@ def _ids(
             f"{len(ids)} are named"
         )
     ids = ids[:needed]
-    check_pages(ids[(start - first_token) // page_tokens :], pages.layout.group(group), name)
+    check_pages(ids[(start - first_token) // page_tokens :], pages.layout.group(group), name, least=least)
     return ids
 
 
@@ -285,7 +293,7 @@ def _state_places(
             raise error(f"group {cache_group.name!r}: a state lies in one page, {len(ids)} are named")
         return PagePlaces.of_states(ids)
     start = at - cache_group.valid_tokens(pages.spec.block_tokens, at)
-    ids = _ids(pages, group, page_ids, first_token, start, at, error)
+    ids = _ids(pages, group, page_ids, first_token, start, at, error, least=-1)
     return _places(pages, group, ids, first_token, start, at)
 
 

@@ -345,7 +345,7 @@ class Writer:
 
         Args:
             page_ids: by name of each state group that is put: the id of the page that holds the state; of a window the
-                ids of the pages of the prompt, -1 where the engine has given one up.
+                ids of the pages of the prompt, -1 where the engine has given one up: zeros are put for its tokens.
             at: the length, one of `resume_at`.
             layers, first_token, cost_s, stream: as `put_pages`.
 

@@ -116,6 +116,29 @@ def test_only_what_is_named_is_written(device: str) -> None:
             assert found.tobytes() == token_values(spec, prompt, 3, name, 9, 21).tobytes()
 
 
+def test_pages_of_a_window_that_are_none(device: str) -> None:
+    """Zeros are put for a page that the engine gave up; and nothing is copied into a page that is not named."""
+    spec = hybrid(4)
+    with open_store(spec, dram="4MiB") as store:
+        prompt = store.prompt(range(12))
+        engine = EnginePages.alike(spec, pages=12, page_tokens=4, device=device)
+        engine.put_prompt(prompt, [5, 6, 7], {12: {"state": 9}})
+        with store.write(prompt, resume_at=[12]) as writer:
+            pages = engine.register()
+            writer.put_pages(pages, [5, 6, 7], tokens=slice(0, 12))
+            writer.put_state_pages(pages, {"state": 9, "window": [-1, -1, 7]}, at=12)
+            writer.commit()
+        with store.read(store.match([*range(12), 0])) as lease:
+            found = lease.layer(4).read("window_keys")  # of 7 tokens
+            assert not found[:, :3].any()
+            assert found[:, 3:].tobytes() == token_values(spec, prompt, 4, "window_keys", 8, 12).tobytes()
+            target = EnginePages.alike(spec, pages=12, page_tokens=4, device=device, seed=9)
+            before = target.array(4, "window_keys")
+            lease.copy_to_pages(target.register(), {"attention": [1, 2, 3], "window": [-1, -1, 8]}, layers=[4, 1])
+        before[8] = token_values(spec, prompt, 4, "window_keys", 8, 12)
+        assert target.array(4, "window_keys").tobytes() == before.tobytes()
+
+
 def test_small_staging_takes_several_parts(device: str) -> None:
     """What is larger than staging goes through it in parts, one larger than a whole staging buffer among them."""
     spec = hybrid(4)
