@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore",),
     ("kvstore.bench", "kvstore.cluster"),
+    ("kvstore.adapters.paged",),
     ("kvstore.adapters",),
     ("kvstore.cli", "kvstore.testing"),
     ("kvstore.__main__",),
