@@ -234,6 +234,30 @@ JOINT_COMMIT_DEADLINE_S = 30.0
 JOINT_OUTCOME_GRACE_S = 60.0
 """How long a failed joint commit is remembered, so that a party that comes late is told."""
 
+# Objects under an engine's own keys
+FOREIGN_NAME_BYTES_MAX = 1024
+"""A key, a group's name, a hash root, and whatever else says whose keys are meant."""
+FOREIGN_GROUPS_MAX = 64
+FOREIGN_CHUNK_BYTES_MAX = SPAN_BYTES_MAX
+"""Objects are cut into records of at most this: several copy and load at once."""
+FOREIGN_CHUNKS_MAX = 4096
+"""Records of one object."""
+FOREIGN_OBJECT_BYTES_MAX = 1 * GIB
+FOREIGN_BATCH_OBJECTS_MAX = 4096
+"""Objects of one call, about a microsecond each before anything is done."""
+FOREIGN_BATCH_BYTES = 64 * MIB
+"""Objects that are reserved, or held, at a time; a call of more goes on when these are done."""
+FOREIGN_LOADS_MAX = 32
+"""Objects of one call that are loaded from other tiers at once."""
+FOREIGN_SALTS_MAX = 4096
+"""Salts whose root is remembered."""
+FOREIGN_THREADS_DEFAULT = 2
+"""Threads that do what one foreign store was asked for asynchronously."""
+FOREIGN_WAITING_MAX = 256
+"""Asynchronous calls that wait for them; more are declined."""
+FOREIGN_CLOSE_DEADLINE_S = 30.0
+"""How long closing a foreign store waits for what runs."""
+
 # Transfer
 FRAME_HEADER_BYTES = 64
 FRAME_PAYLOAD_BYTES_MAX = 16 * MIB
@@ -305,6 +329,7 @@ assert FRAME_HEADER_BYTES % 16 == 0
 assert CREDIT_BYTES_DEFAULT >= 2 * FRAME_PAYLOAD_BYTES_MAX
 assert VICTIMS_AHEAD_MIN <= VICTIMS_AHEAD
 assert ATTACH_MESSAGE_BYTES_MAX >= 4 * PROMPT_TOKENS_MAX + HANDOVER_PAYLOAD_BYTES_MAX
+assert FOREIGN_LOADS_MAX <= LOADS_MAX
 assert TRANSFERS_PER_PEER_MAX <= TRANSFERS_PER_NODE_MAX
 assert CONNECTIONS_PER_TRANSFER_MAX <= CONNECTIONS_PER_NODE_MAX
 assert COPY_THREADS_DEFAULT <= COPY_THREADS_MAX

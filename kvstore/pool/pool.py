@@ -116,7 +116,6 @@ class Pool(PoolWrites):
 
     @property
     def may_load(self) -> bool:
-        """Whether `hold` may have to wait for what lies elsewhere."""
         return False
 
     def hold_now(

@@ -224,6 +224,11 @@ class BasePool(ABC):
     def is_closed(self) -> bool:
         """Whether the pool was closed, or cannot be reached any more."""
 
+    @property
+    def may_load(self) -> bool:
+        """Whether `hold` may have to wait for what lies elsewhere."""
+        return True
+
     @abstractmethod
     def settle_later(self, end: Callable[[], None]) -> None:
         """Run `end` in a later call. For finalizers: they may run anywhere, also inside a lock."""

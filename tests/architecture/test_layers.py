@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.placement",),
     ("kvstore.attached",),
     ("kvstore.store", "kvstore.transfer"),
+    ("kvstore.foreign",),
     ("kvstore",),
     ("kvstore.bench", "kvstore.cluster"),
     ("kvstore.adapters.paged",),

@@ -1,0 +1,8 @@
+"""Opaque objects under an engine's own keys: for engines that show only hashes of their blocks (docs/foreign.md)."""
+
+from kvstore.foreign.namespace import ForeignNamespace
+from kvstore.foreign.regions import Region
+from kvstore.foreign.statistics import ForeignStatistics
+from kvstore.foreign.store import ForeignHold, ForeignStore
+
+__all__ = ["ForeignHold", "ForeignNamespace", "ForeignStatistics", "ForeignStore", "Region"]
