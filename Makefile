@@ -2,7 +2,7 @@
 # dependencies, the native module. Packages come from wherever your pip is configured to get them.
 #
 #   PYTHON=...   the Python to make .venv with (3.11 or later; found by itself otherwise)
-#   ARGS=...     more arguments for demo, test, bench, fuzz, soak
+#   ARGS=...     more arguments for demo, test, test-engines, bench, fuzz, soak
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -29,10 +29,11 @@ NATIVE := $(VENV)/.native-$(PLACE)
 WEIGHTS := $(VENV)/.smollm2-$(PLACE)
 NATIVE_SOURCES := $(shell find kvstore/csrc -name '*.cc' -o -name '*.h' -o -name CMakeLists.txt)
 
-.PHONY: help build demo test test-gpu test-triton lint format bench fuzz soak wheel sanitize clean distclean
+.PHONY: help build demo test test-gpu test-triton test-engines test-engines-quick lint format bench fuzz soak wheel \
+  sanitize clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(CREATED):
 	@sh scripts/check_compiler.sh
@@ -84,6 +85,13 @@ test-triton: $(NATIVE) ## installs Triton (1 GB): its kernel through the interpr
 	@test -d $(TRITON)/triton || $(PIP) install --quiet --no-deps --target $(TRITON) 'triton>=3.2,<4'
 	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n $(TEST_WORKERS) -rs \
 	  tests/unit/test_page_gather.py tests/unit/test_page_kernel.py $(ARGS)
+
+# Each engine has an environment of its own in build/engines, gigabytes large; none of it is .venv's.
+test-engines: $(NATIVE) ## installs vLLM and SGLang (5 GB): real engines against themselves without kvstore
+	@$(RUN) -m tests.engines $(ARGS)
+
+test-engines-quick: $(NATIVE) ## the part of test-engines that fits into 15 minutes, installation included
+	@$(RUN) -m tests.engines --quick $(ARGS)
 
 lint: $(NATIVE) ## ruff and mypy --strict
 	@$(RUN) -m ruff check .

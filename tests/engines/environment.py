@@ -66,9 +66,19 @@ class Environment:
         return time.monotonic() - begin
 
     def start(
-        self, script: Path, arguments: Sequence[str], *, log: Path, variables: Mapping[str, str] | None = None
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        *,
+        log: Path,
+        variables: Mapping[str, str] | None = None,
+        is_talking: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a script in a process group of its own; `end` ends it with all it started."""
+        """Start a script in a process group of its own; `end` ends it with all it started.
+
+        Args:
+            is_talking: its standard input and output are pipes, and only its standard error goes to `log`.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -77,9 +87,9 @@ class Environment:
         with log.open("wb") as output:
             return subprocess.Popen(
                 [str(self.python), str(script), *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if is_talking else output,
+                stderr=output,
+                stdin=subprocess.PIPE if is_talking else subprocess.DEVNULL,
                 env=environment | dict(variables or {}),
                 cwd=log.parent,
                 start_new_session=True,

@@ -101,7 +101,7 @@ def judge(
     reference: Sequence[Answer],
     answers: Sequence[Answer],
     spread: float = 0.0,
-    control: Sequence[Answer] | None = None,
+    control: Sequence[Answer] | float | None = None,
     broken: Sequence[str] = (),
     figures: dict[str, float] | None = None,
 ) -> Cell:
@@ -109,7 +109,8 @@ def judge(
 
     Args:
         spread: what the engine itself differs by, without kvstore; 0 asks for the same bits.
-        control: answers of the same case with a fault put in.
+        control: answers of the same case with a fault put in; or, where it has a reference of its own, how far apart
+            they are.
         broken: what else should have held and did not.
     """
     difference = distance(reference, answers)
@@ -128,7 +129,7 @@ def judge(
         verdict,
         difference,
         spread or None,
-        None if control is None else distance(reference, control),
+        control if control is None or isinstance(control, float) else distance(reference, control),
         "; ".join(broken),
         figures or {},
     )

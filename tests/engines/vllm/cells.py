@@ -1,0 +1,393 @@
+"""The matrix for vLLM: which engines are started, what each is asked, and how the answers are judged."""
+
+from __future__ import annotations
+
+import random
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.engines.environment import NotRunError
+from tests.engines.matrix import Answer, Cell, Verdict, distance, holds, judge, not_run
+from tests.engines.vllm.engine import Engine, EngineError, Ran, Request, ends_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from tests.engines.environment import Environment
+
+ENGINE = "vllm"
+CHUNK_TOKENS = 256
+PREFIX_TOKENS = 2 * CHUNK_TOKENS
+SUFFIX_TOKENS = 40
+HANDOVER_TOKENS = 600
+DECODED = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the matrix.
+
+    Attributes:
+        faults: the controls that must show: a state or window that is zeroed, a block of attention that is.
+    """
+
+    name: str
+    dtype: str
+    faults: tuple[str, ...]
+
+
+MODELS = (
+    Model("dense", "float32", ("zero_block", "other_block")),
+    Model("window", "float32", ("zero_states", "zero_block")),
+    Model("hybrid", "bfloat16", ("zero_states", "zero_block")),
+)
+
+CASES = {
+    "plain": ("no store, twice", "engine's own cache"),
+    "store": ("cold", "warm", "longer prompt", "two tenants", "eviction after match", "abort"),
+    "restart": ("restarted, warm disk", "corrupted record"),
+    "handover": ("prefill to decode", "node killed"),
+}
+QUICK = {
+    "dense": ("plain", "store", "restart"),
+    "window": ("plain", "store"),
+    "hybrid": ("plain", "store", "restart", "handover"),
+}
+
+
+def expected(is_quick: bool, models: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """Models and cases of the matrix, or of its quick slice."""
+    return [
+        (model.name, case)
+        for model in MODELS
+        if models is None or model.name in models
+        for part, cases in CASES.items()
+        if not is_quick or part in QUICK[model.name]
+        for case in cases
+    ]
+
+
+def cells(
+    environment: Environment, folder: Path, *, is_quick: bool, models: Sequence[str] | None, seed: int
+) -> Iterator[Cell]:
+    """All cells, one after the other; where an engine fails, the cells that it would have filled are broken."""
+    chosen = [model for model in MODELS if models is None or model.name in models]
+    script = Path(__file__).parent / "models.py"
+    try:
+        names = [model.name for model in chosen]
+        environment.run(script, [str(folder / "models"), *names], log=folder / "models.log", limit_s=300)
+    except NotRunError as error:
+        for model_name, case in expected(is_quick, models):
+            yield not_run(ENGINE, model_name, case, str(error))
+        return
+    for model in chosen:
+        parts = QUICK[model.name] if is_quick else tuple(CASES)
+        with Matrix(environment, folder, model, seed, parts) as matrix:
+            yield from matrix.run()
+
+
+class Matrix:
+    """The cells of one model. Engines start when they are made, so that two start at once."""
+
+    def __init__(self, environment: Environment, folder: Path, model: Model, seed: int, parts: Sequence[str]) -> None:
+        self.model = model
+        self._environment = environment
+        self._folder = folder / model.name
+        self._folder.mkdir(parents=True)
+        self._model_folder = folder / "models" / model.name
+        self._seed = seed
+        self._parts = parts
+        self._engines = ExitStack()
+        self._references: dict[Request, tuple[Answer, ...]] = {}
+        self._plain: Engine
+
+    def __enter__(self) -> Matrix:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engines.close()
+
+    def run(self) -> Iterator[Cell]:
+        self._plain = self._start("plain")
+        store = self._start("store", self._settings("store", ssd=True, listens=True))
+        yield from self._cells("plain", lambda: self._plain_cells())
+        yield from self._cells("store", lambda: self._store_cells(store))
+        if "handover" in self._parts:
+            decode = self._start("decode", self._settings("decode"))
+            yield from self._cells("handover", lambda: self._handover_cells(store, decode))
+            decode.quit()
+        if "restart" in self._parts:
+            yield from self._cells("restart", lambda: self._restart_cells(store))
+
+    def _cells(self, part: str, make: Callable[[], Iterator[Cell]]) -> Iterator[Cell]:
+        """Cells of one part; what is missing when it fails is broken, and says why."""
+        done = set()
+        try:
+            for cell in make():
+                done.add(cell.case)
+                yield cell
+            reason = "it was left out"
+        except NotRunError as error:
+            for case in CASES[part]:
+                if case not in done:
+                    yield not_run(ENGINE, self.model.name, case, str(error))
+            return
+        except EngineError as error:
+            reason = str(error)
+        for case in CASES[part]:
+            if case not in done:
+                yield Cell(ENGINE, self.model.name, case, Verdict.BROKEN, reason=reason)
+
+    # Engines
+
+    def _start(self, name: str, connector: dict[str, Any] | None = None) -> Engine:
+        options = {
+            "skip_tokenizer_init": True, "dtype": self.model.dtype, "max_model_len": 1024, "max_num_seqs": 4,
+            "max_num_batched_tokens": CHUNK_TOKENS, "enforce_eager": True, "enable_prefix_caching": True,
+            "kv_cache_memory_bytes": 64 << 20, "seed": 0,
+        }  # fmt: skip
+        engine = Engine(
+            self._environment, name, self._folder, model=self._model_folder, options=options, connector=connector
+        )
+        return self._engines.enter_context(engine)
+
+    def _settings(self, name: str, *, ssd: bool = False, listens: bool = False) -> dict[str, Any]:
+        """A `--kv-transfer-config` with kvstore."""
+        extra: dict[str, Any] = {"weights": f"{self.model.name} {self._seed}", "dram": "96MiB", "fetch_deadline_s": 10}
+        if ssd:
+            extra["ssd"] = [f"{self._folder / name}-ssd:256MiB"]
+        if listens:
+            extra["listen"] = ["tcp://127.0.0.1:0"]
+        return {
+            "kv_connector": "KVStoreConnector",
+            "kv_connector_module_path": "kvstore.adapters.vllm.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": extra,
+        }
+
+    # Prompts and references
+
+    def _prompt(self, case: str, tokens: int) -> tuple[int, ...]:
+        """Token ids of a case; each case has its own, so that none finds another's."""
+        numbers = random.Random(f"{self._seed} {self.model.name} {case}")
+        return tuple(numbers.randrange(3, 500) for _ in range(tokens))
+
+    def _pair(self, case: str, prefix_tokens: int = PREFIX_TOKENS) -> tuple[Request, Request]:
+        ids = self._prompt(case, prefix_tokens + SUFFIX_TOKENS)
+        return Request(ids[:prefix_tokens], 1), Request(ids, DECODED)
+
+    def _reference(self, request: Request, ends: Sequence[int]) -> tuple[Answer, ...]:
+        """What the engine without kvstore says, computed in steps that end where those did."""
+        prompt_tokens = len(request.ids)
+        wanted = Request(request.ids, request.max_tokens, boundaries=tuple(end for end in ends if end <= prompt_tokens))
+        if wanted not in self._references:
+            ran = self._plain.generate(wanted)
+            cut = tuple(end for end in ends_of(ran.steps[0]) if end <= prompt_tokens)
+            if cut != tuple(sorted(set(wanted.boundaries))):
+                raise EngineError(f"the engine steps to {cut}, and the reference needs {wanted.boundaries}")
+            self._references[wanted] = ran.answers
+        return self._references[wanted]
+
+    # No store
+
+    def _plain_cells(self) -> Iterator[Cell]:
+        plain, name = self._plain, self.model.name
+        prefix, full = self._pair("plain")
+        first, second = plain.generate(full), plain.generate(full)
+        yield judge(ENGINE, name, "no store, twice", reference=first.answers, answers=second.answers)
+        plain.generate(prefix)
+        hit = plain.generate(full, forgets=False)
+        cached = hit.cached_tokens[0]
+        reference = self._reference(full, (*_upto(first, cached), *ends_of(hit.steps[0])))
+        broken = [] if cached else ["its own cache did not hit"]
+        yield judge(
+            ENGINE,
+            name,
+            "engine's own cache",
+            reference=reference,
+            answers=hit.answers,
+            broken=broken,
+            figures={"cached": cached, "cold differs by": distance(first.answers, hit.answers)},
+        )
+
+    # One engine with kvstore
+
+    def _warm(
+        self, engine: Engine, prefix: Request, full: Request, *, fault: str = "", hook: dict[str, Any] | None = None
+    ) -> tuple[float, Ran, tuple[Answer, ...]]:
+        """Compute a prefix, then the prompt: the distance to the reference, what ran, and the reference."""
+        cold = engine.generate(prefix)
+        ran = engine.generate(full, fault=fault, hook=hook)
+        return self._compared(full, cold, ran, fault)
+
+    def _compared(self, full: Request, cold: Ran, ran: Ran, fault: str = "") -> tuple[float, Ran, tuple[Answer, ...]]:
+        ends = (*_upto(cold, ran.cached_tokens[0]), *ends_of(ran.steps[0]))
+        reference = self._reference(full, ends)
+        if fault and not ran.faults:
+            return 0.0, ran, reference  # a control that did nothing is not caught
+        return distance(reference, ran.answers), ran, reference
+
+    def _control(self, engine: Engine, case: str, *, prefix_tokens: int = PREFIX_TOKENS) -> float:
+        """The least that any of the model's faults changes."""
+        least = float("inf")
+        for fault in self.model.faults:
+            prefix, full = self._pair(f"{case}, {fault}", prefix_tokens)
+            least = min(least, self._warm(engine, prefix, full, fault=fault)[0])
+        return least
+
+    def _store_cells(self, engine: Engine) -> Iterator[Cell]:
+        name = self.model.name
+        prefix, full = self._pair("warm")
+        cold = engine.generate(prefix)
+        broken = ["something was cached"] if cold.cached_tokens[0] else []
+        yield judge(
+            ENGINE, name, "cold", reference=self._reference(prefix, ends_of(cold.steps[0])), answers=cold.answers,
+            broken=broken,
+        )  # fmt: skip
+        ran = engine.generate(full)
+        _, ran, reference = self._compared(full, cold, ran)
+        yield self._judged("warm", ran, reference, PREFIX_TOKENS, self._control(engine, "warm"))
+
+        prefix, full = self._pair("longer", HANDOVER_TOKENS)  # a resume point in the middle of pages and blocks
+        _, ran, reference = self._warm(engine, prefix, full)
+        control = self._control(engine, "longer", prefix_tokens=HANDOVER_TOKENS)
+        yield self._judged("longer prompt", ran, reference, HANDOVER_TOKENS, control)
+
+        yield self._tenants(engine)
+
+        prefix, full = self._pair("evicted")
+        _, ran, reference = self._warm(engine, prefix, full, hook={"kind": "evict"})
+        broken = [] if ran.hooks else ["nothing was evicted"]
+        control = self._control(engine, "evicted")
+        yield self._judged("eviction after match", ran, reference, PREFIX_TOKENS, control, broken)
+
+        prefix, full = self._pair("abort")
+        engine.generate(prefix)
+        aborted = engine.generate(Request(full.ids, 64, abort_after=2))
+        broken = [f"left: {leak}" for leak in engine.leaks()]
+        if len(aborted.answers[0].tokens) >= 64:
+            broken.append("it was not aborted")
+        yield holds(ENGINE, name, "abort", broken)
+
+    def _tenants(self, engine: Engine) -> Cell:
+        """What one tenant has stored is not found by another, and is by itself."""
+        prefix, full = self._pair("tenants")
+        cold = engine.generate(Request(prefix.ids, 1, salt="tenant one"))
+        other = engine.generate(Request(full.ids, DECODED, salt="tenant two"))
+        same = engine.generate(Request(full.ids, DECODED, salt="tenant one"))
+        broken = [] if other.cached_tokens[0] == 0 else [f"tenant two found {other.cached_tokens[0]} tokens"]
+        broken += [] if same.cached_tokens[0] else ["tenant one found nothing"]
+        _, _, reference = self._compared(full, cold, same)
+        answers = (*other.answers, *same.answers)
+        references = (*self._reference(full, ends_of(other.steps[0])), *reference)
+        return judge(
+            ENGINE, self.model.name, "two tenants", reference=references, answers=answers, broken=broken,
+            control=self._control(engine, "tenants"),
+        )  # fmt: skip
+
+    def _judged(
+        self, case: str, ran: Ran, reference: tuple[Answer, ...], least_cached: int, control: float,
+        broken: Sequence[str] = (),
+    ) -> Cell:  # fmt: skip
+        cached = ran.cached_tokens[0]
+        missed = [f"{cached} tokens cached instead of {least_cached}"] if cached < least_cached else []
+        return judge(
+            ENGINE, self.model.name, case, reference=reference, answers=ran.answers, control=control,
+            broken=[*broken, *missed], figures={"cached": cached},
+        )  # fmt: skip
+
+    # An engine that comes back, with what lies on disk
+
+    def _restart_cells(self, engine: Engine) -> Iterator[Cell]:
+        name = self.model.name
+        pairs = {case: self._pair(case) for case in ("restart", *self.model.faults, "corrupt")}
+        cold = {case: engine.generate(prefix) for case, (prefix, _) in pairs.items()}
+        engine.ask("flush")
+        engine.quit()
+        again = self._start("restarted", self._settings("store", ssd=True))
+        control = float("inf")
+        for fault in self.model.faults:
+            ran = again.generate(pairs[fault][1], fault=fault)
+            control = min(control, self._compared(pairs[fault][1], cold[fault], ran, fault)[0])
+        full = pairs["restart"][1]
+        _, ran, reference = self._compared(full, cold["restart"], again.generate(full))
+        yield self._judged("restarted, warm disk", ran, reference, PREFIX_TOKENS, control)
+
+        full = pairs["corrupt"][1]
+        broken = [] if again.ask("stored", ids=full.ids)["tokens"][0] else ["it was not on disk"]
+        broken += [] if _flip_bytes(self._folder / "store-ssd") else ["no byte was flipped"]
+        before = again.ask("store")["damaged_records"]
+        ran = again.generate(full)
+        broken += [] if again.ask("store")["damaged_records"] > before else ["no damage was noticed"]
+        _, ran, reference = self._compared(full, cold["corrupt"], ran)
+        broken += [f"left: {leak}" for leak in again.leaks()]
+        yield judge(
+            ENGINE, name, "corrupted record", reference=reference, answers=ran.answers, control=control, broken=broken,
+            figures={"cached": ran.cached_tokens[0]},
+        )  # fmt: skip
+        again.quit()
+
+    # Two engines
+
+    def _handover_cells(self, prefill: Engine, decode: Engine) -> Iterator[Cell]:
+        name = self.model.name
+        control = float("inf")
+        for fault in self.model.faults:
+            control = min(control, self._handed_over(prefill, decode, f"hand-over, {fault}", fault)[0])
+        _, ran, reference, broken = self._handed_over(prefill, decode, "hand-over")
+        broken += [f"left: {leak}" for leak in (*prefill.leaks(), *decode.leaks())]
+        yield self._judged("prefill to decode", ran, reference, HANDOVER_TOKENS, control, broken)
+
+        first, ids = self._prefilled(prefill, "killed")
+        decode.forget()
+        decode.begin(Request((*ids, first.answers[0].tokens[0]), DECODED, params=first.params[0]))
+        prefill.kill()
+        ran = decode.finish()
+        ends = (*_upto(first, ran.cached_tokens[0]), *ends_of(ran.steps[0]))
+        reference = self._reference(Request((*ids, first.answers[0].tokens[0]), DECODED), ends)
+        yield judge(
+            ENGINE, name, "node killed", reference=reference, answers=ran.answers, control=control,
+            broken=[f"left: {leak}" for leak in decode.leaks()], figures={"cached": ran.cached_tokens[0]},
+        )  # fmt: skip
+
+    def _prefilled(self, prefill: Engine, case: str) -> tuple[Ran, tuple[int, ...]]:
+        ids = self._prompt(case, HANDOVER_TOKENS)
+        return prefill.generate(Request(ids, 1, params={"do_remote_decode": True})), ids
+
+    def _handed_over(
+        self, prefill: Engine, decode: Engine, case: str, fault: str = ""
+    ) -> tuple[float, Ran, tuple[Answer, ...], list[str]]:
+        """One engine computes the prompt and samples a token, the other goes on: against one that does both."""
+        first, ids = self._prefilled(prefill, case)
+        broken = [] if first.params[0] else ["the prefill instance returned no kv_transfer_params"]
+        request = Request((*ids, first.answers[0].tokens[0]), DECODED, params=first.params[0])
+        ran = decode.generate(request, fault=fault)
+        (whole,) = self._reference(Request(ids, 1 + DECODED), ends_of(first.steps[0]))
+        reference = (Answer(whole.tokens[1:], whole.logprobs[1:]),)
+        if fault and not ran.faults:
+            return 0.0, ran, reference, broken
+        return distance(reference, ran.answers), ran, reference, broken
+
+
+def _upto(ran: Ran, tokens: int) -> tuple[int, ...]:
+    """Where the steps ended that computed a prompt's first tokens, the last of them at `tokens`."""
+    ends = tuple(end for end in ends_of(ran.steps[0]) if end < tokens)
+    return (*ends, tokens) if tokens else ()
+
+
+def _flip_bytes(folder: Path) -> int:
+    """Flip a bit in each 4 KiB of every segment on disk; how many."""
+    flipped = 0
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix == ".arrow":
+            with path.open("r+b") as file:
+                for offset in range(2048, path.stat().st_size, 4096):
+                    file.seek(offset)
+                    value = file.read(1)
+                    file.seek(offset)
+                    file.write(bytes([value[0] ^ 1]))
+                    flipped += 1
+    return flipped

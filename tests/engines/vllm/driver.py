@@ -1,0 +1,211 @@
+"""One vLLM engine that does what it is told, line by line: runs in the engine's environment, started by `engine.py`.
+
+A line on standard input is a JSON object with `do`; the answer is a line on standard output. What vLLM prints goes to
+standard error. Nothing in here judges.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from typing import Any
+
+ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+LOGPROBS = 8
+REQUEST_LIMIT_S = 240.0
+
+
+class Boundaries:
+    """Cuts a request's prefill where the test wants it, and notes where every step of every request began and ended.
+
+    Only for requests that run alone: the step's token budget is what is set.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.wanted: dict[str, list[int]] = {}
+        self.steps: dict[str, list[tuple[int, int]]] = {}
+        self._scheduler = scheduler
+        self._schedule = scheduler.schedule
+        self._budget = scheduler.max_num_scheduled_tokens
+        scheduler.schedule = self
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        scheduler = self._scheduler
+        before = {name: request.num_computed_tokens for name, request in scheduler.requests.items()}
+        scheduler.max_num_scheduled_tokens = self._budget
+        for name, computed in before.items():
+            ahead = [end for end in self.wanted.get(name, ()) if end > computed]
+            if ahead:
+                scheduler.max_num_scheduled_tokens = min(self._budget, ahead[0] - computed)
+        output = self._schedule(*arguments, **options)
+        for name, count in output.num_scheduled_tokens.items():
+            request = scheduler.requests[name]
+            stop = request.num_computed_tokens  # the scheduler has counted the step already
+            self.steps.setdefault(name, []).append((stop - count, stop))
+        return output
+
+
+class Driver:
+    """The engine and what is done with it."""
+
+    def __init__(self) -> None:
+        self.llm: Any = None
+        self.boundaries: Any = None
+        self.stores: list[Any] = []
+        self.faults: Any = None
+        self.hooks: Any = None
+        self._count = 0
+
+    def do_open(self, model: str, options: dict[str, Any], connector: dict[str, Any] | None) -> dict[str, Any]:
+        """Start the engine; with a connector, kvstore's faults and hooks are there to be switched on."""
+        begin = time.monotonic()
+        from vllm import LLM
+
+        if connector is not None:
+            import faults
+            from vllm.config import KVTransferConfig
+
+            self.faults = faults.Faults()
+            self.stores = faults.note_stores()
+            options = options | {"kv_transfer_config": KVTransferConfig(**connector)}
+        self.llm = LLM(model=model, **options)
+        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.boundaries = Boundaries(self.scheduler)
+        if connector is not None:
+            self.hooks = faults.Hooks(self.scheduler.connector)
+        return {"seconds": time.monotonic() - begin}
+
+    def do_generate(
+        self, requests: list[dict[str, Any]], fault: str = "", hook: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Run requests to their ends, together.
+
+        A request is `ids`, and optionally `salt`, `max_tokens`, `params` (kv_transfer_params), `boundaries` (lengths at
+        which steps end; alone only), `abort_after` (tokens).
+        """
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        if self.faults is not None:
+            self.faults.begin(fault)
+        if self.hooks is not None:
+            self.hooks.begin(hook, self.stores)
+        names: list[str] = []
+        answers: dict[str, dict[str, Any]] = {}
+        begin = time.perf_counter()
+        for request in requests:
+            self._count += 1
+            extra = {"kv_transfer_params": request["params"]} if request.get("params") else None
+            sampling = SamplingParams(
+                temperature=0, max_tokens=request.get("max_tokens", 8), ignore_eos=True, detokenize=False,
+                logprobs=LOGPROBS, extra_args=extra,
+            )  # fmt: skip
+            prompt: dict[str, Any] = {"prompt_token_ids": request["ids"]}
+            if request.get("salt"):
+                prompt["cache_salt"] = request["salt"]
+            name = engine.add_request(f"test-{self._count}", prompt, sampling)
+            names.append(name)
+            answers[f"test-{self._count}"] = {"request": request, "name": name, "seconds_to_first": None}
+            if request.get("boundaries"):
+                self.boundaries.wanted[name] = request["boundaries"]
+        until = time.monotonic() + REQUEST_LIMIT_S
+        engine_steps = 0
+        while engine.has_unfinished_requests():
+            if time.monotonic() > until:
+                engine.abort_request([name for name in names], internal=True)
+                raise TimeoutError(f"requests did not end in {REQUEST_LIMIT_S:.0f} s")
+            engine_steps += 1
+            for output in engine.step():
+                answer = answers[output.request_id]
+                said = output.outputs[0]
+                if answer["seconds_to_first"] is None and said.token_ids:
+                    answer["seconds_to_first"] = time.perf_counter() - begin
+                answer["output"] = output
+                limit = answer["request"].get("abort_after")
+                if limit is not None and len(said.token_ids) >= limit and not output.finished:
+                    engine.abort_request([answer["name"]], internal=True)
+        seconds = time.perf_counter() - begin
+        for _ in range(3):  # what a connector tells its other half goes with a step
+            engine.step()
+        shown = [self._shown(answer) for answer in answers.values()]
+        return {
+            "answers": shown,
+            "seconds": seconds,
+            "engine_steps": engine_steps,
+            "faults": 0 if self.faults is None else self.faults.end(),
+            "hooks": 0 if self.hooks is None else self.hooks.end(),
+        }
+
+    def _shown(self, answer: dict[str, Any]) -> dict[str, Any]:
+        output = answer.get("output")
+        said = None if output is None else output.outputs[0]
+        logprobs = [] if said is None else said.logprobs or []
+        return {
+            "tokens": [] if said is None else list(said.token_ids),
+            "logprobs": [{str(key): value.logprob for key, value in step.items()} for step in logprobs],
+            "cached_tokens": 0 if output is None else output.num_cached_tokens or 0,
+            "params": None if output is None else output.kv_transfer_params,
+            "seconds_to_first": answer["seconds_to_first"],
+            "steps": self.boundaries.steps.get(answer["name"], []),
+        }
+
+    def do_reset(self) -> dict[str, Any]:
+        """Forget the engine's own prefix cache."""
+        return {"is_done": bool(self.llm.reset_prefix_cache())}
+
+    def do_engine(self) -> dict[str, Any]:
+        """What the engine holds: pages in use besides the null page, requests."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return {
+            "pages_used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+            "requests": len(self.scheduler.requests),
+            "preemptions": self._preemptions(),
+        }
+
+    def _preemptions(self) -> int:
+        return sum(request.num_preemptions for request in self.scheduler.requests.values())
+
+    def do_store(self, deadline_s: float = 10.0) -> dict[str, Any]:
+        """Statistics of the store that lives here, and what is held; waits a while for it to become nothing."""
+        import faults
+
+        return faults.state_of(self.stores, deadline_s)
+
+    def do_flush(self, deadline_s: float = 30.0) -> dict[str, Any]:
+        """What is committed is on disk."""
+        for store in self.stores:
+            store.flush(deadline_s)
+        return {"stores": len(self.stores)}
+
+    def do_stored(self, ids: list[int], salt: str = "") -> dict[str, Any]:
+        """How much of a prompt the store has."""
+        return {"tokens": [store.match(ids, salt=salt.encode()).tokens for store in self.stores]}
+
+
+def main() -> None:
+    driver = Driver()
+    for line in sys.stdin:
+        command = json.loads(line)
+        do = command.pop("do")
+        if do == "quit":
+            break
+        try:
+            answer = getattr(driver, f"do_{do}")(**command)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        ANSWERS.write(json.dumps(answer) + "\n")
+        ANSWERS.flush()
+    for store in driver.stores:
+        store.close()
+    sys.stderr.flush()
+    os._exit(0)  # a shutdown of the engine may hang
+
+
+if __name__ == "__main__":
+    main()

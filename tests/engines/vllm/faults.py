@@ -1,0 +1,126 @@
+"""Faults below the adapter, and what goes on while it works; in the engine's environment, never in the product.
+
+A fault changes what a load copies, between the store's records and the engine's pages: the adapter does all it does.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+KINDS = ("zero_states", "zero_block", "other_block")
+
+
+class Faults:
+    """Switched on for a while; counts how often it changed something."""
+
+    def __init__(self) -> None:
+        import kvstore.store.lease as lease
+        import kvstore.store.paged as paged
+
+        self.kind = ""
+        self.count = 0
+        read_tokens, copy_to = paged._read_tokens, lease.LayerView.copy_to
+
+        def tokens_then_fault(lease: Any, layer: int, views: Any, start: int, stop: int) -> None:
+            read_tokens(lease, layer, views, start, stop)
+            block = lease.spec.block_tokens
+            if self.kind in ("zero_block", "other_block") and stop - start >= 2 * block:
+                for view in views.values():  # [rows, tokens, ...]
+                    view[:, block : 2 * block] = 0 if self.kind == "zero_block" else view[:, :block]
+                self.count += 1
+
+        def copy_then_fault(view: Any, **options: Any) -> None:
+            copy_to(view, **options)
+            if self.kind == "zero_states":
+                for name, array in options.items():
+                    if name != "stream":
+                        array[...] = 0
+                        self.count += 1
+
+        paged._read_tokens = tokens_then_fault
+        lease.LayerView.copy_to = copy_then_fault
+
+    def begin(self, kind: str) -> None:
+        if kind and kind not in KINDS:
+            raise ValueError(f"no such fault: {kind}")
+        self.kind, self.count = kind, 0
+
+    def end(self) -> int:
+        count, self.kind, self.count = self.count, "", 0
+        return count
+
+
+class Hooks:
+    """Something that happens between the match and the load of a request: when pages were allocated for it."""
+
+    def __init__(self, connector: Any) -> None:
+        self.count = 0
+        self._hook: dict[str, Any] | None = None
+        self._stores: list[Any] = []
+        allocated = connector.update_state_after_alloc
+
+        def first_the_hook(request: Any, blocks: Any, num_external_tokens: int, *rest: Any, **options: Any) -> Any:
+            if self._hook is not None and num_external_tokens:
+                self._happen(list(request.prompt_token_ids))
+            return allocated(request, blocks, num_external_tokens, *rest, **options)
+
+        connector.update_state_after_alloc = first_the_hook
+
+    def begin(self, hook: dict[str, Any] | None, stores: list[Any]) -> None:
+        self._hook, self._stores, self.count = hook, stores, 0
+
+    def end(self) -> int:
+        self._hook = None
+        return self.count
+
+    def _happen(self, ids: list[int]) -> None:
+        assert self._hook is not None
+        if self._hook["kind"] == "evict":
+            for store in self._stores:
+                store.expire(ids, after_tokens=0)
+                assert not store.match(ids).tokens
+        self.count += 1
+
+
+def note_stores() -> list[Any]:
+    """A list that every store opened from here on is added to."""
+    from kvstore.store import Store
+
+    stores: list[Any] = []
+    begin = Store.__init__
+
+    def noted(store: Any, *arguments: Any, **options: Any) -> None:
+        begin(store, *arguments, **options)
+        stores.append(store)
+
+    Store.__init__ = noted  # type: ignore[method-assign]
+    return stores
+
+
+def state_of(stores: list[Any], deadline_s: float) -> dict[str, Any]:
+    """What the stores hold; waits for it to become nothing, since it may end a moment after its request."""
+    until = time.monotonic() + deadline_s
+    while True:
+        held = _held(stores)
+        if not any(held.values()) or time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    names = ("matches", "hits", "commits", "aborts", "stored_records", "evicted_records", "damaged_records")
+    totals = {name: sum(getattr(store.statistics(), name) for store in stores) for name in names}
+    return {"held": held, "stores": len(stores), **totals}
+
+
+def _held(stores: list[Any]) -> dict[str, int]:
+    from kvstore.store import Lease, Writer
+
+    gc.collect()
+    statistics = [store.statistics() for store in stores]
+    things = gc.get_objects()
+    return {
+        "reserved_bytes": sum(each.reserved_bytes for each in statistics),
+        "quarantined_bytes": sum(each.quarantined_bytes for each in statistics),
+        "leases": sum(type(thing) is Lease and not thing._is_released for thing in things),
+        "writers": sum(type(thing) is Writer and thing.transaction.is_open for thing in things),
+    }

@@ -1,0 +1,106 @@
+"""How the matrix of engines is judged and reported; no engine is needed for that."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.engines import environment
+from tests.engines.environment import NotRunError, prepare
+from tests.engines.matrix import Answer, Verdict, distance, holds, judge, not_run
+from tests.engines.report import line, table, write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONTEXT = ("engine", "model", "case")
+
+
+def answer(*steps: tuple[int, dict[int, float]]) -> Answer:
+    return Answer(tuple(token for token, _ in steps), tuple(logprobs for _, logprobs in steps))
+
+
+WHOLE = answer((1, {1: -0.5, 2: -1.5}), (2, {2: -0.25, 3: -2.0}))
+NEAR = answer((1, {1: -0.5, 2: -1.5}), (2, {2: -0.375, 3: -2.0}))
+FAR = answer((1, {1: -0.5, 2: -1.5}), (3, {3: -0.25, 2: -1.0}))
+
+
+def test_distance() -> None:
+    assert distance([WHOLE], [WHOLE]) == 0
+    assert distance([WHOLE], [NEAR]) == 0.125
+    assert distance([WHOLE, WHOLE], [WHOLE, FAR]) == 1.75
+    assert distance([WHOLE], [WHOLE, WHOLE]) == math.inf
+    assert distance([WHOLE], [answer(*zip(WHOLE.tokens[:1], WHOLE.logprobs[:1], strict=True))]) == math.inf
+    assert distance([answer()], [answer()]) == math.inf, "an engine that said nothing is equal to nothing"
+
+
+def test_what_follows_another_token_does_not_count() -> None:
+    one = answer((1, {1: -0.5, 2: -0.75}), (5, {5: -0.1, 6: -9.0}))
+    other = answer((2, {1: -0.75, 2: -0.5}), (6, {6: -0.1, 5: -9.0}))
+    assert distance([one], [other]) == 0.25
+
+
+def test_an_id_that_only_one_lists() -> None:
+    assert distance([answer((1, {1: -0.5, 2: -1.0}))], [answer((1, {1: -0.5, 3: -1.5}))]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answers", "spread", "control", "verdict", "is_caught", "is_good"),
+    [
+        (WHOLE, 0.0, FAR, Verdict.EQUAL, True, True),
+        (WHOLE, 0.0, WHOLE, Verdict.EQUAL, False, False),
+        (WHOLE, 0.0, None, Verdict.EQUAL, None, True),
+        (NEAR, 0.0, FAR, Verdict.DIFFERENT, True, False),
+        (NEAR, 0.125, FAR, Verdict.WITHIN_SPREAD, True, True),
+        (NEAR, 0.125, NEAR, Verdict.WITHIN_SPREAD, False, False),
+        (FAR, 0.125, FAR, Verdict.DIFFERENT, False, False),
+    ],
+)
+def test_judgement(
+    answers: Answer, spread: float, control: Answer | None, verdict: Verdict, is_caught: bool | None, is_good: bool
+) -> None:
+    cell = judge(
+        *CONTEXT, reference=[WHOLE], answers=[answers], spread=spread, control=None if control is None else [control]
+    )
+    assert (cell.verdict, cell.is_caught, cell.is_good) == (verdict, is_caught, is_good)
+
+
+def test_what_should_have_held() -> None:
+    assert judge(*CONTEXT, reference=[WHOLE], answers=[WHOLE], broken=["nothing was cached"]).is_good is False
+    assert holds(*CONTEXT, ["leases 1"]).is_good is False
+    assert holds(*CONTEXT, []).is_good
+
+
+def test_report(tmp_path: Path) -> None:
+    cells = [
+        judge(*CONTEXT, reference=[WHOLE], answers=[WHOLE], control=math.inf, figures={"cached": 512}),
+        not_run("engine", "model", "other case", "no package of it for this machine"),
+    ]
+    assert line(cells[0]) == "engine model, case: equal, differs by 0, control inf, caught, cached 512"
+    assert line(cells[1]) == "engine model, other case: not run: no package of it for this machine"
+    assert table(cells).splitlines()[1].split() == ["engine", "model", "case", "equal", "0", "inf", "yes"]
+    write(cells, tmp_path / "folder" / "matrix.json")
+    rows = json.loads((tmp_path / "folder" / "matrix.json").read_text())
+    assert [(row["verdict"], row["is_caught"], row["control"]) for row in rows] == [
+        ("equal", True, "inf"),
+        ("not run", None, None),
+    ]
+
+
+def test_an_engine_that_cannot_be_installed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*command: str, variables: object = None) -> None:
+        if "install" in command:
+            raise subprocess.CalledProcessError(1, command, output="WARNING: slow\nERROR: No matching distribution\n")
+
+    monkeypatch.delenv("KVSTORE_ENGINE_VLLM", raising=False)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "BUILD", tmp_path / "engines")
+    monkeypatch.setattr(environment, "_call", call)
+    with pytest.raises(NotRunError, match="vllm cannot be installed: ERROR: No matching distribution"):
+        prepare("vllm")
+    with pytest.raises(subprocess.CalledProcessError):
+        prepare("vllm", insists=True)
