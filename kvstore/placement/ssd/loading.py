@@ -41,14 +41,22 @@ class _Reads:
         self.positions = positions
         self._batch = batch
         self._has_ended = np.zeros(len(positions), np.bool_)
+        self._is_told = np.zeros(len(positions), np.bool_)
 
     def wait_first(self, count: int, deadline: Deadline) -> npt.NDArray[np.int64]:
-        """Block until the first `count` reads have ended; the numbers of those that have and had not been seen."""
-        before = self._has_ended.copy()
+        """Block until the first `count` reads have ended; the numbers of all that have and were not told before.
+
+        Raises:
+            DeadlineError: they have not, whatever else has. What has ended is told by the next call.
+        """
         while missing := count - int(self._has_ended[:count].sum()):
             ended = self._batch.wait(int(self._has_ended.sum()) + missing, deadline)
             self._has_ended[ended] = True
-        return np.flatnonzero(self._has_ended & ~before)
+            if not self._has_ended[:count].all():
+                deadline.check("reads of records that are needed first")
+        told = np.flatnonzero(self._has_ended & ~self._is_told)
+        self._is_told[told] = True
+        return told
 
     def errors(self) -> dict[int, OSError]:
         return dict(self._batch.errors())
