@@ -15,8 +15,9 @@ class EngineTensor:
     """One tensor of the spec, and where in an engine's memory each layer of a group has it.
 
     The engine has one torch tensor for a layer, or a list of them. From it come, in this order: the `part` of the list;
-    the `index` of its first axis; the elements from `first` on of its last axis, as many as the spec says; or, where
-    the engine has bytes without a type, what lies from `offset_bytes` on in each page.
+    the `index` of its first axis; then one of: the elements from `first` on of its last axis, as many as the spec says;
+    the `split` part of what each row of a page holds; or what lies from `offset_bytes` on in each page of bytes. What
+    the engine calls the shape of its tensor need not be what its kernels take it for: it is they who decide.
 
     Attributes:
         spec: name, type and shape of the whole tensor, of all tensor-parallel workers together.
@@ -25,6 +26,8 @@ class EngineTensor:
         part: number in the engine's list of tensors for the layer.
         index: of the first axis, where that is no axis of this tensor: 1 for the values in `[2, pages, ...]`.
         first: where it begins in the last axis, where another tensor lies there too: keys, then values.
+        split: (number, count): of the elements that lie behind page and row without gaps, that one of so many equal
+            parts; what follows `page row` in `axes` is the order in which its elements lie.
         offset_bytes: where it begins in a page of bytes; its axes then follow one another without gaps, in the order
             of `axes`. None for tensors that have their type.
 
@@ -37,6 +40,7 @@ class EngineTensor:
     part: int = 0
     index: int | None = None
     first: int | None = None
+    split: tuple[int, int] | None = None
     offset_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +54,13 @@ class EngineTensor:
             raise SpecError(f"{what}: axes {self.axes!r} do not name {len(self.spec.inner)} inner axes")
         if self.first is not None and names[-1] != "inner":
             raise SpecError(f"{what}: axes {self.axes!r} are cut along the last one, which is no 'inner'")
-        if self.offset_bytes is not None and (names[0] != "page" or self.spec.has_tokens or self.first is not None):
+        if sum(each is not None for each in (self.first, self.split, self.offset_bytes)) > 1:
+            raise SpecError(f"{what} is cut in more than one way; give one of first, split and offset_bytes")
+        if self.split is not None and (
+            names[:2] != ["page", "row"] or not self.spec.has_tokens or not 0 <= self.split[0] < self.split[1]
+        ):
+            raise SpecError(f"{what}: part {self.split} of a row needs tokens, and axes that begin with 'page row'")
+        if self.offset_bytes is not None and (names[0] != "page" or self.spec.has_tokens):
             raise SpecError(f"{what}: pages of bytes hold whole states; their axes begin with 'page'")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import SpecError
@@ -91,6 +92,8 @@ def _view(tensor: EngineTensor, parts: Sequence[Any], rows: int, label: str) -> 
         inner = iter(tensor.spec.inner)
         shape = [rows if axis == "row" else next(inner) for axis in names[1:]]
         return state_pages(view, dtype, shape, tensor.offset_bytes)
+    if tensor.split is not None:
+        return _typed(_split(tensor, view, what), dtype)
     if view.dim() != len(names):
         raise SpecError(f"{what} has {view.dim()} axes, and {len(names)} are named: {tensor.axes}")
     if tensor.first is not None:
@@ -100,7 +103,27 @@ def _view(tensor: EngineTensor, parts: Sequence[Any], rows: int, label: str) -> 
                 f"{what} lies at {tensor.first} to {tensor.first + size} of the last axis, which has {view.shape[-1]}"
             )
         view = view.narrow(-1, tensor.first, size)
-    # Engines keep 8-bit floats as plain bytes.
+    return _typed(view, dtype)
+
+
+def _split(tensor: EngineTensor, view: Any, what: str) -> Any:
+    """One of the equal parts of what each row of a page holds, with axes of its own."""
+    assert tensor.split is not None
+    number, count = tensor.split
+    flat = view.flatten(2)  # a copy if there are gaps
+    size, rest = divmod(int(flat.shape[2]), count)
+    tokens, odd = divmod(size, prod(tensor.spec.inner))
+    if flat.data_ptr() != view.data_ptr():
+        raise SpecError(f"{what} lies in rows with gaps; its part of a row cannot be told")
+    if rest or odd:
+        raise SpecError(f"{what}: rows of {flat.shape[2]} elements are not {count} parts of whole tokens")
+    inner = iter(tensor.spec.inner)
+    shape = [tokens if axis == "token" else next(inner) for axis in tensor.axes.split()[2:]]
+    return flat[:, :, number * size : (number + 1) * size].unflatten(2, shape)
+
+
+def _typed(view: Any, dtype: Any) -> Any:
+    """Engines keep 8-bit floats as plain bytes."""
     if view.dtype != dtype and view.element_size() == dtype.itemsize == 1:
-        view = view.view(dtype)
+        return view.view(dtype)
     return view
