@@ -1,0 +1,134 @@
+"""The engine's pages as a worker of the connector uses them: registered, behind the engine's work, in its order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvstore.errors import SpecError
+from kvstore.tiers.gpu.torch_device import open_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from kvstore.adapters.paged import EngineGroup, PagedMapping
+    from kvstore.adapters.vllm.metadata import LoadOrder, SaveOrder
+    from kvstore.clock import Deadline
+    from kvstore.spec import ModelSpec, Shard
+    from kvstore.store import Lease, Writer
+    from kvstore.tiers.gpu.device import Device, Mark
+
+
+class EnginePages:
+    """One worker's pages. Any thread.
+
+    Args:
+        mapping: of the engine's groups; registered here.
+        tensors: the engine's own, by its names of the layers. Their first axis is that of pages, which may be smaller
+            than those of its tables.
+        page_count: pages that its tables may name.
+
+    Raises:
+        SpecError: as `PagedMapping.register`, or the tensors lie on several devices.
+    """
+
+    def __init__(self, mapping: PagedMapping, tensors: Mapping[str, Any], page_count: int) -> None:
+        mapping.register(tensors)
+        self._mapping = mapping
+        self._tensors = dict(tensors)
+        self._page_count = page_count
+        names = {str(_parts(tensors[name])[0].device) for group in mapping.groups for name in group.names}
+        if len(names) != 1:
+            raise SpecError(f"the engine's pages lie on several devices: {', '.join(sorted(names))}")
+        self._device: Device = open_device(names.pop())
+        self._layers = {
+            name: layer for group in mapping.groups for layer, name in zip(group.layers, group.names, strict=True)
+        }
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._mapping.spec
+
+    @property
+    def shard(self) -> Shard:
+        return self._mapping.shard
+
+    def layer_number(self, name: str) -> int | None:
+        """The model layer that the engine's name means; None if it has no pages here."""
+        return self._layers.get(name)
+
+    def marks(self) -> tuple[Mark, ...]:
+        """A mark behind everything that this thread has asked of the device so far."""
+        return (self._device.stream_of(None).mark(),)
+
+    def stream(self) -> Any:
+        """A stream of its own, as a torch stream; None where the device is the host."""
+        if not self._device.needs_pinning:
+            return None
+        import torch
+
+        cuda: Any = torch.cuda
+        return cuda.Stream(device=torch.device(self._device.name))
+
+    def load(
+        self,
+        lease: Lease,
+        order: LoadOrder,
+        stream: Any,
+        after: Sequence[Mark],
+        deadline: Deadline,
+        *,
+        layers: Iterable[int] | None = None,
+    ) -> None:
+        """Fill the pages of an order, and wait until they hold it.
+
+        Args:
+            stream: from `stream`, of this thread.
+            after: what the pages may still be used by.
+        """
+        asked = self._device.stream_of(stream)
+        for mark in after:
+            asked.wait(mark)
+        asked.run(lambda: self._clear_rests(order))
+        self._mapping.load(
+            lease, order.tables, order.start, layers=layers, stream=stream, deadline_s=deadline.remaining_s()
+        )
+        asked.mark().wait(deadline, f"loading {order.tokens} tokens")
+
+    def _clear_rests(self, order: LoadOrder) -> None:
+        """Zero the pages that the load fills in part.
+
+        Attention kernels multiply what lies behind the last token by zero, and what somebody else's state left there
+        may be no number. vLLM zeroes new pages for the same reason, but not those that a load is to fill.
+        """
+        for group in self._mapping.groups:
+            if group.is_state:
+                continue
+            first = max(order.start, group.first_needed(order.tokens))
+            columns = group.columns(first, order.tokens)
+            partial = {order.tokens // group.page_tokens} if order.tokens % group.page_tokens else set()
+            if group.is_window and first % group.page_tokens:
+                partial.add(first // group.page_tokens)
+            for column in partial.intersection(columns):
+                if column == order.start // group.page_tokens and order.start % group.page_tokens:
+                    continue  # tokens of the engine's own begin it
+                self._clear(group, order.tables[group.index][column])
+
+    def _clear(self, group: EngineGroup, page: int) -> None:
+        """Zero one page of a table in all layers of its group."""
+        for name in group.names:
+            for tensor in _parts(self._tensors[name]):
+                parts = tensor.shape[0] // self._page_count
+                tensor[page * parts : (page + 1) * parts].zero_()
+
+    def save(self, writer: Writer, order: SaveOrder, *, cost_s: float, deadline: Deadline) -> None:
+        """Put what a step has left of a request: tokens to the writer's end, states and windows at its checkpoints."""
+        stop = len(writer.prompt)
+        lengths = [length for length in writer.resume_at if length != stop]
+        at = stop if stop in writer.resume_at else None
+        self._mapping.save(writer, order.tables, 0, stop, at=at, cost_s=cost_s, deadline_s=deadline.remaining_s())
+        for length in lengths:  # of windows, whose tokens lie in their pages still
+            self._mapping.save(writer, order.tables, stop, stop, at=length, deadline_s=deadline.remaining_s())
+
+
+def _parts(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, (list, tuple)) else (given,)
