@@ -6,6 +6,9 @@ Writers, readers at once and layer by layer, evictions on both sides, damage and
 that stop half-way, abandoned leases, and reopening after everything but the shelf's medium is gone. All cache contents
 check themselves (`kvstore.testing.specs`). The model knows which resume points were ever written, and which are on the
 shelf for certain: no other is ever found, and these always are.
+
+What is in memory, and with it what a rule can do, depends on how fast other threads are. What is drawn never does
+(`kvstore.testing.choices`).
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvstore.clock import Deadline
 from kvstore.errors import LeaseGoneError, LoadFailedError, PoolFullError, QuarantineFullError, ShelfRefusedError
 from kvstore.placement.tiered import TieredPool
 from kvstore.record import largest_slot_bytes, slot_sizes_bytes
 from kvstore.store import Store
+from kvstore.testing.choices import CHOICE, chosen
 from kvstore.testing.memory_shelf import MemoryShelf, ShelfMedium
 from kvstore.testing.specs import check_lease, put_all
 from kvstore.tiers import ArenaTier
@@ -40,6 +44,35 @@ STEP_S = 30.0
 SALTS = (b"", b"", b"other")
 DAMAGED_BYTES = (0, 100, 4100)
 """Within the header, or just behind it: of every record."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A new prompt, or one that shares its beginning with an earlier one.
+
+    Attributes:
+        is_written: the earlier one is a resume point that was written, and its salt counts; else any prompt is meant.
+        base: which one.
+        kept: how much of it is shared; None for all.
+        more: ids that follow.
+    """
+
+    salt: bytes
+    is_written: bool
+    base: int
+    kept: int | None
+    more: Ids
+
+
+DRAWN = st.builds(
+    Drawn,
+    salt=st.sampled_from(SALTS),
+    is_written=st.booleans(),
+    base=CHOICE,
+    kept=st.none() | CHOICE,
+    more=st.lists(st.integers(0, 1), max_size=9).map(tuple),
+)
+RESUME_AT = st.sets(CHOICE, min_size=1, max_size=3)
 
 
 @dataclass
@@ -91,14 +124,17 @@ class TieredMachine(RuleBasedStateMachine):
 
     # What a rule works on
 
-    def _draw_ids(self, data: st.DataObject) -> Ids:
-        base = data.draw(st.sampled_from(self.prompts), label="base")
-        kept = data.draw(st.one_of(st.just(len(base)), st.integers(0, len(base))), label="kept")
-        more = data.draw(st.lists(st.integers(0, 1), max_size=9), label="more")
-        ids = (*base[:kept], *more) or (1,)
+    def _point(self, drawn: Drawn) -> Point:
+        salt = drawn.salt
+        if drawn.is_written and self.written:
+            salt, base = chosen(sorted(self.written), drawn.base)
+        else:
+            base = chosen(self.prompts, drawn.base)
+        kept = len(base) if drawn.kept is None else drawn.kept % (len(base) + 1)
+        ids = (*base[:kept], *drawn.more) or (1,)
         if ids not in self.prompts:
             self.prompts.append(ids)
-        return ids
+        return salt, ids
 
     def _key(self, point: Point) -> bytes:
         path = self.store.prompt(point[1], salt=point[0]).path
@@ -143,12 +179,20 @@ class TieredMachine(RuleBasedStateMachine):
 
     # Writing
 
-    @rule(data=st.data(), salt=st.sampled_from(SALTS))
-    def write(self, data: st.DataObject, salt: bytes) -> None:
-        ids = self._draw_ids(data)
+    @initialize(drawn=DRAWN, at=RESUME_AT)
+    def write_first(self, drawn: Drawn, at: set[int]) -> None:
+        """An empty store shows little."""
+        self._write(drawn, at)
+
+    @rule(drawn=DRAWN, at=RESUME_AT)
+    def write(self, drawn: Drawn, at: set[int]) -> None:
+        self._write(drawn, at)
+
+    def _write(self, drawn: Drawn, at: set[int]) -> None:
+        salt, ids = self._point(drawn)
         block = self.spec.block_tokens
         possible = [end for end in range(1, len(ids) + 1) if end % block == 0 or end == len(ids)]
-        lengths = sorted(data.draw(st.sets(st.sampled_from(possible), min_size=1, max_size=3), label="at"))
+        lengths = sorted({chosen(possible, each) for each in at})
         try:
             writer = self.store.write(ids, salt=salt, resume_at=lengths)
         except (PoolFullError, QuarantineFullError):
@@ -162,11 +206,12 @@ class TieredMachine(RuleBasedStateMachine):
         self.written |= points
         self.unflushed |= points
 
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def continue_from_a_lease(self, data: st.DataObject) -> None:
-        live = data.draw(st.sampled_from(self.leases), label="from")
-        ids = (*live.ids, *data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=9), label="more"))
+    @rule(which=CHOICE, more=st.lists(st.integers(0, 1), min_size=1, max_size=9).map(tuple))
+    def continue_from_a_lease(self, which: int, more: Ids) -> None:
+        if not self.leases:
+            return
+        live = chosen(self.leases, which)
+        ids = (*live.ids, *more)
         self.shelf.loads.open()
         try:
             writer = self.store.write(ids, salt=live.salt, resume=live.lease)
@@ -195,16 +240,17 @@ class TieredMachine(RuleBasedStateMachine):
 
     # Reading
 
-    @precondition(lambda self: len(self.leases) < LEASES_MAX)
-    @rule(data=st.data(), salt=st.sampled_from(SALTS), layered=st.booleans(), verify=st.booleans())
-    def read(self, data: st.DataObject, salt: bytes, layered: bool, verify: bool) -> None:
-        ids = self._draw_ids(data)
+    @rule(drawn=DRAWN, at=CHOICE, layered=st.booleans(), verify=st.booleans())
+    def read(self, drawn: Drawn, at: int, layered: bool, verify: bool) -> None:
+        salt, ids = self._point(drawn)
         found = self._match(salt, ids)
         if not found:
             return
-        at = data.draw(st.sampled_from([each.tokens for each in found.candidates]), label="at")
+        if len(self.leases) == LEASES_MAX:
+            self.leases.pop(0).lease.release()
         self.shelf.loads.open()
-        live = self._read(found.at(at), salt, ids, layered=layered, verify=verify)
+        tokens = chosen(found.candidates, at).tokens
+        live = self._read(found.at(tokens), salt, ids, layered=layered, verify=verify)
         if live is not None:
             self.leases.append(live)
 
@@ -225,10 +271,10 @@ class TieredMachine(RuleBasedStateMachine):
             self._lose_below(found, salt, ids)
         return None if lease is None else LiveLease(lease, salt, ids[: lease.tokens])
 
-    @rule(data=st.data(), salt=st.sampled_from(SALTS), after=st.integers(0, 6), is_dropped=st.booleans())
-    def abandon(self, data: st.DataObject, salt: bytes, after: int, is_dropped: bool) -> None:
+    @rule(drawn=DRAWN, after=st.integers(0, 6), is_dropped=st.booleans())
+    def abandon(self, drawn: Drawn, after: int, is_dropped: bool) -> None:
         """A layered read that ends half-way, whether or not it had to load."""
-        ids = self._draw_ids(data)
+        salt, ids = self._point(drawn)
         found = self._match(salt, ids)
         if not found:
             return
@@ -253,43 +299,41 @@ class TieredMachine(RuleBasedStateMachine):
             load.wait_for_end(STEP_S)
         assert self.pool.statistics().loading.running == 0
 
-    @precondition(lambda self: self.leases)
     @rule()
     def read_again(self) -> None:
         for live in self.leases:
             check_lease(live.lease, self.store.prompt(live.ids, salt=live.salt))
 
-    @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        live = data.draw(st.sampled_from(self.leases))
-        self.leases.remove(live)
-        live.lease.release()
+    @rule(which=CHOICE)
+    def release(self, which: int) -> None:
+        if self.leases:
+            self.leases.pop(which % len(self.leases)).lease.release()
 
     # Losing
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), states_only=st.booleans())
-    def evict_from_memory(self, data: st.DataObject, states_only: bool) -> None:
-        point = data.draw(st.sampled_from(sorted(self.written)))
-        self.pool.evict_here(self._key(point), states_only=states_only)
+    @rule(which=CHOICE, states_only=st.booleans())
+    def evict_from_memory(self, which: int, states_only: bool) -> None:
+        if self.written:
+            point = chosen(sorted(self.written), which)
+            self.pool.evict_here(self._key(point), states_only=states_only)
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), states_only=st.booleans())
-    def evict_from_the_shelf(self, data: st.DataObject, states_only: bool) -> None:
-        point = data.draw(st.sampled_from(sorted(self.written)))
+    @rule(which=CHOICE, states_only=st.booleans())
+    def evict_from_the_shelf(self, which: int, states_only: bool) -> None:
+        if not self.written:
+            return
+        point = chosen(sorted(self.written), which)
         with suppress(ShelfRefusedError):
             self.pool._keeper.flush(Deadline.after(STEP_S))
         self.unflushed.clear()
         self.shelf.evict(self._key(point), states_only=states_only)
         self._lose(point, is_state=states_only)
 
-    @precondition(lambda self: self.written)
-    @rule(data=st.data(), is_state=st.booleans(), at=st.sampled_from(DAMAGED_BYTES))
-    def damage(self, data: st.DataObject, is_state: bool, at: int) -> None:
+    @rule(which=CHOICE, is_state=st.booleans(), at=st.sampled_from(DAMAGED_BYTES))
+    def damage(self, which: int, is_state: bool, at: int) -> None:
         """It is found when somebody reads it from there, and not before."""
-        point = data.draw(st.sampled_from(sorted(self.written)))
-        self.shelf.damage(self._key(point), is_state=is_state, at=at)
+        if self.written:
+            point = chosen(sorted(self.written), which)
+            self.shelf.damage(self._key(point), is_state=is_state, at=at)
 
     @rule(rows=st.sets(st.integers(0, 12), max_size=2))
     def make_rows_unreadable(self, rows: set[int]) -> None:
