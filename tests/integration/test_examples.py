@@ -37,7 +37,10 @@ PROMISES = {
     "14_jax_mamba2.py": ("jax", "resumes at 130 of 150 tokens", "bit for bit", "lost conv or ssm state is noticed"),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
-ELSEWHERE = {"01_prefill_decode.py"}
+WITH_ENGINES = {"11_vllm_prefix_cache.py": "vllm", "12_vllm_prefill_decode.py": "vllm"}
+"""Run by `make test-engines`; here they say what is missing."""
+
+ELSEWHERE = {"01_prefill_decode.py", *WITH_ENGINES}
 """The demo has tests of its own."""
 
 
@@ -58,3 +61,19 @@ def test_example(name: str) -> None:
     assert done.returncode == 0, done.stderr
     for phrase in expected:
         assert phrase in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(WITH_ENGINES))
+def test_example_without_its_engine(name: str) -> None:
+    hidden = f"import sys, runpy; sys.modules[{WITH_ENGINES[name]!r}] = None; "
+    hidden += "import importlib.util as u; find = u.find_spec; "
+    hidden += f"u.find_spec = lambda name, *rest: None if name == {WITH_ENGINES[name]!r} else find(name, *rest); "
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + "runpy.run_path(sys.argv[1], run_name='__main__')", f"{ROOT}/examples/{name}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "skipped: " in done.stdout
+    assert "is not installed" in done.stdout

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.engines.environment import NotRunError
+from tests.engines.environment import ROOT, NotRunError
 from tests.engines.matrix import Answer, Cell, Verdict, distance, holds, judge, not_run
-from tests.engines.vllm.engine import Engine, EngineError, Ran, Request, ends_of
+from tests.engines.vllm.engine import VARIABLES, Engine, EngineError, Ran, Request, ends_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +23,11 @@ PREFIX_TOKENS = 2 * CHUNK_TOKENS
 SUFFIX_TOKENS = 40
 HANDOVER_TOKENS = 600
 DECODED = 8
+EXAMPLE_LIMIT_S = 300.0
+EXAMPLES = {
+    "11_vllm_prefix_cache.py": ("question 1: 0 of 536", "question 2: 512 of 536"),
+    "12_vllm_prefill_decode.py": ("computed 600 tokens", "took over 600 of 601 tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,15 @@ CASES = {
     "store": ("cold", "warm", "longer prompt", "two tenants", "eviction after match", "abort"),
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
+    "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
+}
+ALL = {
+    "dense": tuple(CASES),
+    "window": ("plain", "store", "restart", "handover"),
+    "hybrid": ("plain", "store", "restart", "handover"),
 }
 QUICK = {
-    "dense": ("plain", "store", "restart"),
+    "dense": ("plain", "store", "restart", "examples"),
     "window": ("plain", "store"),
     "hybrid": ("plain", "store", "restart", "handover"),
 }
@@ -63,9 +74,8 @@ def expected(is_quick: bool, models: Sequence[str] | None = None) -> list[tuple[
         (model.name, case)
         for model in MODELS
         if models is None or model.name in models
-        for part, cases in CASES.items()
-        if not is_quick or part in QUICK[model.name]
-        for case in cases
+        for part in (QUICK if is_quick else ALL)[model.name]
+        for case in CASES[part]
     ]
 
 
@@ -83,7 +93,7 @@ def cells(
             yield not_run(ENGINE, model_name, case, str(error))
         return
     for model in chosen:
-        parts = QUICK[model.name] if is_quick else tuple(CASES)
+        parts = (QUICK if is_quick else ALL)[model.name]
         with Matrix(environment, folder, model, seed, parts) as matrix:
             yield from matrix.run()
 
@@ -120,6 +130,9 @@ class Matrix:
             decode.quit()
         if "restart" in self._parts:
             yield from self._cells("restart", lambda: self._restart_cells(store))
+        self._engines.close()
+        if "examples" in self._parts:
+            yield from self._cells("examples", self._example_cells)
 
     def _cells(self, part: str, make: Callable[[], Iterator[Cell]]) -> Iterator[Cell]:
         """Cells of one part; what is missing when it fails is broken, and says why."""
@@ -370,6 +383,16 @@ class Matrix:
         if fault and not ran.faults:
             return 0.0, ran, reference, broken
         return distance(reference, ran.answers), ran, reference, broken
+
+    # Examples
+
+    def _example_cells(self) -> Iterator[Cell]:
+        for name, phrases in EXAMPLES.items():
+            log = self._folder / f"{name}.log"
+            self._environment.run(ROOT / "examples" / name, (), log=log, limit_s=EXAMPLE_LIMIT_S, variables=VARIABLES)
+            said = log.read_text(errors="replace")
+            missing = [f"it does not say {phrase!r}" for phrase in phrases if phrase not in said]
+            yield holds(ENGINE, self.model.name, name, missing)
 
 
 def _upto(ran: Ran, tokens: int) -> tuple[int, ...]:

@@ -50,6 +50,9 @@ def make(name: str, folder: Path) -> None:
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "conv1d" not in parameter_name:
                 parameter.normal_(0, WEIGHT_STD)
+        if name == "window":  # whose embedding is the last layer too: it would say again and again what it read
+            model.model.embed_tokens.weight.mul_(0.1)
+            model.model.norm.weight.fill_(6.0)
         for layer in model.model.layers:
             linear = getattr(layer, "linear_attn", None)
             if linear is not None:
