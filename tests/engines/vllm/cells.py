@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.engines.environment import Environment
 
 ENGINE = "vllm"
+SCRIPT_OF_MODELS = Path(__file__).parent / "models.py"
 CHUNK_TOKENS = 256
 PREFIX_TOKENS = 2 * CHUNK_TOKENS
 SUFFIX_TOKENS = 40
@@ -68,6 +69,26 @@ QUICK = {
 }
 
 
+def options_of(model: Model) -> dict[str, Any]:
+    """How an engine is made: small, and with steps that end where a test can say it."""
+    return {
+        "skip_tokenizer_init": True, "dtype": model.dtype, "max_model_len": 1024, "max_num_seqs": 4,
+        "max_num_batched_tokens": CHUNK_TOKENS, "enforce_eager": True, "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": 64 << 20, "seed": 0,
+    }  # fmt: skip
+
+
+def connector_of(extra: dict[str, Any]) -> dict[str, Any]:
+    """A `--kv-transfer-config` with kvstore."""
+    return {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "kvstore.adapters.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
 def expected(is_quick: bool, models: Sequence[str] | None = None) -> list[tuple[str, str]]:
     """Models and cases of the matrix, or of its quick slice."""
     return [
@@ -84,10 +105,9 @@ def cells(
 ) -> Iterator[Cell]:
     """All cells, one after the other; where an engine fails, the cells that it would have filled are broken."""
     chosen = [model for model in MODELS if models is None or model.name in models]
-    script = Path(__file__).parent / "models.py"
     try:
         names = [model.name for model in chosen]
-        environment.run(script, [str(folder / "models"), *names], log=folder / "models.log", limit_s=300)
+        environment.run(SCRIPT_OF_MODELS, [str(folder / "models"), *names], log=folder / "models.log", limit_s=300)
     except NotRunError as error:
         for model_name, case in expected(is_quick, models):
             yield not_run(ENGINE, model_name, case, str(error))
@@ -156,30 +176,24 @@ class Matrix:
     # Engines
 
     def _start(self, name: str, connector: dict[str, Any] | None = None) -> Engine:
-        options = {
-            "skip_tokenizer_init": True, "dtype": self.model.dtype, "max_model_len": 1024, "max_num_seqs": 4,
-            "max_num_batched_tokens": CHUNK_TOKENS, "enforce_eager": True, "enable_prefix_caching": True,
-            "kv_cache_memory_bytes": 64 << 20, "seed": 0,
-        }  # fmt: skip
         engine = Engine(
-            self._environment, name, self._folder, model=self._model_folder, options=options, connector=connector
+            self._environment,
+            name,
+            self._folder,
+            model=self._model_folder,
+            options=options_of(self.model),
+            connector=connector,
         )
         return self._engines.enter_context(engine)
 
     def _settings(self, name: str, *, ssd: bool = False, listens: bool = False) -> dict[str, Any]:
-        """A `--kv-transfer-config` with kvstore."""
         extra: dict[str, Any] = {"weights": f"{self.model.name} {self._seed}", "dram": "96MiB", "fetch_deadline_s": 10}
+        extra["peers"] = ["tcp://127.0.0.1:*"]
         if ssd:
             extra["ssd"] = [f"{self._folder / name}-ssd:256MiB"]
         if listens:
             extra["listen"] = ["tcp://127.0.0.1:0"]
-        return {
-            "kv_connector": "KVStoreConnector",
-            "kv_connector_module_path": "kvstore.adapters.vllm.connector",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": extra,
-        }
+        return connector_of(extra)
 
     # Prompts and references
 

@@ -59,6 +59,7 @@ class Driver:
         self.stores: list[Any] = []
         self.faults: Any = None
         self.hooks: Any = None
+        self.timers: Any = None
         self._count = 0
 
     def do_open(self, model: str, options: dict[str, Any], connector: dict[str, Any] | None) -> dict[str, Any]:
@@ -68,6 +69,7 @@ class Driver:
 
         if connector is not None:
             import faults
+            import timers
             from vllm.config import KVTransferConfig
 
             self.faults = faults.Faults()
@@ -78,6 +80,7 @@ class Driver:
         self.boundaries = Boundaries(self.scheduler)
         if connector is not None:
             self.hooks = faults.Hooks(self.scheduler.connector)
+            self.timers = timers.Timers(self.scheduler.connector)
         return {"seconds": time.monotonic() - begin}
 
     def do_generate(
@@ -169,6 +172,10 @@ class Driver:
 
     def _preemptions(self) -> int:
         return sum(request.num_preemptions for request in self.scheduler.requests.values())
+
+    def do_times(self) -> dict[str, Any]:
+        """What was spent in the connector's methods since the last time this was asked."""
+        return {"methods": self.timers.take()}
 
     def do_store(self, deadline_s: float = 10.0) -> dict[str, Any]:
         """Statistics of the store that lives here, and what is held; waits a while for it to become nothing."""
