@@ -9,7 +9,7 @@ from kvstore.adapters.paged.registered import RegisteredGroup, register_group
 from kvstore.adapters.paged.spec import group_names
 from kvstore.errors import LeaseError, SpecError, WriteError
 from kvstore.limits import DEVICE_COPY_DEADLINE_S
-from kvstore.spec import WHOLE
+from kvstore.spec import WHOLE, ReuseRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -115,28 +115,26 @@ class PagedMapping:
             WriteError: a page that is needed is null, or a table is too short; or as `Writer.put_pages`.
             SpecError: nothing is registered, or a page id does not exist. DeadlineError, DeviceError: not copied.
         """
-        wanted = None if layers is None else set(layers)
-        chosen = self._chosen(wanted)
-        share_s = cost_s / max(1, sum(len(listed) for _, listed in chosen))
-        for each, listed in chosen:
-            group = each.group
+        planned = [(each, listed, self._saved(each, tables, start, stop, at)) for each, listed in self._chosen(layers)]
+        share_s = cost_s / max(1, sum(len(listed) for _, listed, ids in planned if ids is not None))
+        for each, listed, ids in planned:
+            if ids is None:
+                continue
             own_s = share_s * len(listed)
-            if not group.is_state and not group.is_window:
-                if start < stop:
-                    ids = self._token_pages(group, tables, start, stop, WriteError)
-                    writer.put_pages(
-                        each.pages,
-                        {each.name: each.expand(ids)},
-                        tokens=slice(start, stop),
-                        layers=listed,
-                        cost_s=own_s,
-                        stream=stream,
-                        deadline_s=deadline_s,
-                    )
+            if each.group.rule is ReuseRule.ATTENTION:
+                writer.put_pages(
+                    each.pages,
+                    {each.name: ids},
+                    tokens=slice(start, stop),
+                    layers=listed,
+                    cost_s=own_s,
+                    stream=stream,
+                    deadline_s=deadline_s,
+                )
             elif at is not None:
                 writer.put_state_pages(
                     each.pages,
-                    {each.name: self._state_pages(each, tables, at, group.first_needed(at), WriteError)},
+                    {each.name: ids},
                     at=at,
                     layers=listed,
                     cost_s=own_s,
@@ -173,22 +171,14 @@ class PagedMapping:
         length = lease.tokens
         if not 0 <= start <= length:
             raise LeaseError(f"a load from token {start} on of a resume point of {length} tokens; start before its end")
-        wanted = None if layers is None else set(layers)
-        for each, listed in self._chosen(wanted):
-            group = each.group
-            if group.is_state or group.is_window:
-                first = max(start, group.first_needed(length))
-                page_ids: Any = self._state_pages(each, tables, length, first, LeaseError)
-                tokens = None
-            elif start < length:
-                page_ids = each.expand(self._token_pages(group, tables, start, length, LeaseError))
-                tokens = slice(start, length)
-            else:
+        planned = [(each, listed, self._loaded(each, tables, start, length)) for each, listed in self._chosen(layers)]
+        for each, listed, ids in planned:
+            if ids is None:
                 continue
             lease.copy_to_pages(
                 each.pages,
-                {each.name: page_ids},
-                tokens=tokens,
+                {each.name: ids},
+                tokens=slice(start, length) if each.group.rule is ReuseRule.ATTENTION else None,
                 layers=listed,
                 stream=stream,
                 deadline_s=deadline_s,
@@ -222,18 +212,40 @@ class PagedMapping:
             return False
         return True
 
-    def _chosen(self, wanted: set[int] | None) -> list[tuple[RegisteredGroup, tuple[int, ...]]]:
+    def _chosen(self, layers: Iterable[int] | None) -> list[tuple[RegisteredGroup, tuple[int, ...]]]:
         if not self._registered:
             raise SpecError("no tensors are registered; call register() with the engine's own before the first copy")
-        found = [
-            (each, tuple(layer for layer in each.group.layers if wanted is None or layer in wanted))
-            for each in self._registered
-        ]
-        if wanted is not None:
-            unknown = wanted.difference(layer for _, listed in found for layer in listed)
-            if unknown:
-                raise SpecError(f"layer {min(unknown)} is in no group of this worker")
+        if layers is None:
+            return [(each, each.group.layers) for each in self._registered]
+        wanted = set(layers)
+        found = [(each, tuple(layer for layer in each.group.layers if layer in wanted)) for each in self._registered]
+        unknown = wanted.difference(layer for _, listed in found for layer in listed)
+        if unknown:
+            raise SpecError(f"layer {min(unknown)} is in no group of this worker")
         return [(each, listed) for each, listed in found if listed]
+
+    def _saved(self, each: RegisteredGroup, tables: Tables, start: int, stop: int, at: int | None) -> Any:
+        """The pages that a group's tokens or state are put from; of a window those that are there. None: nothing."""
+        group = each.group
+        if group.rule is ReuseRule.ATTENTION:
+            return each.expand(self._token_pages(group, tables, start, stop, WriteError)) if start < stop else None
+        if at is None:
+            return None
+        if group.is_state:
+            return self._state_page(group, tables, at, WriteError)
+        self._token_pages(group, tables, group.first_needed(at), at, WriteError)
+        held = self._table(group, tables, WriteError)[: -(-at // group.page_tokens)]
+        return each.expand([-1 if page == self.null_page else int(page) for page in held])
+
+    def _loaded(self, each: RegisteredGroup, tables: Tables, start: int, length: int) -> Any:
+        """The pages that a group's tokens or state are copied into, -1 for the others. None: nothing."""
+        group = each.group
+        if group.is_state:
+            return self._state_page(group, tables, length, LeaseError)
+        first = max(start, group.first_needed(length))
+        if first == length:
+            return None
+        return each.expand(self._token_pages(group, tables, first, length, LeaseError))
 
     def _table(self, group: EngineGroup, tables: Tables, error: type[KVStoreError]) -> Sequence[int]:
         if group.index >= len(tables):
@@ -270,17 +282,6 @@ class PagedMapping:
                 "tokens"
             )
         return page
-
-    def _state_pages(
-        self, each: RegisteredGroup, tables: Tables, length: int, first: int, error: type[KVStoreError]
-    ) -> Any:
-        """What `put_state_pages` and `copy_to_pages` take for a state or a window; `first` token of a window."""
-        group = each.group
-        if group.is_state:
-            return self._state_page(group, tables, length, error)
-        ids = self._token_pages(group, tables, first, length, error)
-        # A window of no token that is needed has pages before it only.
-        return each.expand(ids + [-1] * (-(-length // group.page_tokens) - len(ids)))
 
 
 def _check_groups(spec: ModelSpec, groups: Sequence[EngineGroup], names: Sequence[str]) -> None:
