@@ -196,7 +196,9 @@ def _key_values(name: str, spec: Any, facts: ModelFacts) -> tuple[EngineTensor, 
     key_dim, value_dim = int(spec.head_size), int(spec.head_size_v)
     keys = TensorSpec("keys", dtype, heads, (key_dim,), has_tokens=True)
     values = TensorSpec("values", dtype, heads, (value_dim,), has_tokens=True)
-    layout = KeyValueLayout.CONTENT if facts.layouts is None else facts.layouts[name]
+    layout = KeyValueLayout.CONTENT if facts.layouts is None else facts.layouts.get(name)
+    if layout is None:
+        raise UnsupportedModelError(f"layer {name!r} of vLLM has an attention backend whose layout is not known")
     if layout is KeyValueLayout.CPU:
         if key_dim != value_dim:
             raise UnsupportedModelError(f"layer {name!r}: vLLM's attention for CPUs needs keys as wide as values")
