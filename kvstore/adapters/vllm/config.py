@@ -52,6 +52,7 @@ _KINDS: dict[str, Kind] = {
     "listen": several(text("an address such as tcp://127.0.0.1:7400"), NODE_ADDRESSES_MAX),
     "trust_network": flag(),
     "limits": _sections("a table of limits such as {'quota': '2GiB'}"),
+    "peers": several(text("an address, or the beginning of one and a *"), NODE_ADDRESSES_MAX),
     "address": text("an address such as tcp://10.0.0.7:7400", may_be_empty=True),
     "layered": flag(),
     "saves": flag(),
@@ -79,6 +80,8 @@ class ConnectorConfig:
         listen: where the owner takes what other instances send, and answers what they fetch.
         trust_network: listen beyond loopback, although nothing is encrypted or authenticated.
         limits: quotas and lives; see `kvstore.cluster.config.LimitsConfig`.
+        peers: instances that hand-overs may come from and go to: addresses, or beginnings of such and a `*`. What a
+            request says about other instances comes from outside, so nobody else is asked, or sent anything.
         address: where other instances fetch from the store, if that is not what it listens on.
         layered: dense models: load layer by layer while the forward pass runs, instead of before it.
         saves: whether this instance saves at all.
@@ -104,6 +107,7 @@ class ConnectorConfig:
     listen: tuple[str, ...] = ()
     trust_network: bool = False
     limits: dict[str, Any] | None = None
+    peers: tuple[str, ...] = ()
     address: str = ""
     layered: bool = False
     saves: bool = True
