@@ -27,8 +27,8 @@ PAGES = 64
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def groups_like(spec: ModelSpec, *, page_tokens: int = PAGE_TOKENS) -> tuple[EngineGroup, ...]:
-    """A table for each group of a spec: keys and values in one tensor, states as bytes one after another."""
+def groups_like(spec: ModelSpec, shard: Shard = WHOLE, *, page_tokens: int = PAGE_TOKENS) -> tuple[EngineGroup, ...]:
+    """A table for each group of a spec: keys and values in one tensor, a rank's states as bytes one after another."""
     groups = []
     for index, group in enumerate(spec.groups):
         tensors: list[EngineTensor] = []
@@ -40,7 +40,7 @@ def groups_like(spec: ModelSpec, *, page_tokens: int = PAGE_TOKENS) -> tuple[Eng
             else:
                 axes = "page row" + " inner" * len(tensor.inner)
                 tensors.append(EngineTensor(tensor, axes, offset_bytes=at))
-                at += tensor.rows * tensor.row_bytes
+                at += tensor.rows * tensor.row_bytes // shard.count
         names = tuple(f"model.layers.{layer}.attn" for layer in group.layers)
         groups.append(
             EngineGroup(index, group.rule, group.layers, names, tuple(tensors), page_tokens, group.window_tokens)
@@ -53,7 +53,7 @@ class SmallEngine:
 
     def __init__(self, like: ModelSpec | None = None, *, shard: Shard = WHOLE, parts: int = 1) -> None:
         like = like or hybrid(4)
-        self.groups = groups_like(like)
+        self.groups = groups_like(like, shard)
         self.spec = spec_of(self.groups, model="small", weights="seed 0", block_tokens=like.block_tokens)
         self.shard = shard
         self.mapping = PagedMapping(self.spec, self.groups, shard, null_page=0)
