@@ -1,8 +1,8 @@
 """vLLM with kvstore and without: time to the first token, and what the adapter costs a request.
 
 Two engines on one machine take turns, with prompts of the same lengths: one has kvstore as its connector, the other
-has none. `cold`: nothing is stored; ours computes, and stores what it computed. `warm`: a document is stored, a question
-is new, and the engines' own caches are empty: ours loads, the other computes again. `own cache`: the same with the
+has none. `cold`: nothing is stored; ours computes, and stores what it computed. `warm`: a document is stored, a
+question is new, and the engines' own caches are empty: ours loads, the other computes again. `own cache`: the same with the
 engines' own caches full, where kvstore has nothing to give and should cost nothing. Besides, the time that the engine
 spends inside the connector's methods, by request: scheduler and forward pass wait for them; loads go on behind them.
 

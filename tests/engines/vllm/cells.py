@@ -150,28 +150,27 @@ class Matrix:
             decode.quit()
         if "restart" in self._parts:
             yield from self._cells("restart", lambda: self._restart_cells(store))
-        self._engines.close()
         if "examples" in self._parts:
             yield from self._cells("examples", self._example_cells)
 
     def _cells(self, part: str, make: Callable[[], Iterator[Cell]]) -> Iterator[Cell]:
-        """Cells of one part; what is missing when it fails is broken, and says why."""
-        done = set()
+        """Cells of one part; what is missing when it fails is broken, and says why once."""
+        missing = list(CASES[part])
+        verdict, reason = Verdict.BROKEN, "it was left out"
         try:
-            for cell in make():
-                done.add(cell.case)
-                yield cell
-            reason = "it was left out"
+            self._plain.wait_until_ready()
         except NotRunError as error:
-            for case in CASES[part]:
-                if case not in done:
-                    yield not_run(ENGINE, self.model.name, case, str(error))
-            return
-        except EngineError as error:
-            reason = str(error)
-        for case in CASES[part]:
-            if case not in done:
-                yield Cell(ENGINE, self.model.name, case, Verdict.BROKEN, reason=reason)
+            verdict, reason = Verdict.NOT_RUN, str(error)
+        else:
+            try:
+                for cell in make():
+                    missing.remove(cell.case)
+                    yield cell
+            except (EngineError, NotRunError) as error:  # the engine runs by itself, so it should with kvstore
+                reason = str(error)
+        for case in missing:
+            yield Cell(ENGINE, self.model.name, case, verdict, reason=reason)
+            reason = "as the one before"
 
     # Engines
 
