@@ -2,9 +2,10 @@
 
 Two engines on one machine take turns, with prompts of the same lengths: one has kvstore as its connector, the other
 has none. `cold`: nothing is stored; ours computes, and stores what it computed. `warm`: a document is stored, a
-question is new, and the engines' own caches are empty: ours loads, the other computes again. `own cache`: the same with the
-engines' own caches full, where kvstore has nothing to give and should cost nothing. Besides, the time that the engine
-spends inside the connector's methods, by request: scheduler and forward pass wait for them; loads go on behind them.
+question is new, and the engines' own caches are empty: ours loads, the other computes again. `own cache`: the same with
+the engines' own caches full, where kvstore has nothing to give and should cost nothing. Besides, the time that the
+engine spends inside the connector's methods, by request: its scheduler and its forward pass wait for them, while loads
+go on behind them.
 
     python -m benchmarks.engine_vllm [--model dense|window|hybrid] [--tokens N] [--rounds N] [--output FILE]
 

@@ -52,7 +52,15 @@ MODELS = (
 
 CASES = {
     "plain": ("no store, twice", "engine's own cache"),
-    "store": ("cold", "warm", "longer prompt", "two tenants", "eviction after match", "abort"),
+    "store": (
+        "cold",
+        "warm",
+        "longer prompt",
+        "two tenants",
+        "eviction after match",
+        "expiry after match",
+        "abort",
+    ),
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
@@ -144,12 +152,15 @@ class Matrix:
         store = self._start("store", self._settings("store", ssd=True, listens=True))
         yield from self._cells("plain", lambda: self._plain_cells())
         yield from self._cells("store", lambda: self._store_cells(store))
+        restarts = "restart" in self._parts and store.is_running
+        written = self._write(store) if restarts else {}
         if "handover" in self._parts:
             decode = self._start("decode", self._settings("decode"))
-            yield from self._cells("handover", lambda: self._handover_cells(store, decode))
+            yield from self._cells("handover", lambda: self._handover_cells(store, decode))  # kills one of them
             decode.quit()
         if "restart" in self._parts:
-            yield from self._cells("restart", lambda: self._restart_cells(store))
+            store.quit()
+            yield from self._cells("restart", lambda: self._restart_cells(written))
         if "examples" in self._parts:
             yield from self._cells("examples", self._example_cells)
 
@@ -186,7 +197,7 @@ class Matrix:
         return self._engines.enter_context(engine)
 
     def _settings(self, name: str, *, ssd: bool = False, listens: bool = False) -> dict[str, Any]:
-        extra: dict[str, Any] = {"weights": f"{self.model.name} {self._seed}", "dram": "96MiB", "fetch_deadline_s": 10}
+        extra: dict[str, Any] = {"weights": f"{self.model.name} {self._seed}", "dram": "48MiB", "fetch_deadline_s": 10}
         extra["peers"] = ["tcp://127.0.0.1:*"]
         if ssd:
             extra["ssd"] = [f"{self._folder / name}-ssd:256MiB"]
@@ -284,11 +295,13 @@ class Matrix:
 
         yield self._tenants(engine)
 
-        prefix, full = self._pair("evicted")
-        _, ran, reference = self._warm(engine, prefix, full, hook={"kind": "evict"})
-        broken = [] if ran.hooks else ["nothing was evicted"]
-        control = self._control(engine, "evicted")
-        yield self._judged("eviction after match", ran, reference, PREFIX_TOKENS, control, broken)
+        # What is matched is held: others go, and it is loaded. What its owner ends is not there any more.
+        for case, hook, least in (("eviction", "evict", PREFIX_TOKENS), ("expiry", "expire", 0)):
+            prefix, full = self._pair(case)
+            _, ran, reference = self._warm(engine, prefix, full, hook={"kind": hook})
+            broken = [] if ran.hooks else ["nothing happened between match and load"]
+            control = self._control(engine, case)
+            yield self._judged(f"{case} after match", ran, reference, least, control, broken)
 
         prefix, full = self._pair("abort")
         engine.generate(prefix)
@@ -327,28 +340,36 @@ class Matrix:
 
     # An engine that comes back, with what lies on disk
 
-    def _restart_cells(self, engine: Engine) -> Iterator[Cell]:
-        name = self.model.name
-        pairs = {case: self._pair(case) for case in ("restart", *self.model.faults, "corrupt")}
-        cold = {case: engine.generate(prefix) for case, (prefix, _) in pairs.items()}
+    def _write(self, engine: Engine) -> dict[str, tuple[Request, Ran]]:
+        """What the engine that comes back is asked, and how the one before computed its prefix, which is on disk."""
+        written = {}
+        for case in ("restart", *self.model.faults, "corrupt"):
+            prefix, full = self._pair(f"written, {case}")
+            written[case] = full, engine.generate(prefix)
         engine.ask("flush")
-        engine.quit()
+        return written
+
+    def _restart_cells(self, written: dict[str, tuple[Request, Ran]]) -> Iterator[Cell]:
+        if not written:
+            raise EngineError("the engine before it had failed")
+        name = self.model.name
         again = self._start("restarted", self._settings("store", ssd=True))
         control = float("inf")
         for fault in self.model.faults:
-            ran = again.generate(pairs[fault][1], fault=fault)
-            control = min(control, self._compared(pairs[fault][1], cold[fault], ran, fault)[0])
-        full = pairs["restart"][1]
-        _, ran, reference = self._compared(full, cold["restart"], again.generate(full))
+            full, cold = written[fault]
+            ran = again.generate(full, fault=fault)
+            control = min(control, self._compared(full, cold, ran, fault)[0])
+        full, cold = written["restart"]
+        _, ran, reference = self._compared(full, cold, again.generate(full))
         yield self._judged("restarted, warm disk", ran, reference, PREFIX_TOKENS, control)
 
-        full = pairs["corrupt"][1]
+        full, cold = written["corrupt"]
         broken = [] if again.ask("stored", ids=full.ids)["tokens"][0] else ["it was not on disk"]
         broken += [] if _flip_bytes(self._folder / "store-ssd") else ["no byte was flipped"]
         before = again.ask("store")["damaged_records"]
         ran = again.generate(full)
         broken += [] if again.ask("store")["damaged_records"] > before else ["no damage was noticed"]
-        _, ran, reference = self._compared(full, cold["corrupt"], ran)
+        _, ran, reference = self._compared(full, cold, ran)
         broken += [f"left: {leak}" for leak in again.leaks()]
         yield judge(
             ENGINE, name, "corrupted record", reference=reference, answers=ran.answers, control=control, broken=broken,

@@ -92,26 +92,30 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.quit()
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def _tell(self, command: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write((json.dumps(command) + "\n").encode())
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise EngineError(f"{self.name} is gone\n{tail(self.log)}") from None
+            raise EngineError(f"{self.name} is gone\n{tail(self.log, 8)}") from None
 
     def _answer(self, limit_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
         until = time.monotonic() + limit_s
         while not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
             if time.monotonic() > until:
-                raise EngineError(f"{self.name} did not answer in {limit_s:.0f} s\n{tail(self.log)}")
+                raise EngineError(f"{self.name} did not answer in {limit_s:.0f} s\n{tail(self.log, 8)}")
         line = self._process.stdout.readline()
         if not line:
-            raise EngineError(f"{self.name} ended with status {self._process.wait(30)}\n{tail(self.log)}")
+            raise EngineError(f"{self.name} ended with status {self._process.wait(30)}\n{tail(self.log, 8)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise EngineError(f"{self.name}: {answer['error']}\n{tail(self.log)}")
+            raise EngineError(f"{self.name}: {answer['error']}\n{tail(self.log, 8)}")
         return answer
 
     def wait_until_ready(self) -> None:

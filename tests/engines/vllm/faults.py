@@ -77,11 +77,28 @@ class Hooks:
 
     def _happen(self, ids: list[int]) -> None:
         assert self._hook is not None
-        if self._hook["kind"] == "evict":
-            for store in self._stores:
+        for store in self._stores:
+            before = store.statistics().evicted_records
+            if self._hook["kind"] == "expire":
                 store.expire(ids, after_tokens=0)
                 assert not store.match(ids).tokens
-        self.count += 1
+            else:
+                _fill(store)
+            self.count += store.statistics().evicted_records > before
+
+
+def _fill(store: Any) -> None:
+    """Write prompts that nobody asks for until as much has been evicted as there is room for."""
+    from kvstore.testing.specs import put_all
+
+    tokens, written = 4 * store.spec.block_tokens, 0
+    first = 1 << 20 | store.statistics().commits << 8  # ids that no model has, and other ones each time
+    while written < 2 * store.statistics().capacity_bytes:
+        with store.write([first] * tokens) as writer:
+            put_all(writer)
+            written += writer.size_bytes
+            writer.commit()
+        first += 1 << 8
 
 
 def note_stores() -> list[Any]:
