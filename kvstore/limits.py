@@ -252,7 +252,7 @@ FOREIGN_LOADS_MAX = 32
 FOREIGN_SALTS_MAX = 4096
 """Salts whose root is remembered."""
 FOREIGN_THREADS_DEFAULT = 2
-"""Threads that do what one foreign store was asked for asynchronously."""
+"""Threads that store what one foreign store was asked for asynchronously, and as many more that load."""
 FOREIGN_WAITING_MAX = 256
 """Asynchronous calls that wait for them; more are declined."""
 FOREIGN_CLOSE_DEADLINE_S = 30.0

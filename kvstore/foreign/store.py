@@ -74,8 +74,8 @@ class ForeignStore:
         namespace: whose keys are meant.
         verify: check what lies in memory against its checksums while it is copied out. What comes from a disk is
             checked in any case.
-        threads: that do what was asked for asynchronously.
-        waiting_max: asynchronous calls that wait for these; more are declined: every answer in them is False.
+        threads: that store what was asked for asynchronously, and as many more that find and load.
+        waiting_max: asynchronous calls that wait for either; more are declined: every answer in them is False.
 
     Raises:
         SpecError: the store was opened with another spec.
@@ -101,7 +101,9 @@ class ForeignStore:
         self._layout = record_layout(store.spec, 0, 0, _WHOLE_CHUNK)
         self._verify = verify
         self._counts = ForeignCounts()
-        self._workers = Workers("kvstore-foreign", threads, waiting_max)
+        # Each way has its own, so that neither waits behind the other.
+        self._readers = Workers("kvstore-foreign-read", threads, waiting_max)
+        self._writers = Workers("kvstore-foreign-write", threads, waiting_max)
         self._lock = threading.Lock()
         self._hashers: dict[str, GroupHasher] = {name: namespace.hasher(name) for name in namespace.sizes}
         self._paths: dict[bytes, ObjectPaths] = {}
@@ -299,6 +301,7 @@ class ForeignStore:
         objects = self._objects(group, keys, memories, is_written=False)
         paths = self._paths_of(salt)
         return self._later(
+            self._writers,
             f"storing {len(objects)} objects",
             objects,
             self._counts.refused,
@@ -319,6 +322,7 @@ class ForeignStore:
         objects = self._objects(group, keys, memories, is_written=True)
         paths = self._paths_of(salt)
         return self._later(
+            self._readers,
             f"loading {len(objects)} objects",
             objects,
             self._counts.missed,
@@ -336,6 +340,7 @@ class ForeignStore:
         """As `has`, by another thread."""
         self._objects(group, keys, None, sizes_bytes=sizes_bytes)
         return self._later(
+            self._readers,
             f"looking for {len(keys)} objects",
             keys,
             _uncounted,
@@ -353,7 +358,7 @@ class ForeignStore:
     ) -> Handle[ForeignHold]:
         """As `hold`, by another thread. Who does not take the result must release it all the same."""
         objects = self._objects(group, keys, None, sizes_bytes=sizes_bytes)
-        handle = self._workers.submit(
+        handle = self._readers.submit(
             f"holding {len(keys)} objects",
             lambda: self.hold(group, keys, sizes_bytes=sizes_bytes, salt=salt, deadline_s=deadline_s),
         )
@@ -365,12 +370,13 @@ class ForeignStore:
 
     def _later(
         self,
+        workers: Workers,
         what: str,
         objects: Sequence[object],
         count: Callable[[str, int], None],
         work: Callable[[], list[bool]],
     ) -> Handle[list[bool]]:
-        handle = self._workers.submit(what, work)
+        handle = workers.submit(what, work)
         if handle is None:
             count("busy", len(objects))
             handle = Handle(what)
@@ -389,7 +395,9 @@ class ForeignStore:
         Raises:
             DeadlineError: not by then; it goes on.
         """
-        self._workers.drain(deadline_s)
+        deadline = Deadline.after(deadline_s)
+        self._writers.drain(deadline.remaining_s())
+        self._readers.drain(deadline.remaining_s())
 
     def close(self, deadline_s: float = FOREIGN_CLOSE_DEADLINE_S) -> None:
         """End what was asked for asynchronously: what has not begun fails. The store stays open. Idempotent.
@@ -397,7 +405,10 @@ class ForeignStore:
         Raises:
             DeadlineError: something still runs, and may still write to its caller's memory.
         """
-        self._workers.close(deadline_s)
+        deadline = Deadline.after(deadline_s)
+        with ExitStack() as closing:
+            closing.callback(lambda: self._readers.close(deadline.remaining_s()))
+            self._writers.close(deadline.remaining_s())
 
     # Inside
 
