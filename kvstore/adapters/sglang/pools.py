@@ -6,6 +6,7 @@ import enum
 import json
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvstore.errors import ConfigError
@@ -155,7 +156,7 @@ def describe(name: str, pool: Any, position: Position, *, kv_dtype: str, is_zero
         "class": kind,
         "form": form.value,
         "page_slots": page_slots,
-        "pieces": pieces,
+        "pieces": " ".join(f"{len(list(run))}x{size}" for size, run in groupby(pieces)),
         "share": position.share(is_replicated=is_replicated),
     }
     for fact in _FACTS:

@@ -123,6 +123,12 @@ class PageStorage:
         for pool in self.pools.values():
             LOG.info("SGLang's pool %s is stored as %s: %s", pool.name, pool.group, pool.facts)
 
+    @property
+    def objects(self) -> ForeignStore | None:
+        """The store's objects; None before it is open, after it was closed, and as long as its owner is gone."""
+        store = self._store
+        return None if store is None or self._is_closed else store.current()
+
     def _groups(self) -> tuple[tuple[str, int], ...]:
         return tuple((pool.group, pool.size_bytes) for pool in self.pools.values() if pool.form is not Form.NONE)
 
@@ -332,7 +338,7 @@ class PageStorage:
         """What the store answers; None if there is none, or it raises."""
         reason = "gone"
         try:
-            foreign = None if self._store is None or self._is_closed else self._store.current()
+            foreign = self.objects
             if foreign is not None:
                 return work(foreign, part)
         except KVStoreError as error:
@@ -350,8 +356,7 @@ class PageStorage:
         Returns whether nothing is left: what is being read or written at the moment stays, and is tried again until
         the deadline of a call.
         """
-        with self._lock:
-            foreign = None if self._store is None or self._is_closed else self._store.current()
+        foreign = self.objects
         if foreign is None:
             return False
         try:

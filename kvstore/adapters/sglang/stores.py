@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvstore.clock import Deadline
-from kvstore.errors import AttachError, ConfigError, KVStoreError, OwnerGoneError, SpecError
+from kvstore.errors import AttachError, ConfigError, KVStoreError, OwnerGoneError, SpecError, SsdDirectoryError
 from kvstore.foreign import ForeignNamespace, ForeignStore
 from kvstore.limits import ATTACH_DEADLINE_S
 from kvstore.placement.ssd import SsdOptions, SsdPlace
@@ -100,6 +101,8 @@ class BackendStore:
             places = [SsdPlace.parse(each) for each in config.ssd]
             if not is_shared:  # a directory has one owner
                 places = [replace(each, path=f"{each.path}/{position.folder}") for each in places]
+                for each in places:
+                    _make_directory(each.path)
             ssd = SsdOptions(places, write_bytes_per_day=config.ssd_write_bytes_per_day)
         store = open_store(self._namespace.spec, dram=config.dram, ssd=ssd, socket=config.own_socket or None)
         return self._view(store)
@@ -148,6 +151,13 @@ class BackendStore:
         if gone is not None:
             gone.close()
             gone.store.close()
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise SsdDirectoryError(f"{path} cannot be made: {error}") from error
 
 
 def chunk_bytes_of(store: Store, namespace: ForeignNamespace) -> int:
