@@ -124,6 +124,27 @@ class Attachment:
             PeerGoneError, ProtocolError: this connection is over; the transfer may go on over another.
             TransferError: the transfer is over.
         """
+        try:
+            return self._run()
+        except PeerGoneError as error:
+            self._end_reader()
+            with self._owner.changed:
+                self._broken = self._broken or error
+                if self._committed is not None:
+                    return self._committed
+                if self._abort is not None:
+                    raise self._refused(self._abort) from error
+            raise
+
+    def _end_reader(self) -> None:
+        """The connection is over. What the peer said before that counts, also where a send was the first to notice."""
+        link, reader = self._link, self._reader
+        if link is None or reader is None or self._abort is not None:
+            return
+        link.close()
+        reader.wait(self._progress_deadline_s)
+
+    def _run(self) -> Committed:
         owner = self._owner
         link = self._connect(Deadline.after(owner.settings.connect_deadline_s).earlier(owner.deadline))
         link.send(Kind.OFFER, owner.transfer, payload=owner.offer_payload)

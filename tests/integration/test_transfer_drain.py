@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import pytest
 
 import kvstore
 from kvstore.abc import TransportOptions
-from kvstore.errors import PeerClosingError
+from kvstore.errors import PeerClosingError, PeerGoneError
 from kvstore.spec import Shard
 from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.transfer import Endpoint, Sender, TransferSettings, send_lease
+from kvstore.transfer.attachment import Attachment
 from kvstore.transfer.frames import Kind
 from kvstore.transfer.link import FrameLink
 from tests.integration.transfer_nodes import (
@@ -36,6 +38,9 @@ from tests.integration.transfer_nodes import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from kvstore._native import Stream
+    from kvstore.transfer.frames import FrameHeader
 
 HELD = TransportOptions(pacing_bytes_per_s=64 << 10)
 """It would take half a minute: no test waits for its end."""
@@ -122,6 +127,34 @@ def test_the_deadline_passes_and_closing_gives_up_the_rest(source: kvstore.Store
         handle.result(WITHIN_S)
     assert not match_all(target, prompt(BIG_TOKENS))
     assert endpoint.statistics().aborted == 1
+
+
+def test_a_refusal_counts_where_a_send_notices_the_end_first(
+    source: kvstore.Store, target: kvstore.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node did not wait any longer for what is being sent; its word is there, and is just being read."""
+    take = Attachment._take
+    is_told, is_broken = threading.Event(), threading.Event()
+
+    def take_late(attachment: Attachment, header: FrameHeader, payload: memoryview) -> None:
+        if header.kind is Kind.ABORT:
+            is_told.set()
+            assert is_broken.wait(WITHIN_S)
+        take(attachment, header, payload)
+
+    def break_off(stream: Stream, *_: Any) -> Any:
+        assert is_told.wait(WITHIN_S)
+        stream.close()
+        is_broken.set()
+        raise PeerGoneError("the connection broke while sending")
+
+    monkeypatch.setattr(Attachment, "_take", take_late)
+    monkeypatch.setattr("kvstore.transfer.attachment.send_pieces", break_off)
+    with Endpoint(target.pool, address("tcp")) as endpoint:
+        handle = source.send(match_all(source, prompt(BIG_TOKENS)), endpoint.address)
+        wait_until(lambda: any(status.is_attached for status in endpoint.transfers()), "the transfer has begun")
+    with pytest.raises(PeerClosingError, match="closing"):
+        handle.result(WITHIN_S)
 
 
 def test_a_broken_transfer_is_resumed_during_a_drain(source: kvstore.Store, target: kvstore.Store) -> None:
