@@ -233,6 +233,7 @@ class Endpoint:
         self._accepting.join()
         if self._serving is not None:
             self._serving.close()
+        self._inbox.stop_taking()
         for session in sessions:
             session.abort("the node is closing")
         deadline = Deadline.after(ABORT_DEADLINE_S)

@@ -503,12 +503,17 @@ class Inbox:
                 lambda: not (self._entries or len(self._line) or self._places), deadline.remaining_s()
             )
 
-    def close(self) -> None:
-        """Give everything up and end the janitor. The sessions have ended by now, or soon will."""
+    def stop_taking(self) -> None:
+        """Whatever is offered from here on, or still waits, is refused: the node is closing."""
         with self._changed:
             self._is_closed = True
-            transfers = list(self._entries)
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Give everything up and end the janitor. The sessions have ended by now, or soon will."""
+        self.stop_taking()
+        with self._changed:
+            transfers = list(self._entries)
         for transfer in transfers:
             self.give_up(transfer, Abort(AbortCode.CLOSING, "the node is closing"))
         self._pool.unsubscribe(self._space_changed)

@@ -93,6 +93,8 @@ class Session:
         self._peer: Hello | None = None
         self._is_one_sided = False
         self._attached: Attached | None = None
+        self._offered: TransferId | None = None
+        """What is being taken up, or refused."""
         self._is_over = threading.Event()
         self._stop = StopFlag()
         self._joined: Joined | None = None
@@ -182,12 +184,15 @@ class Session:
 
     def abort(self, reason: str) -> None:
         """Tell the peer that this node gives its transfer up, then end the connection. Any thread."""
+        transfer = self._offered  # looked at first: once it is none, what was taken up is attached
         attached = self._attached
-        if attached is None:
+        if attached is not None:
+            transfer = attached.incoming.transfer
+        if transfer is None:
             self.close()
             return
         self._drain()
-        self._send_quietly(Kind.ABORT, attached.incoming.transfer, Abort(AbortCode.CLOSING, reason).pack())
+        self._send_quietly(Kind.ABORT, transfer, Abort(AbortCode.CLOSING, reason).pack())
 
     def cancel(self, transfer: TransferId, abort: Abort) -> bool:
         """Give up the transfer that is attached here. False if it is another one, or none any more. Any thread."""
@@ -383,7 +388,9 @@ class Session:
         if header.transfer.epoch != self._peer.boot_epoch:
             raise ProtocolError(f"{kind.name} names transfer {header.transfer}, which another node began")
         if kind is Kind.OFFER:
+            self._offered = header.transfer
             self._offer(header, self._link.receive_payload(header))
+            self._offered = None
         elif kind in MATCH_KINDS:
             self._asked(header, self._link.receive_payload(header))
         elif kind is Kind.ABORT:

@@ -17,6 +17,7 @@ from kvstore.testing.resources import Background, leaves_nothing
 from kvstore.transfer import Endpoint, Sender, TransferSettings, send_lease
 from kvstore.transfer.attachment import Attachment
 from kvstore.transfer.frames import Kind
+from kvstore.transfer.inbox import Inbox
 from kvstore.transfer.link import FrameLink
 from tests.integration.transfer_nodes import (
     BIG_TOKENS,
@@ -127,6 +128,47 @@ def test_the_deadline_passes_and_closing_gives_up_the_rest(source: kvstore.Store
         handle.result(WITHIN_S)
     assert not match_all(target, prompt(BIG_TOKENS))
     assert endpoint.statistics().aborted == 1
+
+
+def test_closing_tells_the_sender_whose_offer_is_being_taken_up(
+    source: kvstore.Store, target: kvstore.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has space already, and is not attached yet."""
+    attach = Inbox.attach
+    is_taken, may_go_on = threading.Event(), threading.Event()
+
+    def attach_slowly(inbox: Inbox, *arguments: Any) -> Any:
+        incoming = attach(inbox, *arguments)
+        is_taken.set()
+        assert may_go_on.wait(WITHIN_S)
+        return incoming
+
+    monkeypatch.setattr(Inbox, "attach", attach_slowly)
+    endpoint = Endpoint(target.pool, address("tcp"))
+    handle = source.send(match_all(source, prompt(BIG_TOKENS)), endpoint.address)
+    assert is_taken.wait(WITHIN_S)
+    closing = Background(endpoint.close)
+    try:
+        with pytest.raises(PeerClosingError, match="closing"):
+            handle.result(WITHIN_S)
+    finally:
+        may_go_on.set()
+        closing.result(WITHIN_S)
+
+
+def test_closing_tells_the_sender_whose_offer_waits_for_room(source: kvstore.Store) -> None:
+    settings = TransferSettings(queue_deadline_s=WITHIN_S, progress_deadline_s=4 * WITHIN_S)
+    with kvstore.open(tiny_spec(BIG_WIDTH), dram="4MiB") as target:
+        with target.write(prompt(BIG_TOKENS, seed=1)), Sender(settings=settings) as sender:
+            endpoint = Endpoint(target.pool, address("tcp"), settings=settings)
+            with source.read(match_all(source, prompt(BIG_TOKENS))) as lease:
+                handle = send_lease(lease, endpoint.address, sender=sender)
+                wait_until(lambda: len(endpoint.transfers()) == 1, "the offer waits")
+                assert endpoint.transfer_count == 0
+                endpoint.close()
+                with pytest.raises(PeerClosingError, match="closing"):
+                    handle.result(WITHIN_S)
+        assert_settled(target)
 
 
 def test_a_refusal_counts_where_a_send_notices_the_end_first(
