@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NULL_PAGE = 0
 """The page that vLLM's tables name where there is none."""
 
-_REFUSED = {
+REFUSED = {
     "CircularBufferSpec": "a ring of tokens that are being compressed is of one request only",
     "CrossAttentionSpec": "cross-attention depends on the encoder's input, not on the tokens before",
     "EncoderOnlyAttentionSpec": "an encoder keeps no cache",
@@ -82,12 +82,12 @@ def cache_numerics(cache_dtype: str, *, computes_scales: bool = False) -> dict[s
 
 def _one_layer(index: int, name: str, spec: Any, facts: ModelFacts) -> EngineGroup:
     kind = type(spec).__name__
-    if kind in _REFUSED:
-        raise UnsupportedModelError(f"layer {name!r} of vLLM is of kind {kind}: {_REFUSED[kind]}")
-    build = _BUILDERS.get(kind)
+    if kind in REFUSED:
+        raise UnsupportedModelError(f"layer {name!r} of vLLM is of kind {kind}: {REFUSED[kind]}")
+    build = BUILDERS.get(kind)
     if build is None:
         raise UnsupportedModelError(
-            f"layer {name!r} of vLLM is of kind {kind}, which is not known; known are {', '.join(sorted(_BUILDERS))}"
+            f"layer {name!r} of vLLM is of kind {kind}, which is not known; known are {', '.join(sorted(BUILDERS))}"
         )
     return build(index, name, spec, facts)
 
@@ -252,7 +252,7 @@ def _total_heads(name: str, spec: Any, facts: ModelFacts) -> int:
     return total
 
 
-_BUILDERS: dict[str, Callable[[int, str, Any, ModelFacts], EngineGroup]] = {
+BUILDERS: dict[str, Callable[[int, str, Any, ModelFacts], EngineGroup]] = {
     "ChunkedLocalAttentionSpec": _chunks,
     "FullAttentionSpec": _full,
     "MLAAttentionSpec": _latent,

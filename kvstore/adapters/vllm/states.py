@@ -24,10 +24,10 @@ def state_group(index: int, name: str, spec: Any, facts: ModelFacts) -> EngineGr
         raise UnsupportedModelError(
             f"layer {name!r} of vLLM keeps states for tokens that are not accepted yet; turn speculative decoding off"
         )
-    build = _STATES.get(mechanism)
+    build = STATES.get(mechanism)
     if build is None:
         raise UnsupportedModelError(
-            f"layer {name!r} of vLLM has states of kind {mechanism}, which is not known; known are {', '.join(_STATES)}"
+            f"layer {name!r} of vLLM has states of kind {mechanism}, which is not known; known are {', '.join(STATES)}"
         )
     shapes = [tuple(int(size) for size in shape) for shape in spec.shapes]
     dtypes = [DType.parse(dtype) for dtype in spec.dtypes]
@@ -155,7 +155,7 @@ def _channel_segment(name: str, channels: int, ranks: int) -> Segment:
     return Segment("channels", units, total // units)
 
 
-_STATES: dict[str, Callable[[str, _Shapes, int, ModelFacts], list[_Described]]] = {
+STATES: dict[str, Callable[[str, _Shapes, int, ModelFacts], list[_Described]]] = {
     "GDN_ATTN": _gated_delta,
     "LINEAR": _linear,
     "MAMBA1": _mamba1,
