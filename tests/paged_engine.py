@@ -338,13 +338,13 @@ def _each(
                     use(place, bytes_of(own, place), f"{label} of {name} at {at}")
                 continue
             first = max(start, first_needed(kind, stop)) if is_needed_only else start
+            if first == stop:
+                continue
             if is_whole_pages:
                 # What a window's record has of a page that is needed comes with it.
                 window = getattr(kind, "sliding_window", None) or getattr(kind, "attention_chunk_size", None)
                 begins = first // kind.block_size * kind.block_size
                 first = first if window is None else max(0, begins, stop - window + 1)
-            if first == stop:
-                continue
             values = {
                 label: engine.own(name, label, token_values(spec, prompt, layer, label, first, stop))
                 for label in (["latent"] if isinstance(kind, MLAAttentionSpec) else ["keys", "values"])

@@ -15,7 +15,7 @@ from kvstore.store import open_store
 
 torch = pytest.importorskip("torch")
 
-from kvstore.adapters.paged import PagedMapping, spec_of  # noqa: E402
+from kvstore.adapters.paged import CheckpointPolicy, PagedMapping, spec_of  # noqa: E402
 from kvstore.adapters.vllm.facts import KeyValueLayout, ModelFacts  # noqa: E402
 from kvstore.adapters.vllm.groups import NULL_PAGE, engine_groups  # noqa: E402
 from tests.paged_engine import (  # noqa: E402
@@ -210,6 +210,40 @@ def test_whatever_the_pages_and_chunks(data: st.DataObject) -> None:
                 assert named[group.index] == kept
             else:
                 assert named[group.index] == kept - set(tables[group.index][: start // page_tokens])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("page_tokens", [16, 48, 128])
+def test_every_length_that_the_policy_chooses(model: str, page_tokens: int) -> None:
+    """The store takes them, whatever the engine's pages are, and each of them can be gone on from."""
+    ids = [number * 7 % 211 for number in range(300)]
+    worker = Worker(model, page_tokens, pages=80)
+    policy = CheckpointPolicy(
+        page_tokens,
+        has_states=worker.mapping.has_states,
+        has_windows=bool(worker.mapping.window_tokens),
+        block_tokens=worker.spec.block_tokens,
+    )
+    with open_store(worker.spec, dram="16MiB") as store:
+        tables = worker.tables(300)
+        found = []
+        start = 0
+        for stop in (150, 256, 300):
+            fill(worker.engine, worker.spec, store.prompt(ids), tables, start, stop, stop)
+            lengths = policy.lengths(start, stop, 300, (140, 192))
+            start = stop
+            if not lengths:
+                continue
+            found += lengths
+            end = lengths[-1]
+            with store.write(store.prompt(ids[:end]), resume_at=lengths) as writer:
+                worker.mapping.save(writer, tables, 0, end, at=end if worker.spec.state_groups else None)
+                for length in lengths[:-1]:
+                    worker.mapping.save(writer, tables, end, end, at=length)
+                writer.commit()
+        assert found[-1] == 300
+        for length in found:
+            load_all(store, Worker(model, 64, pages=80, seed=length), ids, length)
 
 
 # What must be noticed

@@ -84,7 +84,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             spec,
             store,
             searches,
-            facts.policy,
+            facts.policy(spec.block_tokens),
             may_load=facts.may_load,
             may_save=facts.may_save and config.saves,
             peers=config.peers,

@@ -88,13 +88,13 @@ class EngineFacts:
             numerics=self.numerics,
         )
 
-    @property
-    def policy(self) -> CheckpointPolicy:
-        """At which lengths resume points are kept."""
+    def policy(self, block_tokens: int) -> CheckpointPolicy:
+        """At which lengths resume points are kept in a store with blocks of so many tokens."""
         return CheckpointPolicy(
             self.alignment_tokens,
             has_states=any(group.is_state for group in self.groups),
             has_windows=any(group.is_window for group in self.groups),
+            block_tokens=block_tokens,
         )
 
 
