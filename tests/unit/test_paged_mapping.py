@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -387,3 +389,19 @@ def test_groups_of_another_model_are_refused() -> None:
         dense.mapping.register({})
     with pytest.raises(SpecError, match="do not divide"):
         PagedMapping(dense.spec, Worker("dense", 64).groups).register(Worker("dense", 48).engine.tensors)
+
+
+# The page
+
+
+def test_the_example_of_the_page() -> None:
+    """docs/extending.md, "An engine adapter", as it stands there: what lay in some pages lies in others."""
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("mapping.register(", "mapping.register(tensors := "), names)
+    for tensor in names["tensors"].values():
+        assert torch.equal(tensor[[11, 12, 13, 14, 15, 16]], tensor[[5, 9, 2, 7, 1, 3]])
+        assert torch.equal(tensor[17, :4], tensor[8, :4])
+        assert not torch.equal(tensor[17, 4:], tensor[8, 4:])
+    assert names["lease"].tokens == 100
