@@ -29,6 +29,7 @@ from kvstore.adapters.vllm.metadata import NULL_PAGE, StepOrders, WorkerHalf, Wo
 from kvstore.adapters.vllm.opening import open_for
 from kvstore.adapters.vllm.scheduling import Scheduling
 from kvstore.adapters.vllm.search import Searches
+from kvstore.adapters.vllm.statistics import KVStorePromMetrics, KVStoreStats
 from kvstore.adapters.vllm.versions import check_version
 from kvstore.adapters.vllm.working import Worker
 
@@ -98,6 +99,18 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """No: what a prefill leaves for another instance lies in the store, not in pages that may be given up."""
         return False
 
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats | None:
+        """Statistics as they came from another process."""
+        return KVStoreStats(data={} if data is None else data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KVStorePromMetrics | None:
+        """What Prometheus is shown."""
+        return KVStorePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
         """End everything."""
         if self._scheduling is not None:
@@ -136,6 +149,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             connector_output.failed_recving or (),
             told.report if isinstance(told, ReportMetadata) else None,
         )
+
+    def reset_cache(self) -> bool | None:
+        """Forget everything that is kept."""
+        return self._scheduler_half.reset()
+
+    def get_kv_connector_stats(self) -> KVStoreStats | None:
+        """What was counted since the last call; the scheduler counts for the workers, too."""
+        counted = self._scheduling.take_counters() if self._scheduling is not None else {}
+        return KVStoreStats(data=counted) if counted else None
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """The request has ended; its pages may go at once."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.adapters.vllm.stores import StoreAccess, share, withdraw
 from kvstore.errors import KVStoreError, SpecError
+from kvstore.events import Stored
 from kvstore.limits import ATTACH_DEADLINE_S
 from kvstore.placement.ssd import SsdOptions
 from kvstore.store import attach_store, open_store
@@ -44,8 +45,12 @@ class SchedulerStore(ABC):
         """The store; None while there is none. Does not wait."""
 
     @abstractmethod
-    def failed(self, error: BaseException) -> None:
-        """An operation failed. If that says that the store is gone, it is looked for again."""
+    def failed(self, store: Store, error: BaseException) -> None:
+        """An operation on a store failed. If that says that it is gone, it is looked for again."""
+
+    @abstractmethod
+    def clear(self) -> bool:
+        """Forget everything that is kept; False if this process cannot."""
 
     @abstractmethod
     def close(self) -> None:
@@ -90,8 +95,21 @@ class OwnedStore(SchedulerStore):
         store = self._store
         return None if store is None or store.is_closed else store
 
-    def failed(self, error: BaseException) -> None:
+    def failed(self, store: Store, error: BaseException) -> None:
         """Nothing comes back of a store of this process."""
+
+    def clear(self) -> bool:
+        """Evict everything, from every tier."""
+        store = self.get()
+        if store is None:
+            return False
+        keys = _keys(store)
+        for key in reversed(keys):  # children first: a block with children stays matched
+            store.pool.evict(key)
+        left = _keys(store)
+        if left:
+            logger.warning("%d of %d blocks are in use, and stay: the cache was not reset", len(left), len(keys))
+        return not left
 
     def close(self) -> None:
         self._store = None
@@ -122,13 +140,22 @@ class AttachedStore(SchedulerStore):
     def get(self) -> Store | None:
         return self._access.get(self.socket)
 
-    def failed(self, error: BaseException) -> None:
-        store = self._access.get(self.socket)
-        if store is not None:
-            self._access.failed(store, error)
+    def failed(self, store: Store, error: BaseException) -> None:
+        self._access.failed(store, error)
+
+    def clear(self) -> bool:
+        """Not here: the store is others' as well."""
+        logger.warning("the store at %s belongs to another process, and was not reset", self.socket)
+        return False
 
     def close(self) -> None:
         self._access.close()
+
+
+def _keys(store: Store) -> list[bytes]:
+    """Everything that is kept, parents before their children."""
+    with store.events(kinds=(Stored,), contents=True) as stream:
+        return list(dict.fromkeys(key for each in stream.contents for key in each.keys))
 
 
 def open_for(spec: ModelSpec, config: ConnectorConfig) -> SchedulerStore:

@@ -43,8 +43,8 @@ class Pushes:
         self._store = store
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(PUSH_THREADS, "kvstore-push")
-        self.failures: Counter[str] = Counter()
-        self.pushed = 0
+        self._failures: Counter[str] = Counter()
+        self._sent = 0
 
     def committed(self, push: Push, tokens: int) -> None:
         """A longer resume point is there: send it, or once what is under way has arrived."""
@@ -56,6 +56,18 @@ class Pushes:
                 return
             push.is_running = True
         self._executor.submit(self._run, push)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """How often what went wrong, by the name of the error's class."""
+        with self._lock:
+            return self._failures.copy()
+
+    @property
+    def sent(self) -> int:
+        """Resume points that have arrived."""
+        with self._lock:
+            return self._sent
 
     def close(self) -> None:
         """Begin nothing any more. What runs ends with the store."""
@@ -74,7 +86,7 @@ class Pushes:
                 if not isinstance(error, KVStoreError):
                     logger.exception("sending a request's cache to %s failed", push.address)
                 with self._lock:
-                    self.failures[type(error).__name__] += 1
+                    self._failures[type(error).__name__] += 1
             with self._lock:
                 push.sent = tokens
 
@@ -89,4 +101,4 @@ class Pushes:
             return
         store.send(match, push.address, total_deadline_s=PUSH_DEADLINE_S).result(PUSH_DEADLINE_S)
         with self._lock:
-            self.pushed += 1
+            self._sent += 1

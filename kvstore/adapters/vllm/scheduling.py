@@ -6,6 +6,7 @@ One thread calls: the scheduler's. Requests and scheduler outputs are vLLM's, or
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections import Counter
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 MISS_KEPT_S = 1.0
 """A request that waits for pages is asked about in every step; after this long, what it missed may be there."""
+LATE_STEPS = 4
+"""Steps that vLLM may have under way when it ends a request, and what they commit is yet to be reported."""
 
 
 @dataclass
@@ -53,6 +56,22 @@ class SchedulerCounters:
     failures: Counter[str] = field(default_factory=Counter)
     workers: Counters = field(default_factory=Counters)
 
+    def flat(self, *failures: Counter[str]) -> dict[str, float]:
+        """All of it by name.
+
+        Args:
+            failures: those that others count.
+        """
+        every = sum(failures, self.failures)
+        return {
+            "queries": self.queries,
+            "hits": self.hits,
+            "hit_tokens": self.hit_tokens,
+            "not_cached": self.not_cached.total(),
+            **{f"failures:{name}": count for name, count in every.items()},
+            **vars(self.workers),
+        }
+
 
 @dataclass
 class _Tracked:
@@ -62,12 +81,12 @@ class _Tracked:
     identity: RequestIdentity | NotCached
     source: Source | None = None
     target: Target | None = None
-    push: Push | None = None
     search: Search | None = None
     start: int = 0
     attempt: int = 0
     has_load_failed: bool = False
     told: int = 0
+    saved: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,16 +129,20 @@ class Scheduling:
         self._may_save = may_save
         self._peers = peers
         self._saves_decoded = saves_decoded
+        self._decoded_alignment = math.lcm(policy.alignment_tokens, spec.block_tokens)
         self._pushes = Pushes(store)
         self._identities = Identities()
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, _Loading] = {}
         self._loads: list[LoadOrder] = []
         self._ended: list[str] = []
+        self._pushed: dict[str, Push] = {}
+        self._pushed_until: dict[str, int] = {}
         self._step = 0
         # Instances that share a store may name their requests alike.
         self._name = secrets.token_hex(4)
         self.counters = SchedulerCounters()
+        self._counted: dict[str, float] = {}
 
     # What the scheduler asks
 
@@ -180,6 +203,7 @@ class Scheduling:
     def orders(self, output: Any) -> StepOrders:
         """What the workers do beside a step; `output` is vLLM's `SchedulerOutput`."""
         self._step += 1
+        self._forget_pushed()
         saves = tuple(self._saves(output)) if self._may_save and self._store.get() is not None else ()
         loads, self._loads = tuple(self._loads), []
         ended, self._ended = tuple(self._ended), []
@@ -214,9 +238,9 @@ class Scheduling:
         self.counters.workers.add(report.counters)
         self.counters.failures.update(report.failures)
         for request_id, tokens in report.committed.items():
-            tracked = self._tracked.get(request_id)
-            if tracked is not None and tracked.push is not None:
-                self._pushes.committed(tracked.push, tokens)
+            push = self._pushed.get(request_id)
+            if push is not None:
+                self._pushes.committed(push, tokens)
 
     def finish(self, request: Any) -> dict[str, Any] | None:
         """A request has ended, well or not. What is answered travels with its output.
@@ -230,7 +254,25 @@ class Scheduling:
             tracked.search.drop()
         if tracked.told:
             self._ended.append(request.request_id)
+        if request.request_id in self._pushed:
+            # What its last steps have committed is reported after this.
+            self._pushed_until[request.request_id] = self._step + LATE_STEPS
         return self._answer(tracked)
+
+    def reset(self) -> bool:
+        """Forget everything that is kept: weights have changed, say. False if that is not possible here, or now."""
+        for tracked in self._tracked.values():
+            if tracked.search is not None:
+                tracked.search.drop()
+                tracked.search = None
+        return self._store.clear()
+
+    def take_counters(self) -> dict[str, float]:
+        """What was counted since the last call, by name; empty if nothing was."""
+        now = self.counters.flat(self._searches.failures, self._pushes.failures)
+        counted = {name: value - self._counted.get(name, 0) for name, value in now.items()}
+        self._counted = now
+        return {name: value for name, value in counted.items() if value}
 
     def close(self) -> None:
         """End everything: searches, leases, the store."""
@@ -270,7 +312,7 @@ class Scheduling:
             tracked.target = asked
             if asked.send_to:
                 ids = known_tokens(tracked.request, tracked.request.num_prompt_tokens)
-                tracked.push = Push(ids, identity, asked.send_to)
+                self._pushed[tracked.request.request_id] = Push(ids, identity, asked.send_to)
 
     def _prompt(self, tracked: _Tracked) -> Prompt:
         identity = tracked.identity
@@ -289,7 +331,7 @@ class Scheduling:
                 request.request_id,
             )
             return None
-        return answer(self._store.address, request.num_prompt_tokens, is_pushed=tracked.push is not None)
+        return answer(self._store.address, request.num_prompt_tokens, is_pushed=bool(tracked.target.send_to))
 
     # Orders
 
@@ -298,14 +340,10 @@ class Scheduling:
             tracked = self._tracked.get(request_id)
             if tracked is None or isinstance(tracked.identity, NotCached):
                 continue
-            request = tracked.request
-            start = request.num_computed_tokens
-            stop = min(start + scheduled, request.num_tokens)
-            if start >= request.num_prompt_tokens and not self._saves_decoded:
-                continue
-            resume_at = self._policy.lengths(start, stop, request.num_prompt_tokens) if stop > start else ()
+            start, stop, resume_at = self._step_of(tracked, scheduled)
             if not resume_at:
                 continue
+            tracked.saved = stop
             yield SaveOrder(
                 request_id=request_id,
                 start=start,
@@ -314,6 +352,27 @@ class Scheduling:
                 resume_at=resume_at,
                 joint=f"{self._name}:{self._step}:{request_id}",
             )
+
+    def _forget_pushed(self) -> None:
+        for request_id in [each for each, step in self._pushed_until.items() if step < self._step]:
+            del self._pushed[request_id], self._pushed_until[request_id]
+
+    def _step_of(self, tracked: _Tracked, scheduled: int) -> tuple[int, int, tuple[int, ...]]:
+        """What is saved of a step: from, to, and where resume points lie; none of these if nothing is."""
+        request = tracked.request
+        prompt_tokens = request.num_prompt_tokens
+        start = request.num_computed_tokens
+        # What is sampled may be known later than it is computed with.
+        stop = min(start + scheduled, request.num_tokens)
+        if start < prompt_tokens:
+            # After a preemption what was decoded before is computed with the prompt.
+            return start, stop, self._policy.lengths(start, stop, request.num_tokens)
+        if self._saves_decoded:
+            # States of whole pages stay where they are while the next page is filled, so this may come a step late.
+            stop = stop // self._decoded_alignment * self._decoded_alignment
+            if stop > max(tracked.saved, prompt_tokens):
+                return max(tracked.saved, prompt_tokens), stop, (stop,)
+        return start, start, ()
 
     def _news(
         self, saved: dict[str, int], loaded: dict[str, int]

@@ -95,10 +95,11 @@ class Searches:
         """For `Search`: look and read in the background."""
         return self._executor.submit(find, store, prompt, self.prepare_deadline_s)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, store: Store | None, error: Exception) -> None:
         """For `Search`: something went wrong, which is a miss."""
         self.failures[type(error).__name__] += 1
-        self.store.failed(error)
+        if store is not None:
+            self.store.failed(store, error)
 
     def close(self) -> None:
         """Begin nothing any more. What runs ends by its deadlines, or with the store."""
@@ -123,14 +124,15 @@ class Search:
     def poll(self) -> Found | None:
         """What was found; None as long as it is being prepared. Waits `AT_ONCE_S` at most."""
         if self._found is None:
+            store = self._searches.store.get()
             try:
-                self._found = self._advance()
+                self._found = self._advance(store) if store is not None else self._given_up()
             except Exception as error:
                 # Not KVStoreError alone: whatever is wrong with a cache is a miss to the engine.
                 if not isinstance(error, KVStoreError):
                     logger.exception("looking for the cache of a request failed")
-                self._searches.failed(error)
-                self._found = Found()
+                self._searches.failed(store, error)
+                self._found = self._given_up()
             if self._found is not None:
                 self.ended_s = self._searches.clock()
         return self._found
@@ -159,11 +161,11 @@ class Search:
         if found is not None:
             found.release()
 
-    def _advance(self) -> Found | None:
-        store = self._searches.store.get()
-        if store is None:
-            self.drop()
-            return Found()
+    def _given_up(self) -> Found:
+        self.drop()
+        return Found()
+
+    def _advance(self, store: Store) -> Found | None:
         if self._source is not None and not self._has_come(store, self._source):
             return None
         if self._future is None:
@@ -182,23 +184,26 @@ class Search:
         try:
             if self._handle is None:
                 self._handle = self._ask(store, source)
-            if not self._handle.done():
-                if self._searches.clock() < self._handle_until_s:
-                    return False
-                self._handle.cancel("the request does not wait for it any more")
+            is_late = not self._handle.done()
+            if is_late and self._searches.clock() < self._handle_until_s:
+                return False
             handle, self._handle = self._handle, None
-            if source.is_pushed and not handle.done():
+            if is_late:
+                handle.cancel("the request does not wait for it any more")
+            if is_late and source.is_pushed:
                 # It did not come by itself.
                 self._source = Source(source.address, source.tokens)
                 return self._has_come(store, self._source)
             self._source = None
+            if is_late:
+                raise DeadlineError(f"{source.address} sent nothing within {self._searches.fetch_deadline_s:g} s")
             handle.result(0.0)
         except StoreClosedError:
             raise
         except KVStoreError as error:
             # What is here already may serve nevertheless.
             self._source = None
-            self._searches.failed(error)
+            self._searches.failed(store, error)
         return True
 
     def _ask(self, store: Store, source: Source) -> Handle[Any]:
@@ -218,7 +223,9 @@ class Search:
             return None
         self._future = None
         _release_later(future)
-        self._searches.failed(DeadlineError(f"preparing took longer than {self._searches.prepare_deadline_s:g} s"))
+        self._searches.failed(
+            store, DeadlineError(f"preparing took longer than {self._searches.prepare_deadline_s:g} s")
+        )
         return (find_in_memory(store, self.prompt, is_all=False) if self._searches.store.is_local else None) or Found()
 
 
