@@ -54,7 +54,7 @@ _KINDS: dict[str, Kind] = {
     "limits": _sections("a table of limits such as {'quota': '2GiB'}"),
     "peers": several(text("an address, or the beginning of one and a *"), NODE_ADDRESSES_MAX),
     "address": text("an address such as tcp://10.0.0.7:7400", may_be_empty=True),
-    "layered": flag(),
+    "spec_file": text("a path", may_be_empty=True),
     "saves": flag(),
     "saves_decoded": flag(),
     "prepare_deadline_s": seconds(0.001, NODE_DEADLINE_S_MAX),
@@ -73,6 +73,7 @@ class ConnectorConfig:
             models under one name would read each other's cache.
         model: name of the model's architecture in the store; empty: vLLM's own name for it.
         block_tokens: tokens of the store's blocks. Instances that share have the same.
+        spec_file: where the model's spec is written at the start, for `kvstore serve`; empty: nowhere.
         socket: where a process owns the store (`kvstore serve`, or another instance's `own_socket`); empty: this
             instance's scheduler process owns it, by the settings from `dram` to `limits`.
         dram, ssd, ssd_write_bytes_per_day: the owner's memory and directories; see `kvstore.cluster.NodeConfig`.
@@ -83,7 +84,6 @@ class ConnectorConfig:
         peers: instances that hand-overs may come from and go to: addresses, or beginnings of such and a `*`. What a
             request says about other instances comes from outside, so nobody else is asked, or sent anything.
         address: where other instances fetch from the store, if that is not what it listens on.
-        layered: dense models: load layer by layer while the forward pass runs, instead of before it.
         saves: whether this instance saves at all.
         saves_decoded: save what is decoded, too, at block boundaries.
         prepare_deadline_s: how long a request waits for what lies on disk before it is computed.
@@ -99,6 +99,7 @@ class ConnectorConfig:
     weights: str
     model: str = ""
     block_tokens: int = BLOCK_TOKENS_DEFAULT
+    spec_file: str = ""
     socket: str = ""
     dram: int | str = DRAM_DEFAULT
     ssd: tuple[str, ...] = ()
@@ -109,7 +110,6 @@ class ConnectorConfig:
     limits: dict[str, Any] | None = None
     peers: tuple[str, ...] = ()
     address: str = ""
-    layered: bool = False
     saves: bool = True
     saves_decoded: bool = False
     prepare_deadline_s: float = PREPARE_DEADLINE_S_DEFAULT

@@ -32,6 +32,7 @@ from kvstore.adapters.vllm.search import Searches
 from kvstore.adapters.vllm.statistics import KVStorePromMetrics, KVStoreStats
 from kvstore.adapters.vllm.versions import check_version
 from kvstore.adapters.vllm.working import Worker
+from kvstore.spec import save_spec
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.WORKER:
             return  # How tensors lie is known when they are registered.
+        if config.spec_file:
+            save_spec(spec, config.spec_file)
         store = open_for(spec, config)
         searches = Searches(
             store, prepare_deadline_s=config.prepare_deadline_s, fetch_deadline_s=config.fetch_deadline_s
