@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kvstore.pool import Prompt
     from kvstore.spec import ModelSpec, Shard
+    from kvstore.testing.lagging_device import LaggingDevice
 
 PAGE_TOKENS = 8
 PAGES = 64
@@ -51,7 +52,14 @@ def groups_like(spec: ModelSpec, shard: Shard = WHOLE, *, page_tokens: int = PAG
 class SmallEngine:
     """One worker's pages, full of bytes that belong to nobody, and the forward passes that fill them."""
 
-    def __init__(self, like: ModelSpec | None = None, *, shard: Shard = WHOLE, parts: int = 1) -> None:
+    def __init__(
+        self,
+        like: ModelSpec | None = None,
+        *,
+        shard: Shard = WHOLE,
+        parts: int = 1,
+        device: LaggingDevice | None = None,
+    ) -> None:
         like = like or hybrid(4)
         self.groups = groups_like(like, shard)
         self.spec = spec_of(self.groups, model="small", weights="seed 0", block_tokens=like.block_tokens)
@@ -71,6 +79,8 @@ class SmallEngine:
                 rows = tensor.rows // shard.count
                 raw = rng.integers(0, 256, (PAGES * parts, rows, group.page_tokens // parts, width), np.uint8)
                 self.tensors[name] = torch.from_numpy(raw).view(getattr(torch, tensor.dtype.label))
+        if device is not None:
+            self.tensors = {name: device.tensor(tensor) for name, tensor in self.tensors.items()}
         self._free = {group.index: list(range(1, PAGES)) for group in self.groups}
         self._kernel_tokens = {group.index: group.page_tokens // parts for group in self.groups}
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
-from kvstore.errors import SpecError
+from kvstore.clock import Deadline
+from kvstore.errors import DeadlineError, DeviceError, SpecError
+from kvstore.limits import DEVICE_COPY_DEADLINE_S
 from kvstore.tiers.gpu.torch_device import open_device
 
 if TYPE_CHECKING:
@@ -12,10 +15,11 @@ if TYPE_CHECKING:
 
     from kvstore.adapters.paged import EngineGroup, PagedMapping
     from kvstore.adapters.vllm.metadata import LoadOrder, SaveOrder
-    from kvstore.clock import Deadline
     from kvstore.spec import ModelSpec, Shard
     from kvstore.store import Lease, Writer
-    from kvstore.tiers.gpu.device import Device, Mark
+    from kvstore.tiers.gpu.device import Device, Mark, Stream
+
+logger = logging.getLogger(__name__)
 
 
 class EnginePages:
@@ -62,12 +66,7 @@ class EnginePages:
 
     def stream(self) -> Any:
         """A stream of its own, as a torch stream; None where the device is the host."""
-        if not self._device.needs_pinning:
-            return None
-        import torch
-
-        cuda: Any = torch.cuda
-        return cuda.Stream(device=torch.device(self._device.name))
+        return _stream_on(self._device)
 
     def load(
         self,
@@ -79,20 +78,28 @@ class EnginePages:
         *,
         layers: Iterable[int] | None = None,
     ) -> None:
-        """Fill the pages of an order, and wait until they hold it.
+        """Fill the pages of an order, and wait until they hold it. After an error nothing moves there any longer.
 
         Args:
             stream: from `stream`, of this thread.
             after: what the pages may still be used by.
+
+        Raises:
+            LeaseError, SpecError: as `PagedMapping.load`. DeviceError, DeadlineError: the device failed, or was late.
         """
         asked = self._device.stream_of(stream)
-        for mark in after:
-            asked.wait(mark)
-        asked.run(lambda: self._clear_rests(order))
-        self._mapping.load(
-            lease, order.tables, order.start, layers=layers, stream=stream, deadline_s=deadline.remaining_s()
-        )
-        asked.mark().wait(deadline, f"loading {order.tokens} tokens")
+        try:
+            for mark in after:
+                asked.wait(mark)
+            asked.run(lambda: self._clear_rests(order))
+            self._mapping.load(
+                lease, order.tables, order.start, layers=layers, stream=stream, deadline_s=deadline.remaining_s()
+            )
+            asked.mark().wait(deadline, f"loading {order.tokens} tokens")
+        except BaseException:
+            # The engine gives the pages to another request as soon as it hears of the failure.
+            _settle(asked)
+            raise
 
     def _clear_rests(self, order: LoadOrder) -> None:
         """Zero the pages that the load fills in part.
@@ -132,3 +139,25 @@ class EnginePages:
 
 def _parts(given: Any) -> Sequence[Any]:
     return given if isinstance(given, (list, tuple)) else (given,)
+
+
+def _stream_on(device: Device) -> Any:
+    if not device.needs_pinning:
+        return None
+    import torch
+
+    cuda: Any = torch.cuda
+    return cuda.Stream(device=torch.device(device.name))
+
+
+def _settle(stream: Stream) -> None:
+    """Wait until nothing that a stream was asked moves any longer, however long a device takes that hangs."""
+    while True:
+        try:
+            stream.mark().wait(Deadline.after(DEVICE_COPY_DEADLINE_S), "a load that failed")
+        except DeadlineError as error:
+            logger.warning("its pages are kept: %s", error)
+        except DeviceError:
+            return  # a device that failed moves nothing
+        else:
+            return
