@@ -52,7 +52,7 @@ def serve(connection: Connection, model: str) -> None:
             extra_args={"kv_transfer_params": params},
         )  # fmt: skip
         (output,) = engine.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
-        connection.send((list(output.outputs[0].token_ids), output.num_cached_tokens, output.kv_transfer_params))
+        connection.send((list(output.outputs[0].token_ids), output.kv_transfer_params))
     os._exit(0)
 
 
@@ -92,10 +92,12 @@ def main() -> None:
         prefill.wait()
         decode.wait()
         prompt = [3 + 37 * i % 500 for i in range(PROMPT_TOKENS)]
-        first, _, params = prefill.ask(prompt, 1, {"do_remote_decode": True})
-        print(f"one instance computed {len(prompt)} tokens and sampled {first[0]}")
-        tokens, cached, _ = decode.ask(prompt + first, DECODED_TOKENS, params)
-        print(f"the other took over {cached} of {len(prompt) + 1} tokens and says {tokens}")
+        first, params = prefill.ask(prompt, 1, {"do_remote_decode": True})
+        print(f"one instance computed {params['kvstore']['tokens']} tokens and sampled {first}")
+        tokens, _ = decode.ask(prompt + first, DECODED_TOKENS, params)
+        print(f"the other went on with {tokens}")
+        whole, _ = prefill.ask(prompt, 1 + DECODED_TOKENS, {})
+        print("which is what one instance says alone" if first + tokens == whole else f"but one alone says {whole}")
         prefill.end()
         decode.end()
 

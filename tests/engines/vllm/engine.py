@@ -69,7 +69,10 @@ class Ran:
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
-        return tuple(answer.cached_tokens for answer in self.answers)
+        """How much of each prompt was not computed. `num_cached_tokens` says so, too, except after a hand-over, where
+        vLLM reports what the prefill instance had found.
+        """
+        return tuple(steps[0][0] if steps else 0 for steps in self.steps)
 
 
 class Engine:
