@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tests.engines.matrix import Cell
 
-ENGINES = ("vllm", "sglang")
+ENGINES = tuple(sorted((path.parent.name for path in Path(__file__).parent.glob("*/cells.py")), reverse=True))
 
 
 def run(engine: str, arguments: argparse.Namespace) -> Iterator[Cell]:
@@ -64,7 +64,7 @@ def main() -> int:
     print(f"\n{table(cells)}\n\nseed {arguments.seed}, {time.monotonic() - begin:.0f} s, {arguments.json}", flush=True)
     bad = [cell for cell in cells if not cell.is_good or (arguments.insist and cell.verdict is Verdict.NOT_RUN)]
     for cell in bad:
-        print(f"engines: failed: {line(cell)}", file=sys.stderr)
+        print(f"engines: failed: {line(cell).splitlines()[0]}", file=sys.stderr)
     return 1 if bad or not cells else 0
 
 

@@ -89,7 +89,7 @@ class Driver:
         """Run requests to their ends, together.
 
         A request is `ids`, and optionally `salt`, `max_tokens`, `params` (kv_transfer_params), `boundaries` (lengths at
-        which steps end; alone only), `abort_after` (tokens).
+        which steps end; alone only), `abort_after` (tokens; 0: after the first step).
         """
         from vllm import SamplingParams
 
@@ -113,7 +113,12 @@ class Driver:
                 prompt["cache_salt"] = request["salt"]
             name = engine.add_request(f"test-{self._count}", prompt, sampling)
             names.append(name)
-            answers[f"test-{self._count}"] = {"request": request, "name": name, "seconds_to_first": None}
+            answers[f"test-{self._count}"] = {
+                "request": request,
+                "name": name,
+                "seconds_to_first": None,
+                "is_aborted": False,
+            }
             if request.get("boundaries"):
                 self.boundaries.wanted[name] = request["boundaries"]
         until = time.monotonic() + REQUEST_LIMIT_S
@@ -123,7 +128,12 @@ class Driver:
                 engine.abort_request([name for name in names], internal=True)
                 raise TimeoutError(f"requests did not end in {REQUEST_LIMIT_S:.0f} s")
             engine_steps += 1
-            for output in engine.step():
+            outputs = engine.step()
+            for answer in answers.values():
+                if answer["request"].get("abort_after") == 0 and "output" not in answer and not answer["is_aborted"]:
+                    engine.abort_request([answer["name"]], internal=True)  # while it is loaded, or computed
+                    answer["is_aborted"] = True
+            for output in outputs:
                 answer = answers[output.request_id]
                 said = output.outputs[0]
                 if answer["seconds_to_first"] is None and said.token_ids:
@@ -167,11 +177,7 @@ class Driver:
         return {
             "pages_used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             "requests": len(self.scheduler.requests),
-            "preemptions": self._preemptions(),
         }
-
-    def _preemptions(self) -> int:
-        return sum(request.num_preemptions for request in self.scheduler.requests.values())
 
     def do_times(self) -> dict[str, Any]:
         """What was spent in the connector's methods since the last time this was asked."""

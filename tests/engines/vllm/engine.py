@@ -8,6 +8,7 @@ import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,11 @@ class Ran:
         vLLM reports what the prefill instance had found.
         """
         return tuple(steps[0][0] if steps else 0 for steps in self.steps)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request lost its pages and began again."""
+        return sum(begin < end for steps in self.steps for (_, end), (begin, _) in pairwise(steps))
 
 
 class Engine:
@@ -142,7 +148,9 @@ class Engine:
     def begin(self, *requests: Request, fault: str = "", hook: dict[str, Any] | None = None) -> None:
         """Ask for requests without waiting; `finish` has what came of them."""
         self.wait_until_ready()
-        listed = [{key: value for key, value in vars(request).items() if value} for request in requests]
+        listed = [
+            {key: value for key, value in vars(request).items() if value not in (None, "", ())} for request in requests
+        ]
         self._tell({"do": "generate", "requests": listed, "fault": fault, "hook": hook})
 
     def finish(self) -> Ran:

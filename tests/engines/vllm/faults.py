@@ -125,7 +125,10 @@ def state_of(stores: list[Any], deadline_s: float) -> dict[str, Any]:
             break
         time.sleep(0.02)
     names = ("matches", "hits", "commits", "aborts", "stored_records", "evicted_records", "damaged_records")
-    totals = {name: sum(getattr(store.statistics(), name) for store in stores) for name in names}
+    all_of_them = [store.statistics() for store in stores]
+    totals = {name: sum(getattr(each, name) for each in all_of_them) for name in names}
+    shelves = [shelf for each in all_of_them for shelf in each.shelves]
+    totals["damaged_records"] += sum(shelf.damaged_records for shelf in shelves)
     return {"held": held, "stores": len(stores), **totals}
 
 
