@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -158,8 +158,9 @@ class Matrix:
         store = self._start("store", self._settings("store", ssd=True, listens=True))
         yield from self._cells("plain", lambda: self._plain_cells())
         yield from self._cells("store", lambda: self._store_cells(store))
-        restarts = "restart" in self._parts and store.is_running
-        written = self._write(store) if restarts else {}
+        written = {}
+        with suppress(EngineError, NotRunError):  # then the cells about it say so
+            written = self._write(store) if "restart" in self._parts else {}
         if "handover" in self._parts:
             decode = self._start("decode", self._settings("decode"))
             yield from self._cells("handover", lambda: self._handover_cells(store, decode))  # kills one of them
@@ -354,7 +355,7 @@ class Matrix:
 
     def _write(self, engine: Engine) -> dict[str, tuple[Request, Ran]]:
         """What the engine that comes back is asked, and how the one before computed its prefix, which is on disk."""
-        written = {}
+        written: dict[str, tuple[Request, Ran]] = {}
         for case in ("restart", *self.model.faults, "corrupt"):
             prefix, full = self._pair(f"written, {case}")
             written[case] = full, engine.generate(prefix)
@@ -363,7 +364,7 @@ class Matrix:
 
     def _restart_cells(self, written: dict[str, tuple[Request, Ran]]) -> Iterator[Cell]:
         if not written:
-            raise EngineError("the engine before it had failed")
+            raise EngineError("the engine before it failed when it was to store prompts")
         name = self.model.name
         again = self._start("restarted", self._settings("store", ssd=True))
         control = float("inf")

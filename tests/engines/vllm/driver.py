@@ -18,6 +18,7 @@ os.dup2(2, 1)
 
 LOGPROBS = 8
 REQUEST_LIMIT_S = 240.0
+SETTLED_S = 15.0
 
 
 class Boundaries:
@@ -143,7 +144,10 @@ class Driver:
                 if limit is not None and len(said.token_ids) >= limit and not output.finished:
                     engine.abort_request([answer["name"]], internal=True)
         seconds = time.perf_counter() - begin
+        settled = time.monotonic() + SETTLED_S
         for _ in range(3):  # what a connector tells its other half goes with a step
+            engine.step()
+        while self.scheduler.requests and time.monotonic() < settled:  # pages that were being loaded go with the load
             engine.step()
         shown = [self._shown(answer) for answer in answers.values()]
         return {
