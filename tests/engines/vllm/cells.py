@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.engines.environment import ROOT, NotRunError
 from tests.engines.matrix import Answer, Cell, Verdict, distance, holds, judge, not_run
+from tests.engines.vllm import tier_cells
 from tests.engines.vllm.engine import VARIABLES, Engine, EngineError, Ran, Request, ends_of
 
 if TYPE_CHECKING:
@@ -69,17 +70,18 @@ CASES = {
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
     "preemption": ("preemption",),
+    **tier_cells.CASES,
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
 }
 ALL = {
     "dense": tuple(CASES),
-    "window": ("plain", "store", "restart", "handover", "preemption"),
-    "hybrid": ("plain", "store", "restart", "handover", "preemption"),
+    "window": ("plain", "store", "restart", "handover", "preemption", "tier", "tier restart"),
+    "hybrid": ("plain", "store", "restart", "handover", "preemption", "tier", "tier restart"),
 }
 QUICK = {
     "dense": ("plain", "store", "restart", "examples"),
     "window": ("plain", "store"),
-    "hybrid": ("plain", "store", "restart", "handover"),
+    "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart"),
 }
 
 
@@ -172,8 +174,21 @@ class Matrix:
             tight = self._start("tight", self._settings("tight"), num_gpu_blocks_override=self.model.tight_pages)
             yield from self._cells("preemption", lambda: self._preemption_cells(tight))
             tight.quit()
+        if "tier" in self._parts:
+            yield from self._tier_parts()
         if "examples" in self._parts:
             yield from self._cells("examples", self._example_cells)
+
+    def _tier_parts(self) -> Iterator[Cell]:
+        tools = tier_cells.Tools(self._start, self._pair, self._reference, self._compared)
+        tier = tier_cells.TierCells(tools, self.model.name, self._folder, f"{self.model.name} {self._seed}")
+        engine = self._start("tier", tier_cells.offloading_of(tier.own()))
+        yield from self._cells("tier", lambda: tier.cells(engine))
+        if "tier restart" in self._parts:
+            yield from self._cells("tier restart", lambda: tier.restart_cells(engine, _flip_bytes))
+        engine.quit()
+        if "tier attached" in self._parts:
+            yield from self._cells("tier attached", tier.attached_cells)
 
     def _cells(self, part: str, make: Callable[[], Iterator[Cell]]) -> Iterator[Cell]:
         """Cells of one part; what is missing when it fails is broken, and says why once."""

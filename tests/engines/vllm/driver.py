@@ -56,6 +56,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.llm: Any = None
+        self.has_tiers = False
         self.boundaries: Any = None
         self.stores: list[Any] = []
         self.faults: Any = None
@@ -73,14 +74,24 @@ class Driver:
             import timers
             from vllm.config import KVTransferConfig
 
-            self.faults = faults.Faults()
+            self.has_tiers = connector["kv_connector"] == "OffloadingConnector"
+            if self.has_tiers:
+                import tier_faults
+
+                self.faults = tier_faults.Faults()
+            else:
+                self.faults = faults.Faults()
             self.stores = faults.note_stores()
             options = options | {"kv_transfer_config": KVTransferConfig(**connector)}
         self.llm = LLM(model=model, **options)
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self.boundaries = Boundaries(self.scheduler)
         if connector is not None:
-            self.hooks = faults.Hooks(self.scheduler.connector)
+            tiers = self._tiers()
+            if tiers:
+                self.hooks = tier_faults.Hooks(tiers[0])
+            elif not self.has_tiers:
+                self.hooks = faults.Hooks(self.scheduler.connector)
             self.timers = timers.Timers(self.scheduler.connector)
         return {"seconds": time.monotonic() - begin}
 
@@ -171,9 +182,19 @@ class Driver:
             "steps": self.boundaries.steps.get(answer["name"], []),
         }
 
-    def do_reset(self) -> dict[str, Any]:
-        """Forget the engine's own prefix cache."""
-        return {"is_done": bool(self.llm.reset_prefix_cache())}
+    def _tiers(self) -> list[Any]:
+        """The engine's secondary tiers."""
+        return list(self.scheduler.connector.connector_scheduler.manager.secondary_tiers) if self.has_tiers else []
+
+    def do_reset(self, has_host: bool = False) -> dict[str, Any]:
+        """Forget the engine's own prefix cache, and unless `has_host` its host memory, once that was stored."""
+        if self.has_tiers:
+            manager = self.scheduler.connector.connector_scheduler.manager
+            until = time.monotonic() + REQUEST_LIMIT_S
+            while manager.has_pending_work() and time.monotonic() < until:
+                self.llm.llm_engine.step()
+                time.sleep(0.001)
+        return {"is_done": bool(self.llm.reset_prefix_cache(reset_connector=self.has_tiers and not has_host))}
 
     def do_engine(self) -> dict[str, Any]:
         """What the engine holds: pages in use besides the null page, requests."""
@@ -191,7 +212,9 @@ class Driver:
         """Statistics of the store that lives here, and what is held; waits a while for it to become nothing."""
         import faults
 
-        return faults.state_of(self.stores, deadline_s)
+        counted = [tier.statistics() for tier in self._tiers()]
+        damaged = sum(each.missed.get("damaged", 0) for each in counted if each is not None)
+        return faults.state_of(self.stores, deadline_s) | {"damaged_loads": damaged}
 
     def do_flush(self, deadline_s: float = 30.0) -> dict[str, Any]:
         """What is committed is on disk."""

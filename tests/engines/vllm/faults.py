@@ -124,7 +124,16 @@ def state_of(stores: list[Any], deadline_s: float) -> dict[str, Any]:
         if not any(held.values()) or time.monotonic() > until:
             break
         time.sleep(0.02)
-    names = ("matches", "hits", "commits", "aborts", "stored_records", "evicted_records", "damaged_records")
+    names = (
+        "matches",
+        "hits",
+        "commits",
+        "aborts",
+        "stored_records",
+        "stored_bytes",
+        "evicted_records",
+        "damaged_records",
+    )
     all_of_them = [store.statistics() for store in stores]
     totals = {name: sum(getattr(each, name) for each in all_of_them) for name in names}
     shelves = [shelf for each in all_of_them for shelf in each.shelves]
