@@ -35,6 +35,8 @@ from kvstore.limits import LOAD_DEADLINE_S
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from kvstore.foreign import ForeignStatistics
+
 LOG = logging.getLogger("kvstore.vllm")
 
 _FACT_CHARACTERS = 256
@@ -136,6 +138,10 @@ class KVStoreSecondaryTier(SecondaryTierManager):  # type: ignore[misc]
     def on_schedule_end(self, context: Any) -> None:
         if self._asked is not None:
             self._asked.flush()
+
+    def statistics(self) -> ForeignStatistics | None:
+        """Counters of the store; None while it is gone."""
+        return self._jobs.statistics()
 
     def drain_jobs(self) -> None:
         self._jobs.drain(LOAD_DEADLINE_S)
