@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 import json
+import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from kvstore.errors import ConfigError
 from kvstore.foreign import Region
@@ -190,13 +193,9 @@ def _form_of(name: str, pool: Any) -> tuple[Form, tuple[int, ...]]:
 
 
 def _first_page(slots: int) -> Any:
-    try:
-        import torch
-    except ImportError:
-        import numpy as np
-
-        return np.arange(slots)
-    return torch.arange(slots, dtype=torch.int64)
+    """Indices of the first page, of the kind that SGLang's pools take: tensors, wherever SGLang is."""
+    torch = sys.modules.get("torch")
+    return np.arange(slots) if torch is None else torch.arange(slots, dtype=torch.int64)
 
 
 def _flat_bytes(pool: Any) -> int:

@@ -353,12 +353,17 @@ class PageStorage:
     def clear(self) -> bool:
         """Remove everything of this model and tenant from the store, also what other ranks and servers put there.
 
+        Only the store's owner can: this rank, the server's first one (which SGLang asks as well, so there is nothing to
+        do here), or a process that SGLang knows nothing of; then the answer is no, and the log says so.
+
         Returns whether nothing is left: what is being read or written at the moment stays, and is tried again until
         the deadline of a call.
         """
-        foreign = self.objects
-        if foreign is None:
+        foreign, store = self.objects, self._store
+        if foreign is None or store is None:
             return False
+        if store.is_cleared_elsewhere:
+            return True
         try:
             is_clear = remove_all(foreign.store, self._salt, Deadline.after(self.config.call_deadline_s))
         except KVStoreError as error:

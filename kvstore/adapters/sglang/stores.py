@@ -79,15 +79,29 @@ class BackendStore:
             self._namespace = replace(self._namespace, groups=groups)
             self._foreign = self._view(self._foreign.store)
 
+    @property
+    def is_cleared_elsewhere(self) -> bool:
+        """Whether the first rank of this server owns the store, which is asked to clear it when this one is."""
+        return bool(self._socket) and not self._config.socket
+
     def close(self) -> None:
-        """Close the store, or part from it. Idempotent."""
+        """Close the store, or part from it. Idempotent.
+
+        What is still on its way to a disk gets as long as a call to arrive.
+        """
         with self._lock:
             self._is_closed = True
             looking = self._looking
         if looking is not None:
             looking.join(ATTACH_DEADLINE_S)
+        store = self._foreign.store
+        if self._config.ssd and not self._socket and not store.is_closed:
+            try:
+                store.flush(self._config.call_deadline_s)
+            except KVStoreError as error:
+                LOG.warning("some pages will not be found on disk after a restart: %s", error)
         self._foreign.close()
-        self._foreign.store.close()
+        store.close()
 
     # Inside
 
