@@ -70,8 +70,10 @@ class Ran:
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
-        """How much of each prompt was not computed. `num_cached_tokens` says so, too, except after a hand-over, where
-        vLLM reports what the prefill instance had found.
+        """How much of each prompt was not computed.
+
+        `num_cached_tokens` says so, too, except after a hand-over, where vLLM reports what the prefill instance had
+        found.
         """
         return tuple(steps[0][0] if steps else 0 for steps in self.steps)
 
