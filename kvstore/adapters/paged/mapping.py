@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvstore.adapters.paged.registered import RegisteredGroup, register_group
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 
 Tables: TypeAlias = Sequence[Sequence[int]]
 """One request's pages: for each of the engine's tables its page ids from the prompt's begin on."""
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Pages that something is copied out of, or into.
+
+    Attributes:
+        ids: a list from the page of `first_token` on, or one page of a state.
+        start: the first token of attention that is copied.
+        first_token: with which the first page begins.
+    """
+
+    ids: list[int] | int
+    start: int = 0
+    first_token: int = 0
 
 
 class PagedMapping:
@@ -115,28 +131,33 @@ class PagedMapping:
             WriteError: a page that is needed is null, or a table is too short; or as `Writer.put_pages`.
             SpecError: nothing is registered, or a page id does not exist. DeadlineError, DeviceError: not copied.
         """
-        planned = [(each, listed, self._saved(each, tables, start, stop, at)) for each, listed in self._chosen(layers)]
-        share_s = cost_s / max(1, sum(len(listed) for _, listed, ids in planned if ids is not None))
-        for each, listed, ids in planned:
-            if ids is None:
-                continue
+        planned = [
+            (each, listed, chosen)
+            for each, listed in self._chosen(layers)
+            if (chosen := self._saved(each, writer, tables, start, stop, at)) is not None
+        ]
+        share_s = cost_s / max(1, sum(len(listed) for _, listed, _ in planned))
+        for each, listed, chosen in planned:
+            pages, ids = each.pages, {each.name: chosen.ids}
             own_s = share_s * len(listed)
             if each.group.rule is ReuseRule.ATTENTION:
                 writer.put_pages(
-                    each.pages,
-                    {each.name: ids},
-                    tokens=slice(start, stop),
+                    pages,
+                    ids,
+                    tokens=slice(chosen.start, stop),
                     layers=listed,
+                    first_token=chosen.first_token,
                     cost_s=own_s,
                     stream=stream,
                     deadline_s=deadline_s,
                 )
             elif at is not None:
                 writer.put_state_pages(
-                    each.pages,
-                    {each.name: ids},
+                    pages,
+                    ids,
                     at=at,
                     layers=listed,
+                    first_token=chosen.first_token,
                     cost_s=own_s,
                     stream=stream,
                     deadline_s=deadline_s,
@@ -171,15 +192,18 @@ class PagedMapping:
         length = lease.tokens
         if not 0 <= start <= length:
             raise LeaseError(f"a load from token {start} on of a resume point of {length} tokens; start before its end")
-        planned = [(each, listed, self._loaded(each, tables, start, length)) for each, listed in self._chosen(layers)]
-        for each, listed, ids in planned:
-            if ids is None:
-                continue
+        planned = [
+            (each, listed, chosen)
+            for each, listed in self._chosen(layers)
+            if (chosen := self._loaded(each, tables, start, length)) is not None
+        ]
+        for each, listed, chosen in planned:
             lease.copy_to_pages(
                 each.pages,
-                {each.name: ids},
-                tokens=slice(start, length) if each.group.rule is ReuseRule.ATTENTION else None,
+                {each.name: chosen.ids},
+                tokens=slice(chosen.start, length) if each.group.rule is ReuseRule.ATTENTION else None,
                 layers=listed,
+                first_token=chosen.first_token,
                 stream=stream,
                 deadline_s=deadline_s,
             )
@@ -196,8 +220,8 @@ class PagedMapping:
                 ids = [self._state_page(group, tables, length, LeaseError)]
             else:
                 first = max(start, group.first_needed(length))
-                ids = self._token_pages(group, tables, first, length, LeaseError)
-            filled[group.index].update(dict.fromkeys(page for page in ids if page >= 0))
+                ids = self._token_pages(group, tables, first, length, first, LeaseError)
+            filled[group.index].update(dict.fromkeys(ids))
         return tuple(tuple(pages) for pages in filled)
 
     def can_save_at(self, tables: Tables, at: int) -> bool:
@@ -207,7 +231,8 @@ class PagedMapping:
                 if group.is_state:
                     self._state_page(group, tables, at, WriteError)
                 elif group.is_window:
-                    self._token_pages(group, tables, group.first_needed(at), at, WriteError)
+                    first = group.first_needed(at)
+                    self._token_pages(group, tables, first, at, first, WriteError)
         except WriteError:
             return False
         return True
@@ -224,28 +249,41 @@ class PagedMapping:
             raise SpecError(f"layer {min(unknown)} is in no group of this worker")
         return [(each, listed) for each, listed in found if listed]
 
-    def _saved(self, each: RegisteredGroup, tables: Tables, start: int, stop: int, at: int | None) -> Any:
-        """The pages that a group's tokens or state are put from; of a window those that are there. None: nothing."""
+    def _saved(
+        self, each: RegisteredGroup, writer: Writer, tables: Tables, start: int, stop: int, at: int | None
+    ) -> _Chosen | None:
+        """The pages that a group's tokens or state are put from; None if there is nothing to put."""
         group = each.group
         if group.rule is ReuseRule.ATTENTION:
-            return each.expand(self._token_pages(group, tables, start, stop, WriteError)) if start < stop else None
-        if at is None:
+            # What the store has already is not looked at.
+            start = writer.first_reserved(each.number, start, stop) if start < stop else stop
+            if start == stop:
+                return None
+            first, needed = start, start
+        elif at is None:
             return None
-        if group.is_state:
-            return self._state_page(group, tables, at, WriteError)
-        self._token_pages(group, tables, group.first_needed(at), at, WriteError)
-        held = self._table(group, tables, WriteError)[: -(-at // group.page_tokens)]
-        return each.expand([-1 if page == self.null_page else int(page) for page in held])
+        elif group.is_state:
+            return _Chosen(self._state_page(group, tables, at, WriteError))
+        else:
+            first, stop, needed = self._window_start(group, at), at, group.first_needed(at)
+        ids = self._token_pages(group, tables, first, stop, needed, WriteError, keeps=True)
+        return _Chosen(each.expand(ids), start, first // group.page_tokens * group.page_tokens)
 
-    def _loaded(self, each: RegisteredGroup, tables: Tables, start: int, length: int) -> Any:
-        """The pages that a group's tokens or state are copied into, -1 for the others. None: nothing."""
+    def _loaded(self, each: RegisteredGroup, tables: Tables, start: int, length: int) -> _Chosen | None:
+        """The pages that a group's tokens or state are copied into, -1 for the others; None if there are none."""
         group = each.group
         if group.is_state:
-            return self._state_page(group, tables, length, LeaseError)
-        first = max(start, group.first_needed(length))
-        if first == length:
+            return _Chosen(self._state_page(group, tables, length, LeaseError))
+        needed = max(start, group.first_needed(length))
+        if needed == length:
             return None
-        return each.expand(self._token_pages(group, tables, first, length, LeaseError))
+        first = self._window_start(group, length) if group.is_window else start
+        ids = self._token_pages(group, tables, first, length, needed, LeaseError)
+        return _Chosen(each.expand(ids), start, first // group.page_tokens * group.page_tokens)
+
+    def _window_start(self, group: EngineGroup, length: int) -> int:
+        """The first token that a record of a window after `length` tokens holds."""
+        return max(0, length - (group.window_tokens or 0))
 
     def _table(self, group: EngineGroup, tables: Tables, error: type[KVStoreError]) -> Sequence[int]:
         if group.index >= len(tables):
@@ -253,9 +291,22 @@ class PagedMapping:
         return tables[group.index]
 
     def _token_pages(
-        self, group: EngineGroup, tables: Tables, start: int, stop: int, error: type[KVStoreError]
+        self,
+        group: EngineGroup,
+        tables: Tables,
+        start: int,
+        stop: int,
+        needed: int,
+        error: type[KVStoreError],
+        *,
+        keeps: bool = False,
     ) -> list[int]:
-        """The table's pages up to token `stop`, -1 for those before the one of token `start`."""
+        """The table's pages of tokens `[start, stop)`.
+
+        Args:
+            needed: pages before that of this token are -1.
+            keeps: unless there are such; -1 are those that the engine gave up.
+        """
         table = self._table(group, tables, error)
         columns = group.columns(start, stop)
         if len(table) < columns.stop:
@@ -263,14 +314,15 @@ class PagedMapping:
                 f"the table of engine group {group.index} has {len(table)} pages, and tokens {start} to {stop} lie in "
                 f"pages {columns.start} to {columns.stop - 1} of {group.page_tokens} tokens"
             )
-        ids = [-1] * columns.start + [int(page) for page in table[columns.start : columns.stop]]
-        for column in columns:
-            if ids[column] == self.null_page or ids[column] < 0:
-                raise error(
-                    f"page {column} of engine group {group.index} is none, and tokens {start} to {stop} lie in it; the "
-                    "engine gave it up"
-                )
-        return ids
+        ids = [-1 if page == self.null_page else int(page) for page in table[columns.start : columns.stop]]
+        unneeded = min(len(ids), group.columns(needed, stop).start - columns.start if needed < stop else len(ids))
+        if min(ids[unneeded:], default=0) < 0:
+            column = columns.start + unneeded + next(at for at, page in enumerate(ids[unneeded:]) if page < 0)
+            raise error(
+                f"page {column} of engine group {group.index} is none, and tokens {needed} to {stop} lie in it; the "
+                "engine gave it up"
+            )
+        return ids if keeps else [-1] * unneeded + ids[unneeded:]
 
     def _state_page(self, group: EngineGroup, tables: Tables, length: int, error: type[KVStoreError]) -> int:
         table = self._table(group, tables, error)

@@ -23,13 +23,14 @@ class RegisteredGroup:
 
     Attributes:
         group: whose.
-        name: of the spec's group.
+        name, number: of the spec's group.
         pages: its layers' tensors.
         parts: pages of the tensors that make one page of the tables.
     """
 
     group: EngineGroup
     name: str
+    number: int
     pages: Pages
     parts: int
 
@@ -68,7 +69,8 @@ def register_group(
             f"the tensors of engine group {group.index} have pages of {page_tokens} tokens, which do not divide those "
             f"of its table, {group.page_tokens}"
         )
-    return RegisteredGroup(group, name, pages, group.page_tokens // page_tokens)
+    number = next(at for at, each in enumerate(spec.groups) if each.name == name)
+    return RegisteredGroup(group, name, number, pages, group.page_tokens // page_tokens)
 
 
 def _rows(spec: ModelSpec, name: str, tensor: EngineTensor, shard: Shard) -> int:
