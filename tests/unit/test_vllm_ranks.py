@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvstore.adapters.vllm import saving  # noqa: E402
 from kvstore.adapters.vllm.metadata import LoadOrder, NewPrompt, SaveOrder, StepOrders, WorkerReport, joined  # noqa: E402
 from kvstore.adapters.vllm.working import Worker  # noqa: E402
+from kvstore.clock import Deadline  # noqa: E402
 from kvstore.spec import Shard  # noqa: E402
 from kvstore.store import open_store  # noqa: E402
 from kvstore.testing.specs import hybrid  # noqa: E402
@@ -158,5 +159,27 @@ def test_what_only_one_rank_committed_is_not_reported(ranks: Ranks) -> None:
     assert joined([one, other]).committed == {"b": 8}
 
 
-def test_an_owner_that_is_stopped_holds_the_ranks_for_their_deadline_only() -> None:
-    assert saving.JOINT_DEADLINE_S <= 5.0
+def test_an_owner_that_goes_is_a_miss_and_its_successor_is_used(ranks: Ranks) -> None:
+    ranks.save("one")
+    assert ranks.report().committed == {"first": 30}
+    ranks.store.close()
+    tables = ranks.ranks[0].engine.tables(31)
+    load = LoadOrder("second", 30, 0, tables, 1)
+    for rank in ranks.ranks:
+        before = rank.engine.image()
+        rank.step(StepOrders(2, ranks.socket, (named("second", [*IDS, 1]),), loads=(load,)))
+        assert rank.finish() == ({"second"}, {"second"})
+        assert rank.engine.image() == before
+    assert ranks.report().is_store_gone
+    with open_store(ranks.ranks[0].engine.spec, dram="8MiB", socket=ranks.socket) as store:
+        ranks.store = store
+        deadline = Deadline.after(TEST_S)
+        while any(rank.worker._access.get(ranks.socket) is None for rank in ranks.ranks):
+            assert not deadline.has_passed
+            time.sleep(0.01)
+        ranks.save("two")
+        report = ranks.report()
+        assert report.committed == {"first": 30}
+        assert not report.is_store_gone
+        for rank in ranks.ranks:
+            rank.worker.close()

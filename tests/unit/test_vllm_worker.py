@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kvstore.adapters.vllm import stores  # noqa: E402
-from kvstore.adapters.vllm.metadata import LoadOrder, NewPrompt, SaveOrder, StepOrders  # noqa: E402
+from kvstore.adapters.vllm.metadata import LoadOrder, MoreTokens, NewPrompt, SaveOrder, StepOrders  # noqa: E402
 from kvstore.adapters.vllm.working import Worker  # noqa: E402
-from kvstore.store import open_store  # noqa: E402
+from kvstore.errors import LoadFailedError  # noqa: E402
+from kvstore.keys import ExtraInput  # noqa: E402
+from kvstore.store import Lease, open_store  # noqa: E402
 from kvstore.testing.specs import dense, hybrid, pure_state, windowed  # noqa: E402
 from tests.vllm_cases import PAGES, SmallEngine  # noqa: E402
 
@@ -361,3 +364,138 @@ def test_closing_ends_what_waits(hybrid_setting: Setting) -> None:
     assert not worker._loader.under_way
     assert worker.finished_loads()[0] == {order.request_id for order in orders}
     assert not any(thread.is_alive() for thread in worker._loader._threads)
+
+
+def test_a_load_that_fails_half_way_is_failed_as_a_whole(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some pages were written: the engine computes all of them again, and asks nobody which."""
+    ids = list(range(100, 131))
+    setting.save("first", ids[:30], setting.engine.tables(30), 0, 30)
+    copy = Lease.copy_to_pages
+    copied: list[Any] = []
+
+    def fails_at_the_second(lease: Lease, *arguments: Any, **named: Any) -> None:
+        if copied:
+            raise LoadFailedError("a record is damaged")
+        copied.append(copy(lease, *arguments, **named))
+
+    before = setting.engine.image()
+    layers = [[layer] for layer in setting.engine.spec.layers]
+    mapping = setting.engine.mapping
+    load = mapping.load
+    with monkeypatch.context() as broken:
+        broken.setattr(Lease, "copy_to_pages", fails_at_the_second)
+        broken.setattr(
+            mapping,
+            "load",
+            lambda *arguments, **named: [load(*arguments, **{**named, "layers": chosen}) for chosen in layers],
+        )
+        setting.load("second", ids, setting.engine.tables(31), 30)
+        assert setting.finish() == ({"second"}, {"second"})
+    assert copied
+    assert setting.engine.image() != before
+    report = setting.worker.report()
+    assert report is not None
+    assert report.failures == {"LoadFailedError": 1}
+    others = setting.engine.tables(31)
+    setting.load("third", ids, others, 30)
+    assert setting.finish() == ({"third"}, set())
+    setting.engine.check(setting.store.prompt(ids), others, 30)
+
+
+def test_an_error_that_is_none_of_the_stores_still_ends_the_load(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine that is never told waits for ever."""
+    ids = list(range(100, 131))
+    setting.save("first", ids[:30], setting.engine.tables(30), 0, 30)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(setting.engine.mapping, "load", fail)
+        setting.load("second", ids, setting.engine.tables(31), 30)
+        assert setting.finish() == ({"second"}, {"second"})
+    assert "ZeroDivisionError" in caplog.text
+    setting.load("third", ids, setting.engine.tables(31), 30)
+    assert setting.finish() == ({"third"}, set()), "its thread goes on"
+
+
+def test_a_load_that_waits_too_long_fails_without_a_copy(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = list(range(100, 131))
+    setting.save("first", ids[:30], setting.engine.tables(30), 0, 30)
+    before = setting.engine.image()
+    monkeypatch.setattr(setting.worker._loader, "_deadline_s", 0.0)
+    setting.load("second", ids, setting.engine.tables(31), 30)
+    assert setting.finish() == ({"second"}, {"second"})
+    assert setting.engine.image() == before
+    report = setting.worker.report()
+    assert report is not None
+    assert report.failures == {"DeadlineError": 1}
+
+
+def test_the_engine_goes_on_while_a_load_runs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that the engine's thread calls waits for a load; another request is saved meanwhile."""
+    ids, other = list(range(100, 131)), list(range(500, 520))
+    setting.save("first", ids[:30], setting.engine.tables(30), 0, 30)
+    assert setting.worker.report()
+    may_go = threading.Event()
+    load = setting.engine.mapping.load
+
+    def waits(*arguments: Any, **named: Any) -> None:
+        assert may_go.wait(TEST_S)
+        load(*arguments, **named)
+
+    monkeypatch.setattr(setting.engine.mapping, "load", waits)
+    others = setting.engine.tables(31)
+    setting.load("second", ids, others, 30)
+    setting.save("third", other, setting.engine.tables(20), 0, 20)
+    report = setting.worker.report()
+    assert report is not None
+    assert report.committed == {"third": 20}
+    assert setting.worker.finished_loads() == (set(), set())
+    may_go.set()
+    assert setting.finish() == ({"second"}, set())
+    setting.engine.check(setting.store.prompt(ids), others, 30)
+
+
+def test_tenants_and_adapters_do_not_meet(setting: Setting) -> None:
+    ids = list(range(100, 131))
+    tables = setting.engine.tables(30)
+    new = NewPrompt("first", np.asarray(ids[:30], np.uint32), b"tenant", "adapter", (ExtraInput(3, b"image"),))
+    order = SaveOrder("first", 0, 30, tables, (30,), "joint")
+    setting.worker.take_orders(StepOrders(1, SOCKET, (new,), saves=(order,)))
+    prompt = setting.store.prompt(ids[:30], salt=b"tenant", adapter="adapter", extras=(ExtraInput(3, b"image"),))
+    setting.engine.compute(prompt, tables, 0, 30)
+    setting.worker.end_step()
+    named: dict[str, dict[str, Any]] = {
+        "another tenant": {"adapter": "adapter", "extras": (ExtraInput(3, b"image"),)},
+        "another adapter": {"salt": b"tenant", "extras": (ExtraInput(3, b"image"),)},
+        "another image": {"salt": b"tenant", "adapter": "adapter", "extras": (ExtraInput(3, b"other"),)},
+        "itself": {"salt": b"tenant", "adapter": "adapter", "extras": (ExtraInput(3, b"image"), ExtraInput(30, b"x"))},
+    }
+    loads = tuple(LoadOrder(name, 30, 0, setting.engine.tables(31), 1) for name in named)
+    prompts = tuple(NewPrompt(name, np.asarray(ids, np.uint32), **identity) for name, identity in named.items())
+    setting.worker.take_orders(StepOrders(2, SOCKET, prompts, loads=loads))
+    setting.worker.begin_loads()
+    assert setting.finish() == (set(named), set(named) - {"itself"})
+
+
+def test_tokens_that_were_decoded_are_known_when_they_are_saved(setting: Setting) -> None:
+    ids = list(range(100, 132))
+    tables = setting.engine.tables(32)
+    setting.save("first", ids[:20], tables, 0, 20)
+    more = tuple(MoreTokens("first", 20 + n, np.asarray(ids[20 + n : 21 + n], np.uint32)) for n in range(12))
+    order = SaveOrder("first", 20, 32, tables, (32,), "joint")
+    setting.engine.compute(setting.store.prompt(ids), tables, 20, 32)
+    setting.worker.take_orders(StepOrders(2, SOCKET, more_tokens=more, saves=(order,)))
+    setting.worker.end_step()
+    assert setting.store.match([*ids, 1]).tokens == 32
+    unknown = MoreTokens("nobody", 0, np.asarray([1], np.uint32))
+    gap = MoreTokens("first", 40, np.asarray([1], np.uint32))
+    setting.worker.take_orders(StepOrders(3, SOCKET, more_tokens=(unknown, gap)))
+    report = setting.worker.report()
+    assert report is not None
+    assert report.failures == {"WriteError": 2}
+    setting.worker.take_orders(StepOrders(4, SOCKET, ended=("first", "nobody")))
+    assert not len(setting.worker._prompts)
