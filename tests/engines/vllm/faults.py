@@ -136,7 +136,7 @@ def state_of(stores: list[Any], deadline_s: float) -> dict[str, Any]:
     )
     all_of_them = [store.statistics() for store in stores]
     totals = {name: sum(getattr(each, name) for each in all_of_them) for name in names}
-    shelves = [shelf for each in all_of_them for shelf in each.shelves]
+    shelves = [shelf for each in all_of_them for shelf in getattr(each, "shelves", ())]
     totals["damaged_records"] += sum(shelf.damaged_records for shelf in shelves)
     return {"held": held, "stores": len(stores), **totals}
 
