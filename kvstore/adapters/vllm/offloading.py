@@ -1,4 +1,4 @@
-"""kvstore as a secondary tier of vLLM's tiered offloading (docs/vllm.md).
+"""kvstore as a secondary tier of vLLM's tiered offloading (docs/foreign.md).
 
 vLLM keeps the group logic and the copies to and from the device; here whole rows of its host memory are kept under its
 own block hashes. It is loaded by module path:
