@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.engines.environment import NotRunError
 from tests.engines.matrix import Cell, Verdict, not_run
+from tests.engines.sglang.whole import CASES, MODEL, QUICK_CASES, Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +33,11 @@ UNIFIED = (
 UNIFIED_QUICK = ((UNIFIED_MAMBA, LAYOUTS[1], INTERFACES[1]),)
 UNIFIED_CASES = ("warm", "restarted, warm disk", "two tenants", "corrupted record on disk")
 UNIFIED_STATE_CASES = ("state without its anchor", "anchor without its state")
+NOT_HERE = (
+    ("page_first and page_head", "copies between device and host", "SGLang has them as GPU kernels only"),
+    ("engine, hybrid", "all", "no GPU: SGLang's cache and controller for such models are tested as 'unified'"),
+    ("engine, tensor parallel", "all", "no GPU: that ranks keep apart is tested with SGLang's controller"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def scripts(is_quick: bool) -> list[Script]:
 
 def expected(is_quick: bool) -> list[tuple[str, str]]:
     """Models and cases that are reported."""
-    return [each for script in scripts(is_quick) for each in script.expected]
+    whole = [(MODEL, case) for case in (QUICK_CASES if is_quick else CASES)]
+    return [each for script in scripts(is_quick) for each in script.expected] + whole
 
 
 def cells(
@@ -95,6 +102,12 @@ def cells(
         for model, case in wanted:
             if (model, case) not in found:
                 yield Cell(ENGINE, model, case, Verdict.BROKEN, reason=f"{script.name} has not reported it")
+    if not models or MODEL.startswith(tuple(models)):
+        yield from Whole(environment, folder, variables(environment), is_quick=is_quick, seed=seed).cells()
+    if not is_quick:
+        for model, case, reason in NOT_HERE:
+            if not models or model.startswith(tuple(models)):
+                yield not_run(ENGINE, model, case, reason)
 
 
 def _cells_of(environment: Environment, script: Script, folder: Path, seed: int) -> Iterator[Cell]:
