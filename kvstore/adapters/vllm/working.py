@@ -49,6 +49,7 @@ class Worker:
         self._loader: Loader | None = None
         self._saver: Saver | None = None
         self._orders = _NOTHING
+        self._socket = ""
         self._began_s = 0.0
         self._report = WorkerReport()
 
@@ -65,6 +66,9 @@ class Worker:
     def take_orders(self, orders: StepOrders) -> None:
         """From `bind_connector_metadata`, before the forward."""
         self._orders = orders
+        if orders.socket and (orders.socket != self._socket or self._access.is_gone):
+            self._socket = orders.socket
+            self._access.get(orders.socket)  # which attaches at the first step, and looks for a store that has gone
         if orders.is_empty:
             return
         self._began_s = time.monotonic()
