@@ -176,7 +176,7 @@ def test_a_refusal_counts_where_a_send_notices_the_end_first(
 ) -> None:
     """The node did not wait any longer for what is being sent; its word is there, and is just being read."""
     take = Attachment._take
-    is_told, is_broken = threading.Event(), threading.Event()
+    is_sending, is_told, is_broken = threading.Event(), threading.Event(), threading.Event()
 
     def take_late(attachment: Attachment, header: FrameHeader, payload: memoryview) -> None:
         if header.kind is Kind.ABORT:
@@ -185,6 +185,7 @@ def test_a_refusal_counts_where_a_send_notices_the_end_first(
         take(attachment, header, payload)
 
     def break_off(stream: Stream, *_: Any) -> Any:
+        is_sending.set()
         assert is_told.wait(WITHIN_S)
         stream.close()
         is_broken.set()
@@ -194,7 +195,7 @@ def test_a_refusal_counts_where_a_send_notices_the_end_first(
     monkeypatch.setattr("kvstore.transfer.attachment.send_pieces", break_off)
     with Endpoint(target.pool, address("tcp")) as endpoint:
         handle = source.send(match_all(source, prompt(BIG_TOKENS)), endpoint.address)
-        wait_until(lambda: any(status.is_attached for status in endpoint.transfers()), "the transfer has begun")
+        assert is_sending.wait(WITHIN_S)
     with pytest.raises(PeerClosingError, match="closing"):
         handle.result(WITHIN_S)
 
