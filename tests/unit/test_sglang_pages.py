@@ -193,3 +193,21 @@ def test_bytes_of_no_named_type_are_refused() -> None:
         closing(make_storage(("kv", pool), kv_dtype="fp8_e5m2")) as other,
     ):
         assert one.pools["kv"].group != other.pools["kv"].group
+
+
+def test_only_missing_pages_are_written() -> None:
+    """Whether the first page is there or not, and wherever the gaps are."""
+    pool, keys = MHATokenToKVPoolHost("layer_first"), hashes(6)
+    pool.fill(8)
+    expected = [pool.page_bytes(page) for page in range(6)]
+    with closing(make_storage(("kv", pool))) as storage:
+        for present in ([], [0, 3], [1, 2], [0, 1, 2, 3, 4, 5]):
+            storage.clear()
+            for page in present:
+                assert storage.write("kv", keys[page : page + 1], slots_of([page])) == [True]
+            assert storage.write("kv", keys, slots_of([0, 1, 2, 3, 4, 5])) == [True] * 6
+            assert storage.read("kv", keys, slots_of([10, 11, 12, 13, 14, 15])) == [True] * 6
+            assert [pool.page_bytes(10 + page) for page in range(6)] == expected
+        objects = storage.objects
+        assert objects is not None
+        assert objects.statistics().present == 2  # of the third time: its first page was missing

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import kvstore
+from kvstore.adapters.sglang.__main__ import main as spec_file
 from kvstore.adapters.sglang.config import BackendConfig
 from kvstore.adapters.sglang.position import Position
 from kvstore.adapters.sglang.versions import TESTED, check_version
-from kvstore.errors import ConfigError, UnavailableError
-from tests.unit.sglang_pools import LogicalHostPool, MHATokenToKVPoolHost, make_storage
+from kvstore.errors import ConfigError, SpecError, UnavailableError
+from kvstore.spec import load_spec
+from kvstore.testing import specs
+from tests.unit.sglang_pools import LogicalHostPool, MHATokenToKVPoolHost, hashes, make_storage, slots_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_what_sglang_reads_itself_may_stand_there() -> None:
@@ -130,3 +138,30 @@ def test_an_anchor_without_addresses_needs_the_other_interface() -> None:
     with pytest.raises(ConfigError, match="interface_v1"):
         make_storage(("kv", PoolWithoutAddresses()))
     make_storage(("kv", PoolWithoutAddresses()), is_zero_copy=False).close()
+
+
+def test_a_spec_file_for_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store that knows nothing of SGLang holds its pages."""
+    arguments = ["--model", "tiny", "--weights", "random"]
+    assert spec_file([*arguments, "--page-bytes", "0"]) == 2
+    assert "error" in capsys.readouterr().err
+    assert spec_file([*arguments, "--page-bytes", "3072", "--page-bytes", "1024"]) == 0
+    path = tmp_path / "spec.json"
+    path.write_text(capsys.readouterr().out)
+    pool, socket = MHATokenToKVPoolHost(), str(tmp_path / "s")
+    with (
+        kvstore.open(load_spec(path), dram="8MiB", socket=socket),
+        closing(make_storage(("kv", pool), socket=socket)) as one,
+        closing(make_storage(("kv", pool), socket=socket)) as other,
+    ):
+        assert one.write("kv", hashes(2), slots_of([0, 1])) == [True, True]
+        assert other.count_prefix(hashes(2)) == 2
+
+
+def test_a_store_of_something_else_is_not_attached_to(tmp_path: Path) -> None:
+    socket = str(tmp_path / "s")
+    with (
+        kvstore.open(specs.dense(), dram="8MiB", socket=socket),
+        pytest.raises(SpecError, match="another socket"),
+    ):
+        make_storage(("kv", MHATokenToKVPoolHost()), socket=socket)

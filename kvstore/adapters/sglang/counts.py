@@ -20,7 +20,7 @@ class BackendStatistics:
 
     Attributes:
         asked, found: pages of the prefix that were asked after, and those of them that could be restored.
-        written, read: pages that are in the store, or were copied from it.
+        written, read: pages that were to be written and are in the store now, and those that were copied from it.
         not_written, not_read: pages that were not, by reason: `store` (full, absent, damaged, late: the store's own
             statistics tell these apart), `gone` (there is no store at the moment), `indices` (they are not those of so
             many pages), `anchor` (the page of the prefix that it belongs to is not there), `error`.
@@ -56,6 +56,11 @@ class BackendCounts:
             with self._lock:
                 self._counts[what] += pages
                 self._samples[what].append((pages, gigabytes_per_s))
+
+    def present(self, pages: int) -> None:
+        """Pages were to be written, and were there."""
+        with self._lock:
+            self._counts["written"] += pages
 
     def failed(self, what: str, reason: str, pages: int) -> None:
         """Pages were `not_written` or `not_read`."""

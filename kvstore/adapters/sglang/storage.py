@@ -15,7 +15,6 @@ from kvstore.adapters.sglang.stores import BackendStore
 from kvstore.clock import Deadline
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.foreign import ForeignNamespace
-from kvstore.foreign.namespace import chunk_bytes_for
 from kvstore.limits import FOREIGN_BATCH_OBJECTS_MAX
 
 if TYPE_CHECKING:
@@ -44,6 +43,32 @@ class Asked(NamedTuple):
     name: str
     policy: str
     window_pages: int
+
+
+def objects_namespace(
+    model: str, weights: str, version: str, groups: tuple[tuple[str, int], ...], chunk_bytes: int = 0
+) -> ForeignNamespace:
+    """The names of SGLang's pages.
+
+    Args:
+        model, weights: whose cache it is.
+        version: of SGLang.
+        groups: name and bytes of a page of each pool.
+        chunk_bytes: of the store's records; 0: chosen from the sizes.
+
+    Raises:
+        SpecError: something is out of its limits.
+    """
+    return ForeignNamespace(
+        model=model,
+        weights=weights,
+        engine=ENGINE,
+        version=version,
+        hash_algorithm=HASH_ALGORITHM,
+        hash_root=HASH_ROOT,
+        groups=groups,
+        chunk_bytes=chunk_bytes,
+    )
 
 
 class PageStorage:
@@ -109,19 +134,14 @@ class PageStorage:
             groups = self._groups()
             if not groups:
                 raise ConfigError("SGLang has registered no host pool that has pages to store")
-            namespace = ForeignNamespace(
-                model=self._model,
-                weights=self.config.weights,
-                engine=ENGINE,
-                version=self._version,
-                hash_algorithm=HASH_ALGORITHM,
-                hash_root=HASH_ROOT,
-                groups=groups,
-                chunk_bytes=self.config.chunk_bytes or chunk_bytes_for([size_bytes for _, size_bytes in groups]),
+            namespace = objects_namespace(
+                self._model, self.config.weights, self._version, groups, self.config.chunk_bytes
             )
             self._store = BackendStore(self.config, self.position, namespace)
         for pool in self.pools.values():
-            LOG.info("SGLang's pool %s is stored as %s: %s", pool.name, pool.group, pool.facts)
+            LOG.info(
+                "SGLang's pool %s: pages of %d bytes as %s, %s", pool.name, pool.size_bytes, pool.group, pool.facts
+            )
 
     @property
     def objects(self) -> ForeignStore | None:
@@ -209,7 +229,24 @@ class PageStorage:
             return [False] * len(keys)
         if pool.form is Form.NONE:
             return [True] * len(keys)
-        return self._move("written", pool, keys, lambda first, count: self._sources(pool, indices, first, count))
+        lacking = self._lacking(pool, keys)
+        self._counts.present(len(keys) - len(lacking))
+        answer = [True] * len(keys)
+        moved = self._move(
+            "written",
+            pool,
+            [keys[number] for number in lacking],
+            lambda first, count: (self._sources(pool, indices, lacking[first : first + count]), lambda at: None),
+        )
+        for number, is_there in zip(lacking, moved, strict=True):
+            answer[number] = is_there
+        return answer
+
+    def _lacking(self, pool: HostPool, keys: Sequence[str]) -> list[int]:
+        """Which pages are worth writing. Pages come in the order of a prompt: if the first is new, all of them are."""
+        if not keys or not self._has(pool, keys[:1])[0]:
+            return list(range(len(keys)))
+        return [number for number, is_there in enumerate(self._has(pool, keys)) if not is_there]
 
     def read(self, name: str, keys: Sequence[str], indices: Indices | None) -> list[bool]:
         """Copy pages into a pool; which of them have come. The others' slots may have been written in part.
@@ -287,20 +324,22 @@ class PageStorage:
         self._counts.failed(what, "indices", len(keys))
         return None
 
-    def _sources(self, pool: HostPool, indices: Any, first: int, count: int) -> tuple[list[Any], Callable[[int], None]]:
-        slots = indices[first * pool.page_slots : (first + count) * pool.page_slots]
-        if pool.form is Form.PIECES:
-            return list(pool.regions(slots, count)), lambda number: None
-        return [pool.page(slots, number) for number in range(count)], lambda number: None
+    def _sources(self, pool: HostPool, indices: Any, numbers: Sequence[int]) -> list[Any]:
+        if pool.form is Form.FLAT:
+            return [pool.page(indices, number) for number in numbers]
+        return self._places(pool, indices, numbers)
+
+    def _places(self, pool: HostPool, indices: Any, numbers: Sequence[int]) -> list[Any]:
+        """Where some pages lie; numbers ascend."""
+        first, count = numbers[0], numbers[-1] - numbers[0] + 1
+        regions = pool.regions(indices[first * pool.page_slots : (first + count) * pool.page_slots], count)
+        return [regions[number - first] for number in numbers]
 
     def _targets(self, pool: HostPool, indices: Any, numbers: Sequence[int]) -> tuple[list[Any], Callable[[int], None]]:
         if pool.form is Form.FLAT:
             pages = [pool.empty_page() for _ in numbers]
             return pages, lambda at: pool.set_page(indices, numbers[at], pages[at])
-        first, count = numbers[0], numbers[-1] - numbers[0] + 1
-        slots = indices[first * pool.page_slots : (first + count) * pool.page_slots]
-        regions = pool.regions(slots, count)
-        return [regions[number - first] for number in numbers], lambda at: None
+        return self._places(pool, indices, numbers), lambda at: None
 
     def _move(
         self,
