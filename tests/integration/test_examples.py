@@ -37,7 +37,11 @@ PROMISES = {
     "14_jax_mamba2.py": ("jax", "resumes at 130 of 150 tokens", "bit for bit", "lost conv or ssm state is noticed"),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
-WITH_ENGINES = {"11_vllm_prefix_cache.py": "vllm", "12_vllm_prefill_decode.py": "vllm"}
+WITH_ENGINES = {
+    "11_vllm_prefix_cache.py": "vllm",
+    "12_vllm_prefill_decode.py": "vllm",
+    "13_sglang_hicache.py": "sglang",
+}
 """Run by `make test-engines`; here they say what is missing."""
 
 ELSEWHERE = {"01_prefill_decode.py", *WITH_ENGINES}

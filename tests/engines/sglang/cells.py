@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.engines.environment import NotRunError
-from tests.engines.matrix import Cell, Verdict, not_run
+from tests.engines.environment import ROOT, NotRunError
+from tests.engines.matrix import Cell, Verdict, holds, not_run
 from tests.engines.sglang.whole import CASES, MODEL, QUICK_CASES, Whole
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ENGINE = "sglang"
 HERE = Path(__file__).parent
+EXAMPLE, EXAMPLE_SAYS = "13_sglang_hicache.py", "question 2: 512 of 536 tokens came from kvstore"
 LAYOUTS = ("layer_first", "page_first_direct", "page_first", "page_head")
 INTERFACES = ("generic", "zero-copy")
 CONTROLLER_CASES = (
@@ -104,10 +105,22 @@ def cells(
                 yield Cell(ENGINE, model, case, Verdict.BROKEN, reason=f"{script.name} has not reported it")
     if not models or MODEL.startswith(tuple(models)):
         yield from Whole(environment, folder, variables(environment), is_quick=is_quick, seed=seed).cells()
+    if not is_quick and not models:
+        yield _example(environment, folder)
     if not is_quick:
         for model, case, reason in NOT_HERE:
             if not models or model.startswith(tuple(models)):
                 yield not_run(ENGINE, model, case, reason)
+
+
+def _example(environment: Environment, folder: Path) -> Cell:
+    log = folder / "example.log"
+    try:
+        environment.run(ROOT / "examples" / EXAMPLE, (), log=log, limit_s=400.0, variables=variables(environment))
+        missing = [f"it does not say {EXAMPLE_SAYS!r}"] if EXAMPLE_SAYS not in log.read_text(errors="replace") else []
+    except NotRunError as error:
+        missing = [str(error)]
+    return holds(ENGINE, "example", EXAMPLE, missing)
 
 
 def _cells_of(environment: Environment, script: Script, folder: Path, seed: int) -> Iterator[Cell]:
@@ -136,7 +149,7 @@ def variables(environment: Environment) -> dict[str, str]:
     """What SGLang needs to run without a GPU, and nothing from the network."""
     path = [str(HERE / "shims")]
     if environment.is_tree:
-        path.append(str(HERE.parents[2]))
+        path.append(str(ROOT))
     return {
         "PYTHONPATH": ":".join(path),
         "SGLANG_USE_CPU_ENGINE": "1",

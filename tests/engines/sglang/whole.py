@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import select
+import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -89,6 +90,7 @@ class Whole:
         self._folder = folder
         self._is_quick = is_quick
         self._seed = seed
+        self._resources = ExitStack()
         self._record, self._fault = folder / "record.jsonl", folder / "fault"
         path = f"{variables['PYTHONPATH']}:{HERE / 'inside'}"
         record = {"KVSTORE_TEST_RECORD": str(self._record), "KVSTORE_TEST_FAULT": str(self._fault)}
@@ -97,9 +99,10 @@ class Whole:
     def cells(self) -> Iterator[Cell]:
         done = set()
         try:
-            for cell in self._cells():
-                done.add(cell.case)
-                yield cell
+            with self._resources:
+                for cell in self._cells():
+                    done.add(cell.case)
+                    yield cell
         except (EngineError, NotRunError) as error:
             for case in QUICK_CASES if self._is_quick else CASES:
                 if case not in done:
@@ -115,7 +118,8 @@ class Whole:
     def _cells(self) -> Iterator[Cell]:
         log = self._folder / "models.log"
         self._environment.run(MODELS, [str(self._folder), "dense"], log=log, limit_s=300.0, variables=self._variables)
-        socket = str(self._folder / "store.sock")
+        sockets = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-"))  # a short path
+        socket = f"{sockets}/store.sock"
         owner = {"own_socket": socket, "dram": "64MiB", "ssd": [f"{self._folder / 'disk'}:128MiB"]}
         numbers = random.Random(self._seed)
         prompts = {

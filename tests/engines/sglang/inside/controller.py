@@ -5,7 +5,9 @@ The plan has `layouts`, `interfaces` (`generic`, `zero-copy`), `folder` and `see
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -31,6 +33,7 @@ class Cases:
         )  # fmt: skip
         self._stores = 0
         folder.mkdir(parents=True)
+        self.sockets = Path(tempfile.mkdtemp(prefix="kvstore-"))  # a socket's path is short
 
     def run(self) -> None:
         cases = {
@@ -41,6 +44,12 @@ class Cases:
         }  # fmt: skip
         if not self.spares:  # the store's owner is no part of a layout: the first one stands for all
             del cases["node killed"]
+        try:
+            self._run(cases)
+        finally:
+            shutil.rmtree(self.sockets)
+
+    def _run(self, cases: dict) -> None:
         for name, case in cases.items():
             try:
                 case(name)
@@ -60,7 +69,7 @@ class Cases:
             extra["interface_v1"] = 1
         if not {"socket", "own_socket"} & set(extra):
             self._stores += 1
-            extra |= {"own_socket": str(self.folder / f"{self._stores}.sock")}
+            extra |= {"own_socket": str(self.sockets / f"{self._stores}.sock")}
         if "socket" not in extra:
             extra["dram"] = "64MiB"
         return extra

@@ -9,12 +9,9 @@ import json
 import os
 from pathlib import Path
 
-from copies import install
 from faults import flush
 
 from kvstore.adapters.sglang import KVStoreHiCache
-
-install()  # in the scheduler's process, before anything is copied
 
 
 class RecordingHiCache(KVStoreHiCache):

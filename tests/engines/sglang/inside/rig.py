@@ -2,13 +2,13 @@
 
 import queue
 import threading
+import time
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from comparing import differing_bytes
-from copies import install
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_context, get_parallel
 
-PAGE_TOKENS, LAYERS, HEADS, HEAD_DIM = 16, 3, 2, 8
+PAGE_TOKENS = 16
 SLOTS = 64 * PAGE_TOKENS
 WAIT_S = 60.0
 DIRECT = ("layer_first", "page_first_direct")
@@ -26,7 +26,6 @@ DIRECT = ("layer_first", "page_first_direct")
 
 def prepare() -> None:
     """What a server sets up before it makes a controller. Once a process."""
-    install()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     get_context().override_server_args().install()
 
@@ -58,12 +57,14 @@ class Fetched:
         pages: of these, those that came.
         bytes_of: what lies in the host pool in the place of each hit page.
         slots: their places.
+        seconds: that the controller took to read them.
     """
 
     hit_pages: int
     pages: int
     bytes_of: list[bytes]
     slots: torch.Tensor
+    seconds: float = 0.0
 
 
 class Rig:
@@ -73,20 +74,31 @@ class Rig:
         layout: of the host pool.
         extra: SGLang's `--hicache-storage-backend-extra-config`.
         tp: tensor-parallel rank and size.
+        shape: layers, heads, and elements of a head.
+        backend: SGLang's `--hicache-storage-backend`.
     """
 
-    def __init__(self, layout: str, extra: dict[str, Any], *, tp: tuple[int, int] = (0, 1)) -> None:
+    def __init__(
+        self,
+        layout: str,
+        extra: dict[str, Any],
+        *,
+        tp: tuple[int, int] = (0, 1),
+        shape: tuple[int, int, int] = (3, 2, 8),
+        backend: str = "dynamic",
+    ) -> None:
+        layers, heads, head_dim = shape
         self.layout = layout
         self.device = MHATokenToKVPool(
-            size=SLOTS, page_size=PAGE_TOKENS, dtype=torch.bfloat16, head_num=HEADS, head_dim=HEAD_DIM,
-            layer_num=LAYERS, device="cpu", enable_memory_saver=False,
+            size=SLOTS, page_size=PAGE_TOKENS, dtype=torch.bfloat16, head_num=heads, head_dim=head_dim,
+            layer_num=layers, device="cpu", enable_memory_saver=False,
         )  # fmt: skip
         self.allocator = TokenToKVPoolAllocator(
             size=SLOTS, dtype=torch.bfloat16, device="cpu", kvcache=self.device, need_sort=False
         )
         self.host = MHATokenToKVPoolHost(
             self.device.get_device_pool_infos()[0].buffer_info, 2.0, 0, PAGE_TOKENS, layout, pin_memory=False,
-            device="cpu", device_capacity_tokens=self.device.size, start_layer=0, end_layer=LAYERS,
+            device="cpu", device_capacity_tokens=self.device.size, start_layer=0, end_layer=layers,
         )  # fmt: skip
         self.host.kv_buffer.zero_()
         with get_parallel().override(
@@ -103,7 +115,7 @@ class Rig:
         ):
             self.controller = HiCacheController(
                 self.allocator, self.host, PAGE_TOKENS, torch.distributed.group.WORLD, threading.Event(),
-                write_policy="write_through", io_backend="direct", storage_backend="dynamic",
+                write_policy="write_through", io_backend="direct", storage_backend=backend,
                 prefetch_threshold=PAGE_TOKENS, model_name="tiny/controller", storage_backend_extra_config=dict(extra),
             )  # fmt: skip
         self._requests = 0
@@ -157,14 +169,15 @@ class Rig:
         for first in range(0, len(operation.host_indices), PAGE_TOKENS):  # nothing of an earlier owner is there
             slot = int(operation.host_indices[first])
             self.host.set_from_flat_data_page(slot, torch.zeros_like(self.host.get_dummy_flat_data_page()))
+        pages, began = 0, time.perf_counter()
         self.controller.prefetch_buffer.put(operation)
-        pages = 0
         while True:
             ack = self._next(self.controller.ack_prefetch_queue)
             if ack.completed_req:
                 break
             pages = ack.completed_tokens // PAGE_TOKENS
-        return Fetched(hit_pages, pages, self.pages_at(operation.host_indices), operation.host_indices)
+        seconds = time.perf_counter() - began
+        return Fetched(hit_pages, pages, self.pages_at(operation.host_indices), operation.host_indices, seconds)
 
     def read(self, key: RadixKey) -> Fetched:
         return self.fetch(self.find(key))

@@ -9,7 +9,6 @@ from typing import Any
 import sglang.test.kits.unified_radix_cache.fixtures as fixtures
 import torch
 from comparing import differing_bytes
-from copies import install
 from sglang.kernels.ops.attention.fla.chunk_delta_h import CHUNK_SIZE
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, MatchPrefixParams
 from sglang.srt.mem_cache.pool_host.base import HostKVCache
@@ -39,7 +38,6 @@ Snapshot = dict[str, list[bytes]]
 
 def prepare() -> None:
     """What a server sets up before it makes a cache. Once a process."""
-    install()
     # Host pools are pinned, which needs a GPU.
     original = HostKVCache.__init__
     if not torch.cuda.is_available():

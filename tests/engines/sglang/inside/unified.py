@@ -5,7 +5,9 @@ The plan has `runs` (each a key of `server.MODELS`, a layout and an interface), 
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -27,6 +29,7 @@ class Cases:
         )  # fmt: skip
         self._stores = 0
         folder.mkdir(parents=True)
+        self.sockets = Path(tempfile.mkdtemp(prefix="kvstore-"))  # a socket's path is short
         # What a prefix needs besides the anchor's pages.
         self.pools = [name for name, has in (("swa", MODELS[model].has_swa), ("mamba", MODELS[model].has_mamba)) if has]
 
@@ -37,6 +40,12 @@ class Cases:
         }  # fmt: skip
         if self.pools:
             cases |= {"state without its anchor": self.without_anchor, "anchor without its state": self.without_state}
+        try:
+            self._run(cases)
+        finally:
+            shutil.rmtree(self.sockets)
+
+    def _run(self, cases: dict) -> None:
         for name, case in cases.items():
             try:
                 case(name)
@@ -55,7 +64,7 @@ class Cases:
             extra["interface_v1"] = 1
         if "socket" not in extra:
             self._stores += 1
-            extra |= {"own_socket": str(self.folder / f"{self._stores}.sock"), "dram": "64MiB"}
+            extra |= {"own_socket": str(self.sockets / f"{self._stores}.sock"), "dram": "64MiB"}
         return extra
 
     def attached(self, config: dict) -> dict:

@@ -1,5 +1,6 @@
 """Imported by each of SGLang's processes at its start: what has to be there before anything else is imported."""
 
+import copies
 import torch
 
 if not torch.cuda.is_available():
@@ -19,3 +20,4 @@ if not torch.cuda.is_available():
             return 0
 
     torch.cuda.cudart = _Cudart
+    copies.install()
