@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,6 @@ PREFIX_TOKENS = 2 * CHUNK_TOKENS
 SUFFIX_TOKENS = 40
 HANDOVER_TOKENS = 600
 DECODED = 8
-PREEMPTED = (300, 220)
-"""Tokens of the prompt, and decoded."""
 EXAMPLE_LIMIT_S = 300.0
 EXAMPLES = {
     "11_vllm_prefix_cache.py": ("question 1: 0 of 536", "question 2: 512 of 536"),
@@ -41,19 +38,17 @@ class Model:
 
     Attributes:
         faults: the controls that must show: a state or window that is zeroed, a block of attention that is.
-        tight_pages: so many that two requests of `PREEMPTED` cannot end together.
     """
 
     name: str
     dtype: str
     faults: tuple[str, ...]
-    tight_pages: int
 
 
 MODELS = (
-    Model("dense", "float32", ("zero_block", "other_block"), 8),
-    Model("window", "float32", ("zero_states", "zero_block"), 12),
-    Model("hybrid", "bfloat16", ("zero_states", "zero_block"), 12),
+    Model("dense", "float32", ("zero_block", "other_block")),
+    Model("window", "float32", ("zero_states", "zero_block")),
+    Model("hybrid", "bfloat16", ("zero_states", "zero_block")),
 )
 
 CASES = {
@@ -69,14 +64,13 @@ CASES = {
     ),
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
-    "preemption": ("preemption",),
     **tier_cells.CASES,
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
 }
 ALL = {
     "dense": tuple(CASES),
-    "window": ("plain", "store", "restart", "handover", "preemption", "tier", "tier restart"),
-    "hybrid": ("plain", "store", "restart", "handover", "preemption", "tier", "tier restart"),
+    "window": ("plain", "store", "restart", "handover", "tier", "tier restart"),
+    "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart"),
 }
 QUICK = {
     "dense": ("plain", "store", "restart", "examples"),
@@ -170,10 +164,6 @@ class Matrix:
         if "restart" in self._parts:
             store.quit()
             yield from self._cells("restart", lambda: self._restart_cells(written))
-        if "preemption" in self._parts:
-            tight = self._start("tight", self._settings("tight"), num_gpu_blocks_override=self.model.tight_pages)
-            yield from self._cells("preemption", lambda: self._preemption_cells(tight))
-            tight.quit()
         if "tier" in self._parts:
             yield from self._tier_parts()
         if "examples" in self._parts:
@@ -445,34 +435,6 @@ class Matrix:
         if fault and not ran.faults:
             return 0.0, ran, reference, broken
         return distance(reference, ran.answers), ran, reference, broken
-
-    # Too few pages
-
-    def _preemption_cells(self, tight: Engine) -> Iterator[Cell]:
-        """Two requests that do not fit together: one loses its pages, and comes back for what was stored of it."""
-        prompt_tokens, decoded = PREEMPTED
-
-        def both(case: str) -> list[Request]:
-            return [Request(self._prompt(f"{case} {number}", prompt_tokens), decoded) for number in range(2)]
-
-        wanted = both("preempted")
-        together = self._plain.generate(*wanted)
-        alone = [self._plain.generate(request).answers[0] for request in wanted]
-        ran = tight.generate(*wanted)
-        broken = [] if ran.preemptions else ["nothing was preempted"]
-        broken += [f"left: {leak}" for leak in tight.leaks()]
-        resumed = [begin for steps in ran.steps for (_, end), (begin, _) in pairwise(steps) if begin < end]
-        control = float("inf")
-        for fault in self.model.faults:
-            wanted = both(f"preempted, {fault}")
-            faulty = tight.generate(*wanted, fault=fault)
-            difference = distance(self._plain.generate(*wanted).answers, faulty.answers)
-            control = min(control, difference if faulty.faults else 0.0)
-        yield judge(
-            ENGINE, self.model.name, "preemption", reference=together.answers, answers=ran.answers, control=control,
-            spread=distance(alone, together.answers), broken=broken,
-            figures={"preemptions": ran.preemptions, "resumed at": max(resumed, default=0)},
-        )  # fmt: skip
 
     # Examples
 

@@ -8,7 +8,6 @@ import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +75,6 @@ class Ran:
         found.
         """
         return tuple(steps[0][0] if steps else 0 for steps in self.steps)
-
-    @property
-    def preemptions(self) -> int:
-        """How often a request lost its pages and began again."""
-        return sum(begin < end for steps in self.steps for (_, end), (begin, _) in pairwise(steps))
 
 
 class Engine:
