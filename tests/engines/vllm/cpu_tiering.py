@@ -6,7 +6,9 @@ Only so that secondary tiers can be tested without a GPU; runs in the engine's e
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -56,6 +58,13 @@ class CopyWorker(OffloadingWorker):  # type: ignore[misc]
 
 class CpuTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
     """Tiered offloading with that worker."""
+
+    def get_manager(self) -> Any:
+        manager = super().get_manager()
+        # The worker, which is in this process, has mapped it before; an engine that is killed leaves no file.
+        with suppress(FileNotFoundError):
+            os.unlink(self._scheduler_mmap.mmap_path)
+        return manager
 
     def get_worker(self, kv_caches: Any) -> CopyWorker:
         if not self._worker:
