@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from faults import flush
 
 from kvstore.adapters.sglang import KVStoreHiCache
@@ -27,7 +28,8 @@ class RecordingHiCache(KVStoreHiCache):
         is_faulty = Path(os.environ["KVSTORE_TEST_FAULT"]).exists()
         if is_faulty and came[0]:  # pages in each other's place would not do: attention sums over them in any order
             pool = self.mem_pool_host
-            pool.set_from_flat_data_page(int(host_indices[0]), pool.get_dummy_flat_data_page().zero_())
+            slot = int(host_indices[0])
+            pool.set_from_flat_data_page(slot, torch.zeros_like(pool.get_data_page(slot)))
         self._record("get, faulty" if is_faulty else "get", keys, host_indices, came)
         return came
 
