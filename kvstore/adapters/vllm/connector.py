@@ -27,6 +27,7 @@ from kvstore.adapters.vllm.config import ConnectorConfig
 from kvstore.adapters.vllm.engine import EngineFacts
 from kvstore.adapters.vllm.metadata import NULL_PAGE, StepOrders, WorkerHalf, WorkerReport
 from kvstore.adapters.vllm.opening import open_for
+from kvstore.adapters.vllm.partial_pages import PartialPages
 from kvstore.adapters.vllm.scheduling import Scheduling
 from kvstore.adapters.vllm.search import Searches
 from kvstore.adapters.vllm.statistics import KVStorePromMetrics, KVStoreStats
@@ -84,6 +85,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         searches = Searches(
             store, prepare_deadline_s=config.prepare_deadline_s, fetch_deadline_s=config.fetch_deadline_s
         )
+        self._partial_pages = PartialPages(facts.groups)
         self._scheduling = Scheduling(
             spec,
             store,
@@ -93,6 +95,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             may_save=facts.may_save and config.saves,
             peers=config.peers,
             saves_decoded=config.saves_decoded,
+            partial_pages=self._partial_pages,
         )
 
     # What the engine asks of the class
@@ -127,6 +130,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _scheduler_half(self) -> Scheduling:
         assert self._scheduling is not None, "a scheduler's hook was called in a worker"
         return self._scheduling
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """The scheduler's pages."""
+        self._partial_pages.bind(gpu_block_pool)
 
     def on_new_request(self, request: Any) -> None:
         """A request has come."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.adapters.paged import NotCached, RequestIdentity
 from kvstore.adapters.vllm.handover import Source, Target, answer, read_params
 from kvstore.adapters.vllm.metadata import Counters, LoadOrder, MoreTokens, NewPrompt, SaveOrder, StepOrders
+from kvstore.adapters.vllm.partial_pages import PartialPages
 from kvstore.adapters.vllm.pushing import Push, Pushes
 from kvstore.adapters.vllm.requests import Identities, known_tokens
 from kvstore.errors import KVStoreError
@@ -107,6 +108,7 @@ class Scheduling:
         may_load, may_save: what this instance's role and settings allow.
         peers: instances that hand-overs may go to and come from.
         saves_decoded: save what is decoded, too.
+        partial_pages: of the engine's groups.
     """
 
     def __init__(
@@ -120,8 +122,10 @@ class Scheduling:
         may_save: bool = True,
         peers: tuple[str, ...] = (),
         saves_decoded: bool = False,
+        partial_pages: PartialPages | None = None,
     ) -> None:
         self._spec = spec
+        self._partial_pages = partial_pages or PartialPages()
         self._store = store
         self._searches = searches
         self._policy = policy
@@ -156,6 +160,8 @@ class Scheduling:
         None as long as they are being made ready. Asked again in every step until the request has its pages.
         """
         tracked = self._of(request)
+        if self._partial_pages.hide():
+            return None, False  # The engine's own hit may be with such a page: it looks again.
         if not self._may_load or request.skip_reading_prefix_cache or tracked.has_load_failed:
             return 0, False
         if isinstance(tracked.identity, NotCached):
@@ -179,6 +185,10 @@ class Scheduling:
         """The request has pages; those after `match`'s answer are to be filled if `external_tokens` says so."""
         tracked = self._of(request)
         search, tracked.search = tracked.search, None
+        if not external_tokens:
+            # What was loaded has its hashes by now, and gets no others.
+            self._partial_pages.hide()
+            self._partial_pages.forget(request.request_id)
         if search is None:
             return
         if not external_tokens:
@@ -190,6 +200,7 @@ class Scheduling:
         self._loading[request.request_id] = _Loading(tracked.attempt, found)
         self.counters.hits += 1
         self.counters.hit_tokens += external_tokens
+        self._partial_pages.loading(request.request_id, tables, tracked.start, tracked.start + external_tokens)
         self._loads.append(
             LoadOrder(
                 request_id=request.request_id,
@@ -203,6 +214,7 @@ class Scheduling:
     def orders(self, output: Any) -> StepOrders:
         """What the workers do beside a step; `output` is vLLM's `SchedulerOutput`."""
         self._step += 1
+        self._partial_pages.hide()
         self._forget_pushed()
         saves = tuple(self._saves(output)) if self._may_save and self._store.get() is not None else ()
         loads, self._loads = tuple(self._loads), []
@@ -233,6 +245,7 @@ class Scheduling:
             if tracked is not None and request_id in failed:
                 # It is computed now. What could not be loaded once is not asked for again.
                 tracked.has_load_failed = True
+                self._partial_pages.forget(request_id)
         if report is None:
             return
         self.counters.workers.add(report.counters)
@@ -247,6 +260,8 @@ class Scheduling:
 
         Its pages need not be kept: what is saved of it was saved in its steps.
         """
+        self._partial_pages.hide()
+        self._partial_pages.forget(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return None

@@ -57,6 +57,7 @@ CASES = {
         "cold",
         "warm",
         "longer prompt",
+        "own cache after a load",
         "two tenants",
         "eviction after match",
         "expiry after match",
@@ -309,6 +310,7 @@ class Matrix:
         control = self._control(engine, "longer", prefix_tokens=HANDOVER_TOKENS)
         yield self._judged("longer prompt", ran, reference, HANDOVER_TOKENS, control)
 
+        yield self._after_load(engine)
         yield self._tenants(engine)
 
         # What is matched is held: others go, and it is loaded. What its owner ends is not there any more.
@@ -328,6 +330,22 @@ class Matrix:
                 broken.append(f"it was not aborted after {after} tokens but {len(aborted.answers[0].tokens)}")
             broken += [f"left: {leak}" for leak in engine.leaks()]
         yield holds(ENGINE, name, "abort", broken)
+
+    def _after_load(self, engine: Engine) -> Cell:
+        """The engine's own cache holds what was loaded: a prompt that leaves the loaded one a little earlier finds it.
+
+        What is loaded ends some tokens behind a page, so a window of it begins within a page.
+        """
+        ids = self._prompt("after a load", PREFIX_TOKENS + 2 * SUFFIX_TOKENS)
+        prefix, loading = Request(ids[: PREFIX_TOKENS + 10], 1), Request(ids[: PREFIX_TOKENS + SUFFIX_TOKENS], DECODED)
+        other = Request((*ids[:PREFIX_TOKENS], *ids[-SUFFIX_TOKENS:]), DECODED)
+        cold = engine.generate(prefix)
+        loaded = engine.generate(loading)
+        broken = [] if loaded.cached_tokens[0] == len(prefix.ids) else [f"{loaded.cached_tokens[0]} tokens were loaded"]
+        ran = engine.generate(other, forgets=False)
+        _, _, reference = self._compared(other, cold, ran)
+        control = self._control(engine, "after a load")
+        return self._judged("own cache after a load", ran, reference, PREFIX_TOKENS, control, broken)
 
     def _tenants(self, engine: Engine) -> Cell:
         """What one tenant has stored is not found by another, and is by itself."""
