@@ -87,7 +87,7 @@ test-triton: $(NATIVE) ## installs Triton (1 GB): its kernel through the interpr
 	  tests/unit/test_page_gather.py tests/unit/test_page_kernel.py $(ARGS)
 
 # Each engine has an environment of its own in build/engines, gigabytes large; none of it is .venv's.
-test-engines: $(NATIVE) ## installs vLLM and SGLang (5 GB): real engines against themselves without kvstore
+test-engines: $(NATIVE) ## installs vLLM, SGLang and JAX (8 GB): real engines against themselves without kvstore
 	@$(RUN) -m tests.engines $(ARGS)
 
 test-engines-quick: $(NATIVE) ## the part of test-engines that fits into 15 minutes, installation included

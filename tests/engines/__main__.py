@@ -1,8 +1,9 @@
 """Run the matrix of engines: `python -m tests.engines [--quick] [--engine NAME] [--model NAME] [--insist]`.
 
 An engine `NAME` is a package `tests.engines.NAME` with a `requirements.txt` (complete: installed without resolving)
-and a module `cells` with `cells(environment, folder, *, is_quick, models, seed) -> Iterator[Cell]` and
-`expected(is_quick)`, the models and cases that are reported as not run where the engine cannot be had.
+and a module `cells` with `cells(environment, folder, *, is_quick, models, seed) -> Iterator[Cell]`, `DISK_BYTES` that
+its installation takes, and `expected(is_quick)`, the models and cases that are reported as not run where the engine
+cannot be had.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,7 +33,7 @@ def run(engine: str, arguments: argparse.Namespace) -> Iterator[Cell]:
     module = importlib.import_module(f"tests.engines.{engine}.cells")
     try:
         begin = time.monotonic()
-        environment = prepare(engine, insists=arguments.insist)
+        environment = prepare(engine, disk_bytes=module.DISK_BYTES, insists=arguments.insist)
         print(f"engines: {engine} is ready after {time.monotonic() - begin:.0f} s", flush=True)
     except NotRunError as error:
         for model, case in module.expected(arguments.quick):
@@ -54,6 +56,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, default=BUILD / "matrix.json")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # engines are ended on the way out
     cells: list[Cell] = []
     begin = time.monotonic()
     for engine in arguments.engine or ENGINES:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "engines"
 INSTALL_LIMIT_S = 1500.0
+INSTALL_ATTEMPTS = 3
+PAUSE_S = 5.0
+HOPELESS = ("No matching distribution", "No space left", "Permission denied", "Invalid requirement")
+"""What pip says where another attempt would end the same way; else a registry may be slow, or cut a connection."""
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
@@ -107,16 +111,18 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
-def prepare(engine: str, *, insists: bool = False) -> Environment:
+def prepare(engine: str, *, disk_bytes: int = 0, insists: bool = False) -> Environment:
     """The engine's environment, installed where it is not there yet.
 
     `KVSTORE_ENGINE_<NAME>=/path/to/python` takes one that exists, with kvstore from this tree.
 
     Args:
+        disk_bytes: what the installation takes, downloads included.
         insists: let the installer's own error out.
 
     Raises:
         NotRunError: the engine cannot be installed here.
+        subprocess.CalledProcessError: kvstore cannot.
     """
     if given := os.environ.get(f"KVSTORE_ENGINE_{engine.upper()}"):
         return Environment(engine, Path(given), is_tree=True)
@@ -129,25 +135,56 @@ def prepare(engine: str, *, insists: bool = False) -> Environment:
         if not stamp.exists() or stamp.read_text() != digest:
             print(f"engines: installing {engine} into {place.relative_to(ROOT)} (minutes, gigabytes)", flush=True)
             shutil.rmtree(place, ignore_errors=True)
+            _check_disk(disk_bytes)
             _call(sys.executable, "-m", "venv", str(place))
-            # The file lists everything: nothing is resolved, and nothing comes that an engine names but does not need.
-            _call(str(python), *PIP, "install", "--no-deps", "--requirement", str(requirements))
+            _install(python, requirements)
+            _call(str(python), "-c", "import torch")  # not so where pip has got a build for another kind of machine
             stamp.write_text(digest)
-        _install_kvstore(place, python)
     except (OSError, subprocess.SubprocessError) as error:
         if insists:
             raise
         raise NotRunError(f"{engine} cannot be installed: {_reason(error)}") from error
+    _install_kvstore(place, python)
     return Environment(engine, python, is_tree=False)
 
 
+def _check_disk(needed_bytes: int) -> None:
+    """Refuse before anything is downloaded.
+
+    Raises:
+        OSError: there is not as much left where environments are made.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(BUILD).free
+    if free_bytes < needed_bytes:
+        raise OSError(f"it needs {needed_bytes / 1e9:.1f} GB of disk, and {free_bytes / 1e9:.1f} GB are free")
+
+
+def _install(python: Path, requirements: Path) -> None:
+    """Install what the file lists, which is everything: nothing is resolved, and nothing comes that is not needed."""
+    until = time.monotonic() + INSTALL_LIMIT_S
+    for attempt in range(1, INSTALL_ATTEMPTS + 1):
+        try:
+            _call(
+                str(python), *PIP, "install", "--no-deps", "--requirement", str(requirements),
+                limit_s=max(1.0, until - time.monotonic()),
+            )  # fmt: skip
+        except subprocess.CalledProcessError as error:
+            if attempt == INSTALL_ATTEMPTS or any(text in str(error.output) for text in HOPELESS):
+                raise
+            print(f"engines: attempt {attempt} of {INSTALL_ATTEMPTS} failed: {_reason(error)}", flush=True)
+            time.sleep(PAUSE_S)
+        else:
+            return
+
+
 def _install_kvstore(place: Path, python: Path) -> None:
-    """Build a wheel of this tree, as `make wheel` does but with the native objects that are built, and install it."""
+    """Build a wheel of this tree, as `make wheel` does but with the objects that `make build` made, and install it."""
     wheels = BUILD / "wheel"
     shutil.rmtree(wheels, ignore_errors=True)
     # The tools to build it are in the environment that this runs in.
     tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    options = ("--no-deps", "--no-build-isolation", "--config-settings=build-dir=build/engines/native")
+    options = ("--no-deps", "--no-build-isolation", "--config-settings=build-dir=build/native")
     _call(sys.executable, *PIP, "wheel", *options, "--wheel-dir", str(wheels), str(ROOT), variables=tools)
     (wheel,) = wheels.glob("kvstore-*.whl")
     stamp = place / ".kvstore"
@@ -157,18 +194,22 @@ def _install_kvstore(place: Path, python: Path) -> None:
         stamp.write_text(digest)
 
 
-def _call(*command: str, variables: Mapping[str, str] | None = None) -> None:
-    subprocess.run(
-        command,
-        check=True,
-        timeout=INSTALL_LIMIT_S,
-        cwd=ROOT,
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def _call(*command: str, variables: Mapping[str, str] | None = None, limit_s: float = INSTALL_LIMIT_S) -> None:
+    try:
+        subprocess.run(
+            command,
+            check=True,
+            timeout=limit_s,
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except subprocess.CalledProcessError as error:
+        error.add_note(error.output)
+        raise
 
 
 def _digest(*parts: bytes) -> str:
@@ -176,6 +217,8 @@ def _digest(*parts: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{' '.join(map(str, error.cmd[1:4]))} took longer than {error.timeout:.0f} s"
     output = getattr(error, "output", None)
     lines = [line for line in str(output or error).splitlines() if line.strip() and not line.startswith("WARNING")]
     return lines[-1] if lines else type(error).__name__

@@ -11,6 +11,7 @@ import pytest
 
 from tests.engines import environment
 from tests.engines.environment import NotRunError, prepare
+from tests.engines.jax import cells as jax_cells
 from tests.engines.matrix import Answer, Verdict, distance, holds, judge, not_run
 from tests.engines.report import line, table, write
 
@@ -91,16 +92,100 @@ def test_report(tmp_path: Path) -> None:
     ]
 
 
-def test_an_engine_that_cannot_be_installed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(*command: str, variables: object = None) -> None:
-        if "install" in command:
-            raise subprocess.CalledProcessError(1, command, output="WARNING: slow\nERROR: No matching distribution\n")
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The commands that an installation gave, none of which has run; those that contain a text of FAILURES fail."""
+    given: list[tuple[str, ...]] = []
+
+    def call(*command: str, **_options: object) -> None:
+        given.append(command)
+        outputs = FAILURES.get(command[-1].rpartition("/")[2])
+        if outputs and (output := outputs.pop(0)):
+            raise subprocess.CalledProcessError(1, command, output=output)
+        if "venv" in command:
+            (tmp_path / "engines" / "vllm").mkdir()
 
     monkeypatch.delenv("KVSTORE_ENGINE_VLLM", raising=False)
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(environment, "BUILD", tmp_path / "engines")
+    monkeypatch.setattr(environment, "PAUSE_S", 0.0)
     monkeypatch.setattr(environment, "_call", call)
+    monkeypatch.setattr(environment, "_install_kvstore", lambda place, python: given.append(("kvstore",)))
+    monkeypatch.setitem(FAILURES, "requirements.txt", [])
+    monkeypatch.setitem(FAILURES, "import torch", [])
+    return given
+
+
+FAILURES: dict[str, list[str]] = {}
+HOPELESS = "WARNING: slow\nERROR: No matching distribution\n"
+PASSING = "WARNING: slow\nReadTimeoutError: Read timed out.\n"
+
+
+def test_an_engine_that_cannot_be_installed_says_why(commands: list[tuple[str, ...]]) -> None:
+    FAILURES["requirements.txt"] = [HOPELESS, HOPELESS]
     with pytest.raises(NotRunError, match="vllm cannot be installed: ERROR: No matching distribution"):
         prepare("vllm")
+    assert sum("install" in command for command in commands) == 1, "another attempt would end the same way"
     with pytest.raises(subprocess.CalledProcessError):
         prepare("vllm", insists=True)
+
+
+def test_a_registry_that_fails_is_asked_again(
+    commands: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    FAILURES["requirements.txt"] = [PASSING, PASSING, ""]
+    prepare("vllm")
+    assert commands[-1] == ("kvstore",)
+    assert "attempt 2 of 3 failed: ReadTimeoutError" in capsys.readouterr().out
+    prepare("vllm")
+    assert sum("install" in command for command in commands) == 3, "it is there"
+
+
+def test_a_registry_that_does_not_answer(commands: list[tuple[str, ...]]) -> None:
+    FAILURES["requirements.txt"] = [PASSING] * 3
+    with pytest.raises(NotRunError, match="vllm cannot be installed: ReadTimeoutError"):
+        prepare("vllm")
+    assert ("kvstore",) not in commands
+
+
+def test_a_build_for_another_machine_is_no_installation(commands: list[tuple[str, ...]], tmp_path: Path) -> None:
+    FAILURES["import torch"] = ["ImportError: libcudart.so.13: cannot open shared object file\n"]
+    with pytest.raises(NotRunError, match=r"vllm cannot be installed: ImportError: libcudart.so.13"):
+        prepare("vllm")
+    assert not (tmp_path / "engines" / "vllm" / ".installed").exists()
+
+
+def test_a_disk_that_is_full_is_noticed_first(commands: list[tuple[str, ...]]) -> None:
+    with pytest.raises(
+        NotRunError, match=r"vllm cannot be installed: it needs 1152921504.6 GB of disk, and .* are free"
+    ):
+        prepare("vllm", disk_bytes=1 << 60)
+    assert not commands
+
+
+JUNIT = """<testsuites><testsuite><testcase name="one"/><testcase name="two">{}</testcase></testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "reason"),
+    [
+        ("", Verdict.HOLDS, ""),
+        ('<skipped message="no torch"/>', Verdict.HOLDS, "skipped two: no torch"),
+        ('<failure message="!="/>', Verdict.BROKEN, "two failed"),
+        ('<error message="fixture"/>', Verdict.BROKEN, "two failed"),
+        (None, Verdict.BROKEN, "no test ran"),
+    ],
+)
+def test_cells_of_unit_tests(tmp_path: Path, outcome: str | None, verdict: Verdict, reason: str) -> None:
+    results = tmp_path / "tests.xml"
+    if outcome is not None:
+        results.write_text(JUNIT.format(outcome))
+    cell = jax_cells.cell_of(results, "adapter", "test.py")
+    assert (cell.verdict, cell.reason) == (verdict, reason)
+
+
+def test_unit_tests_that_are_all_skipped_have_not_run(tmp_path: Path) -> None:
+    results = tmp_path / "tests.xml"
+    results.write_text('<testsuite><testcase name=""><skipped message="no JAX"/></testcase></testsuite>')
+    cell = jax_cells.cell_of(results, "adapter", "test.py")
+    assert (cell.verdict, cell.reason) == (Verdict.NOT_RUN, "no JAX")

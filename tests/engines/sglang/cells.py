@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.engines.environment import Environment
 
 ENGINE = "sglang"
+DISK_BYTES = 4 << 30
 HERE = Path(__file__).parent
 EXAMPLE, EXAMPLE_SAYS = "13_sglang_hicache.py", "question 2: 512 of 536 tokens came from kvstore"
 LAYOUTS = ("layer_first", "page_first_direct", "page_first", "page_head")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.engines.environment import Environment
 
 ENGINE = "vllm"
+DISK_BYTES = 5 << 30
 SCRIPT_OF_MODELS = Path(__file__).parent / "models.py"
 CHUNK_TOKENS = 256
 PREFIX_TOKENS = 2 * CHUNK_TOKENS
