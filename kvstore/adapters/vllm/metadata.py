@@ -167,6 +167,7 @@ class WorkerReport:
         committed: longest length committed by save orders, by request.
         loads_done: `(request, attempt) -> tokens` of load orders that ended: 0 for one that failed.
         failures: how often what went wrong, by a short name of the error's class.
+        saved_steps: numbers of steps whose save orders have ended, well or not.
         is_store_gone: the owner of the store does not answer (any more): orders are not carried out. The scheduler
             gives none until it has a store again.
     """
@@ -175,12 +176,18 @@ class WorkerReport:
     loads_done: dict[tuple[str, int], int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
+    saved_steps: set[int] = field(default_factory=set)
     is_store_gone: bool = False
 
     @property
     def is_empty(self) -> bool:
         return not (
-            self.committed or self.loads_done or self.failures or self.is_store_gone or not self.counters.is_empty
+            self.committed
+            or self.loads_done
+            or self.failures
+            or self.saved_steps
+            or self.is_store_gone
+            or not self.counters.is_empty
         )
 
     def join(self, other: WorkerReport) -> WorkerReport:
@@ -196,6 +203,7 @@ class WorkerReport:
             joined.loads_done[load] = min(tokens, joined.loads_done.get(load, tokens))
         for failure in {*self.failures, *other.failures}:
             joined.failures[failure] = max(self.failures.get(failure, 0), other.failures.get(failure, 0))
+        joined.saved_steps = self.saved_steps & other.saved_steps
         joined.counters.add(self.counters)
         joined.counters.join(other.counters)
         return joined

@@ -18,6 +18,7 @@ from kvstore.adapters.vllm.metadata import Counters, LoadOrder, MoreTokens, NewP
 from kvstore.adapters.vllm.partial_pages import PartialPages
 from kvstore.adapters.vllm.pushing import Push, Pushes
 from kvstore.adapters.vllm.requests import Identities, known_tokens
+from kvstore.adapters.vllm.resetting import LATE_STEPS, Resetting
 from kvstore.errors import KVStoreError
 from kvstore.pool import Prompt
 
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 MISS_KEPT_S = 1.0
 """A request that waits for pages is asked about in every step; after this long, what it missed may be there."""
-LATE_STEPS = 4
-"""Steps that vLLM may have under way when it ends a request, and what they commit is yet to be reported."""
 
 
 @dataclass
@@ -135,6 +134,7 @@ class Scheduling:
         self._saves_decoded = saves_decoded
         self._decoded_alignment = math.lcm(policy.alignment_tokens, spec.block_tokens)
         self._pushes = Pushes(store)
+        self._resetting = Resetting(store)
         self._identities = Identities()
         self._tracked: dict[str, _Tracked] = {}
         self._loading: dict[str, _Loading] = {}
@@ -164,7 +164,7 @@ class Scheduling:
             return None, False  # The engine's own hit may be with such a page: it looks again.
         if not self._may_load or request.skip_reading_prefix_cache or tracked.has_load_failed:
             return 0, False
-        if isinstance(tracked.identity, NotCached):
+        if isinstance(tracked.identity, NotCached) or self._resetting.is_waiting:
             return 0, False
         search = tracked.search
         if search is not None and search.is_stale(MISS_KEPT_S):
@@ -217,6 +217,7 @@ class Scheduling:
         self._partial_pages.hide()
         self._forget_pushed()
         saves = tuple(self._saves(output)) if self._may_save and self._store.get() is not None else ()
+        self._resetting.ordered(self._step, saves=bool(saves))
         loads, self._loads = tuple(self._loads), []
         ended, self._ended = tuple(self._ended), []
         prompts, more_tokens = self._news(
@@ -248,6 +249,7 @@ class Scheduling:
                 self._partial_pages.forget(request_id)
         if report is None:
             return
+        self._resetting.saved(report.saved_steps)
         self.counters.workers.add(report.counters)
         self.counters.failures.update(report.failures)
         for request_id, tokens in report.committed.items():
@@ -280,7 +282,7 @@ class Scheduling:
             if tracked.search is not None:
                 tracked.search.drop()
                 tracked.search = None
-        return self._store.clear()
+        return self._resetting.reset(self._step)
 
     def take_counters(self) -> dict[str, float]:
         """What was counted since the last call, by name; empty if nothing was."""

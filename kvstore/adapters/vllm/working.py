@@ -118,6 +118,7 @@ class Worker:
             return
         saver = self._needs(self._saver)
         saver.save(orders.saves, self._store(orders.socket), time.monotonic() - self._began_s)
+        self._report.saved_steps.add(orders.step)
         for end in saver.take_ended():
             counters = self._report.counters
             counters.saves += 1
