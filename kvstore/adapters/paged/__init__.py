@@ -10,6 +10,7 @@ from kvstore.adapters.paged.identity import (
     RequestIdentity,
     adapter_digest,
     adapter_name,
+    adapter_stamp,
     check_hash_root,
     identify,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Tables",
     "adapter_digest",
     "adapter_name",
+    "adapter_stamp",
     "check_hash_root",
     "group_names",
     "identify",

@@ -88,12 +88,25 @@ def adapter_digest(path: str | Path) -> str:
     if not folder.is_dir():
         return ""
     whole = hashlib.sha256(ADAPTER_DOMAIN)
-    files = sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix in ADAPTER_SUFFIXES)
+    files = _adapter_files(folder)
     for file in files:
         with file.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").digest()
         whole.update(_field(file.relative_to(folder).as_posix()) + content)
     return whole.hexdigest() if files else ""
+
+
+def adapter_stamp(path: str | Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What is another one when an adapter's files were replaced: names, inodes, sizes, times. Reads none of them.
+
+    Raises:
+        OSError: a file has gone meanwhile.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return ()
+    found = [(file.relative_to(folder).as_posix(), file.stat()) for file in _adapter_files(folder)]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def check_hash_root(*, algorithm: str, python_hash_seed: str | None) -> None:
@@ -115,6 +128,10 @@ def check_hash_root(*, algorithm: str, python_hash_seed: str | None) -> None:
             f"PYTHONHASHSEED is {python_hash_seed!r}, so every process would have hashes of its own and find nothing; "
             "set it to one number for all of them, such as 0"
         )
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix in ADAPTER_SUFFIXES)
 
 
 def _salt(cache_salt: str | None) -> bytes:

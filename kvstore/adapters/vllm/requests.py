@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvstore.adapters.paged import NotCached, RequestIdentity, adapter_digest, adapter_name, identify
+from kvstore.adapters.paged import NotCached, RequestIdentity, adapter_digest, adapter_name, adapter_stamp, identify
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -16,7 +16,7 @@ class Identities:
     """Reads who a request is. Adapters' files are read once each."""
 
     def __init__(self) -> None:
-        self._adapters: dict[tuple[int, str, str], str] = {}
+        self._adapters: dict[tuple[int, str, str], tuple[str, object]] = {}
 
     def of(self, request: Any) -> RequestIdentity | NotCached:
         """What a request is cached under, or why it is not cached.
@@ -32,7 +32,10 @@ class Identities:
             if getattr(request.lora_request, "load_inplace", False):
                 return NotCached("an adapter that is replaced in place: one name stands for several")
             try:
-                adapter = self._adapter(request.lora_request)
+                adapter, stamp = self._adapter(request.lora_request)
+                if stamp != adapter_stamp(request.lora_request.lora_path):
+                    # The engine may have read the old ones, or the new ones.
+                    return NotCached("an adapter whose files were replaced while it was served")
             except OSError as error:
                 return NotCached(f"an adapter whose files cannot be read: {error}")
         return identify(
@@ -46,13 +49,14 @@ class Identities:
             tokens=request.num_prompt_tokens,
         )
 
-    def _adapter(self, lora: Any) -> str:
+    def _adapter(self, lora: Any) -> tuple[str, object]:
+        """Its name in the store, and the stamp of its files from before they were read."""
         known = (lora.lora_int_id, lora.lora_name, lora.lora_path)
         if known not in self._adapters:
+            stamp = adapter_stamp(lora.lora_path)
             variant = "3d" if getattr(lora, "is_3d_lora_weight", False) else ""
-            self._adapters[known] = adapter_name(
-                lora.lora_name, lora.lora_path, adapter_digest(lora.lora_path), variant
-            )
+            name = adapter_name(lora.lora_name, lora.lora_path, adapter_digest(lora.lora_path), variant)
+            self._adapters[known] = name, stamp
         return self._adapters[known]
 
 
