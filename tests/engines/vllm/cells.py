@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.engines.environment import ROOT, NotRunError
 from tests.engines.matrix import Answer, Cell, Verdict, distance, holds, judge, not_run
-from tests.engines.vllm import tier_cells
+from tests.engines.vllm import soak, tier_cells
 from tests.engines.vllm.engine import VARIABLES, Engine, EngineError, Ran, Request, ends_of
 
 if TYPE_CHECKING:
@@ -67,12 +67,13 @@ CASES = {
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
     **tier_cells.CASES,
+    "soak": soak.CASES,
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
 }
 ALL = {
     "dense": tuple(CASES),
-    "window": ("plain", "store", "restart", "handover", "tier", "tier restart"),
-    "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart"),
+    "window": ("plain", "store", "restart", "handover", "tier", "tier restart", "soak"),
+    "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart", "soak"),
 }
 QUICK = {
     "dense": ("plain", "store", "restart", "examples"),
@@ -168,6 +169,8 @@ class Matrix:
             yield from self._cells("restart", lambda: self._restart_cells(written))
         if "tier" in self._parts:
             yield from self._tier_parts()
+        if "soak" in self._parts:
+            yield from self._cells("soak", self._soak_cells)
         if "examples" in self._parts:
             yield from self._cells("examples", self._example_cells)
 
@@ -209,7 +212,7 @@ class Matrix:
             name,
             self._folder,
             model=self._model_folder,
-            options=options_of(self.model),
+            options=options_of(self.model) | more,
             connector=connector,
         )
         return self._engines.enter_context(engine)
@@ -454,6 +457,19 @@ class Matrix:
         if fault and not ran.faults:
             return 0.0, ran, reference, broken
         return distance(reference, ran.answers), ran, reference, broken
+
+    # Everything at random
+
+    def _soak_cells(self) -> Iterator[Cell]:
+        name = self.model.name
+        for case in soak.CASES:
+            is_async = case == soak.CASES[0]
+            settings = soak.settings_of(
+                f"{case} {self._seed}", self._folder / f"soak-ssd-{is_async}", saves_decoded=is_async
+            )
+            engine = self._start(f"soak-{is_async}", connector_of(settings), **soak.options_of(name, is_async=is_async))
+            yield soak.Soak(self._plain, engine, name, str(self._seed)).cell(ENGINE, case, self.model.faults)
+            engine.quit()
 
     # Examples
 
