@@ -13,7 +13,7 @@ from kvstore.limits import DEVICE_COPY_DEADLINE_S
 from kvstore.spec import WHOLE, ReuseRule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from kvstore.adapters.paged.groups import EngineGroup
     from kvstore.errors import KVStoreError
@@ -111,6 +111,7 @@ class PagedMapping:
         *,
         at: int | None = None,
         layers: Iterable[int] | None = None,
+        names: Collection[str] | None = None,
         cost_s: float = 0.0,
         stream: Any = None,
         deadline_s: float = DEVICE_COPY_DEADLINE_S,
@@ -124,6 +125,7 @@ class PagedMapping:
             tables: of the request.
             at: None puts no states.
             layers: model layer numbers; all by default.
+            names: of these only what the engine calls so: a layer may have attention and a state, by two names.
             cost_s: seconds of prefill that all of it took, if known.
             stream: whose work fills the pages.
 
@@ -133,7 +135,7 @@ class PagedMapping:
         """
         planned = [
             (each, listed, chosen)
-            for each, listed in self._chosen(layers)
+            for each, listed in self._chosen(layers, names)
             if (chosen := self._saved(each, writer, tables, start, stop, at)) is not None
         ]
         share_s = cost_s / max(1, sum(len(listed) for _, listed, _ in planned))
@@ -170,6 +172,7 @@ class PagedMapping:
         start: int = 0,
         *,
         layers: Iterable[int] | None = None,
+        names: Collection[str] | None = None,
         stream: Any = None,
         deadline_s: float = DEVICE_COPY_DEADLINE_S,
     ) -> None:
@@ -182,6 +185,7 @@ class PagedMapping:
             tables: of the request.
             start: tokens that the engine has already.
             layers: model layer numbers; all by default.
+            names: of these only what the engine calls so.
             stream: the copy begins behind what it was asked so far.
 
         Raises:
@@ -194,7 +198,7 @@ class PagedMapping:
             raise LeaseError(f"a load from token {start} on of a resume point of {length} tokens; start before its end")
         planned = [
             (each, listed, chosen)
-            for each, listed in self._chosen(layers)
+            for each, listed in self._chosen(layers, names)
             if (chosen := self._loaded(each, tables, start, length)) is not None
         ]
         for each, listed, chosen in planned:
@@ -237,16 +241,29 @@ class PagedMapping:
             return False
         return True
 
-    def _chosen(self, layers: Iterable[int] | None) -> list[tuple[RegisteredGroup, tuple[int, ...]]]:
+    def _chosen(
+        self, layers: Iterable[int] | None, names: Collection[str] | None
+    ) -> list[tuple[RegisteredGroup, tuple[int, ...]]]:
         if not self._registered:
             raise SpecError("no tensors are registered; call register() with the engine's own before the first copy")
-        if layers is None:
+        if layers is None and names is None:
             return [(each, each.group.layers) for each in self._registered]
-        wanted = set(layers)
-        found = [(each, tuple(layer for layer in each.group.layers if layer in wanted)) for each in self._registered]
-        unknown = wanted.difference(layer for _, listed in found for layer in listed)
-        if unknown:
-            raise SpecError(f"layer {min(unknown)} is in no group of this worker")
+        wanted = None if layers is None else set(layers)
+        found = [
+            (
+                each,
+                tuple(
+                    layer
+                    for layer, name in zip(each.group.layers, each.group.names, strict=True)
+                    if (wanted is None or layer in wanted) and (names is None or name in names)
+                ),
+            )
+            for each in self._registered
+        ]
+        if wanted is not None:
+            unknown = wanted.difference(*(group.layers for group in self.groups))
+            if unknown:
+                raise SpecError(f"layer {min(unknown)} is in no group of this worker")
         return [(each, listed) for each, listed in found if listed]
 
     def _saved(
