@@ -317,6 +317,20 @@ HTTP_REQUEST_BYTES_MAX = 16 * KIB
 HTTP_DEADLINE_S = 5.0
 """For one request and its answer together."""
 
+# vLLM
+VLLM_LOAD_THREADS = 2
+"""Of each worker: one copies into pages while another waits for records; saves find a lane to the pages free."""
+VLLM_LOAD_DEADLINE_S = 30.0
+"""For a load beside the steps, from its order on: the scheduler has brought the records to memory before. After it the
+request is computed."""
+VLLM_LAYERED_LOAD_DEADLINE_S = 5.0
+"""For the loads of one step that are waited for within its forward, which all of its requests wait for."""
+VLLM_SAVE_DEADLINE_S = 10.0
+"""How long the saves of a step may keep the engine, all of them together; what is late is not saved."""
+VLLM_JOINT_DEADLINE_S = 2.0
+"""How long tensor-parallel ranks wait for one another. They run in step; one that does not come has lost the store, or
+failed, and the save is given up."""
+
 assert SPAN_BYTES_MAX <= RECORD_BYTES_MAX
 assert RECORD_HEADER_BYTES_MAX % RECORD_ALIGN_BYTES == 0
 assert RECORD_ALIGN_BYTES % FILE_ALIGN_BYTES == 0

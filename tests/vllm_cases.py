@@ -49,6 +49,10 @@ def groups_like(spec: ModelSpec, shard: Shard = WHOLE, *, page_tokens: int = PAG
     return tuple(groups)
 
 
+def _layers(group: EngineGroup) -> list[tuple[int, str]]:
+    return list(zip(group.layers, group.names, strict=True))
+
+
 class SmallEngine:
     """One worker's pages, full of bytes that belong to nobody, and the forward passes that fill them."""
 
@@ -84,15 +88,36 @@ class SmallEngine:
         self._free = {group.index: list(range(1, PAGES)) for group in self.groups}
         self._kernel_tokens = {group.index: group.page_tokens // parts for group in self.groups}
 
+    @property
+    def hooked(self) -> tuple[str, ...]:
+        """Layers whose forward vLLM tells a connector of, in order: those of attention and windows, not of states."""
+        pairs = [
+            pair for group in self.groups if not group.is_state for pair in zip(group.layers, group.names, strict=True)
+        ]
+        return tuple(name for _, name in sorted(pairs))
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """The others."""
+        return tuple(name for group in self.groups if group.is_state for name in group.names)
+
     def tables(self, tokens: int) -> tuple[tuple[int, ...], ...]:
         """New pages for a request of this many tokens."""
         columns = {group.index: -(-tokens // group.page_tokens) for group in self.groups}
         return tuple(tuple(self._free[index].pop() for _ in range(count)) for index, count in columns.items())
 
-    def compute(self, prompt: Prompt, tables: Sequence[Sequence[int]], start: int, stop: int) -> None:
-        """A forward pass over tokens `[start, stop)`, and the states that it leaves."""
+    def compute(
+        self, prompt: Prompt, tables: Sequence[Sequence[int]], start: int, stop: int, *, only: str | None = None
+    ) -> None:
+        """A forward pass over tokens `[start, stop)`, and the states that it leaves.
+
+        Args:
+            only: of the layer of this name.
+        """
         for group in self.groups:
             for layer, name in zip(group.layers, group.names, strict=True):
+                if only not in (None, name):
+                    continue
                 for tensor in group.tensors:
                     named = tensor.spec.name
                     if group.is_state:

@@ -54,6 +54,7 @@ def test_every_setting_has_a_default_but_the_weights() -> None:
         ({"weights": "w", "listen": ["tcp://0.0.0.0:7400"]}, "not a loopback address"),
         ({"weights": "w", "limits": {"quota": "1GiB", "lifetime": 3}}, "limits has lifetime"),
         ({"weights": "w", "limits": {"quota": "none"}}, "quota = 'none' is not a size"),
+        ({"weights": "w", "load": "later"}, "load = 'later' is not"),
     ],
 )
 def test_settings_that_are_none(extra: dict[str, Any], message: str) -> None:
@@ -132,6 +133,7 @@ def config_of(**changed: Any) -> Any:
             "is_kv_producer": True,
         },
         "cache_config": {"cache_dtype": "auto"},
+        "scheduler_config": {"async_scheduling": False},
     }
     config = SimpleNamespace(model_config=FakeModel(), speculative_config=None)
     for name, value in changed.items():
@@ -145,8 +147,17 @@ def config_of(**changed: Any) -> Any:
     return config
 
 
-def facts_of(**changed: Any) -> EngineFacts:
-    groups = [SimpleNamespace(layer_names=["model.layers.0.attn"], kv_cache_spec=FullAttentionSpec())]
+class SlidingWindowSpec(FullAttentionSpec):
+    """Named as vLLM's."""
+
+    sliding_window = 32
+
+
+def facts_of(*specs: Any, **changed: Any) -> EngineFacts:
+    groups = [
+        SimpleNamespace(layer_names=[f"model.layers.{number}.attn"], kv_cache_spec=spec)
+        for number, spec in enumerate(specs or (FullAttentionSpec(),))
+    ]
     return EngineFacts.read(config_of(**changed), SimpleNamespace(kv_cache_groups=groups))
 
 
@@ -173,6 +184,51 @@ def test_what_cannot_be_mapped_is_refused_at_the_start(
     with pytest.raises(error) as caught:
         facts_of(**changed)
     assert message in str(caught.value)
+
+
+LAYERED = ConnectorConfig.parse({"weights": "w", "load": "layered"})
+
+
+@pytest.mark.parametrize(
+    ("specs", "changed", "settings", "message"),
+    [
+        (
+            (SlidingWindowSpec(),),
+            {},
+            {"load": "layered"},
+            "the model has sliding windows (layer 'model.layers.0.attn')",
+        ),
+        ((FullAttentionSpec(), SlidingWindowSpec()), {}, {"load": "layered"}, "sliding windows"),
+        ((FullAttentionSpec(), FullAttentionSpec()), {}, {"load": "layered"}, "has 2 cache groups"),
+        ((), {"scheduler_config__async_scheduling": True}, {"load": "layered"}, "--no-async-scheduling"),
+        ((), {"parallel_config__use_ubatching": True}, {"load": "layered"}, "microbatches"),
+        ((), {"parallel_config__use_ubatching": True}, {"saves_by_layer": True}, "microbatches"),
+    ],
+)
+def test_what_layers_cannot_do_is_refused_at_the_start(
+    specs: tuple[Any, ...], changed: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    facts = facts_of(*specs, **changed)
+    facts.check(ConnectorConfig.parse({"weights": "w"}))
+    with pytest.raises(ConfigError) as caught:
+        facts.check(ConnectorConfig.parse({"weights": "w", **settings}))
+    assert message in str(caught.value)
+
+
+def test_layers_of_one_group_of_attention() -> None:
+    facts_of().check(LAYERED)
+    asynchronous = facts_of(SlidingWindowSpec(), scheduler_config__async_scheduling=True)
+    asynchronous.check(ConnectorConfig.parse({"weights": "w", "saves_by_layer": True}))
+
+
+@pytest.mark.parametrize(
+    ("extra", "needs"),
+    [({}, False), ({"load": "beside", "saves_by_layer": False}, False), ({"load": "layered"}, True),
+     ({"saves_by_layer": True}, True)],
+)  # fmt: skip
+def test_hooks_are_asked_for_by_who_needs_them(extra: dict[str, Any], needs: bool) -> None:
+    """VLLM leaves them out of its CUDA graphs unless it is told."""
+    assert ConnectorConfig.needs_layer_hooks({"weights": "w", **extra}) is needs
 
 
 def test_what_changes_bytes_changes_the_fingerprint() -> None:

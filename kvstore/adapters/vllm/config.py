@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.cluster.config import LimitsConfig
 from kvstore.cluster.exposure import check_exposure
-from kvstore.cluster.kinds import Kind, flag, parse_as, seconds, several, shown, size, text, whole
+from kvstore.cluster.kinds import Kind, choice, flag, parse_as, seconds, several, shown, size, text, whole
 from kvstore.errors import ConfigError
 from kvstore.limits import (
     BLOCK_TOKENS_MAX,
@@ -25,6 +25,8 @@ DRAM_DEFAULT = "4GiB"
 PREPARE_DEADLINE_S_DEFAULT = 10.0
 FETCH_DEADLINE_S_DEFAULT = 30.0
 ATTACH_AGAIN_S_DEFAULT = 5.0
+
+LOADS = ("beside", "layered")
 
 _ORIGIN = "kv_connector_extra_config"
 
@@ -57,6 +59,8 @@ _KINDS: dict[str, Kind] = {
     "spec_file": text("a path", may_be_empty=True),
     "saves": flag(),
     "saves_decoded": flag(),
+    "saves_by_layer": flag(),
+    "load": choice(*LOADS),
     "prepare_deadline_s": seconds(0.001, NODE_DEADLINE_S_MAX),
     "fetch_deadline_s": seconds(0.001, NODE_DEADLINE_S_MAX),
     "attach_again_s": seconds(0.001, NODE_DEADLINE_S_MAX),
@@ -86,6 +90,10 @@ class ConnectorConfig:
         address: where other instances fetch from the store, if that is not what it listens on.
         saves: whether this instance saves at all.
         saves_decoded: save what is decoded, too, at block boundaries.
+        saves_by_layer: copy each layer while the forward goes on, instead of all of them behind it. CUDA graphs are
+            then piecewise.
+        load: `beside` the steps of other requests; or `layered`, within the step that computes on from there. This is
+            for models of one group of full attention, without asynchronous scheduling; CUDA graphs are then piecewise.
         prepare_deadline_s: how long a request waits for what lies on disk before it is computed.
         fetch_deadline_s: how long a request waits for another instance before it is computed.
         attach_again_s: how often a store that is gone is looked for.
@@ -112,6 +120,8 @@ class ConnectorConfig:
     address: str = ""
     saves: bool = True
     saves_decoded: bool = False
+    saves_by_layer: bool = False
+    load: str = "beside"
     prepare_deadline_s: float = PREPARE_DEADLINE_S_DEFAULT
     fetch_deadline_s: float = FETCH_DEADLINE_S_DEFAULT
     attach_again_s: float = ATTACH_AGAIN_S_DEFAULT
@@ -149,6 +159,16 @@ class ConnectorConfig:
                 "{'weights': 'sha256:1f0c...'}. Two models under one name would read each other's cache"
             )
         return cls(**extra)
+
+    @property
+    def loads_by_layer(self) -> bool:
+        """Whether loads go with the step that computes on from them."""
+        return self.load == "layered"
+
+    @staticmethod
+    def needs_layer_hooks(extra: Mapping[str, Any]) -> bool:
+        """Whether these settings have something done before or behind each layer's forward."""
+        return bool(extra.get("saves_by_layer", False)) or extra.get("load") == "layered"
 
     @property
     def is_owner(self) -> bool:

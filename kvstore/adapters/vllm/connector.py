@@ -74,6 +74,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             logger.warning(warning)
         self._config = config
         facts = EngineFacts.read(vllm_config, kv_cache_config)
+        facts.check(config)
         spec = facts.spec(config)
         self._scheduling: Scheduling | None = None
         self._worker: WorkerHalf | None = None
@@ -96,6 +97,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             peers=config.peers,
             saves_decoded=config.saves_decoded,
             partial_pages=self._partial_pages,
+            loads_by_layer=config.loads_by_layer,
         )
 
     # What the engine asks of the class
@@ -104,6 +106,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def requires_kv_delivery(self) -> bool:
         """No: what a prefill leaves for another instance lies in the store, not in pages that may be given up."""
         return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether layers' hooks are used: a graph of the whole forward would leave them out."""
+        return ConnectorConfig.needs_layer_hooks(extra_config)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVStoreStats | None:
@@ -134,13 +141,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """The scheduler's pages."""
         self._partial_pages.bind(gpu_block_pool)
+        self._scheduler_half.unfilled_pages.bind(gpu_block_pool)
 
     def on_new_request(self, request: Any) -> None:
         """A request has come."""
         self._scheduler_half.add(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """What can be loaded. Always beside the steps: a load within one loses the states."""
+        """What can be loaded; beside the steps, unless `load` is `layered`, which models with states refuse."""
         return self._scheduler_half.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -190,7 +198,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The engine's tensors."""
         facts = EngineFacts.read(self._vllm_config, self._kv_cache_config, has_tensors=True)
         mapping = PagedMapping(facts.spec(self._config), facts.groups, facts.shard, null_page=NULL_PAGE)
-        self._worker = Worker(mapping, page_count=self._kv_cache_config.num_blocks, again_s=self._config.attach_again_s)
+        self._worker = Worker(
+            mapping,
+            page_count=self._kv_cache_config.num_blocks,
+            again_s=self._config.attach_again_s,
+            saves_by_layer=self._config.saves_by_layer,
+        )
         self._worker.register(kv_caches)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:

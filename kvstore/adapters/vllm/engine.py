@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.adapters.paged import CheckpointPolicy, spec_of
 from kvstore.adapters.vllm.facts import ModelFacts, layouts_of
 from kvstore.adapters.vllm.groups import cache_numerics, engine_groups
+from kvstore.adapters.vllm.layered_loading import check_may_be_layered
 from kvstore.errors import ConfigError, UnsupportedModelError
 from kvstore.spec import Shard
 
@@ -35,17 +36,23 @@ class EngineFacts:
         numerics: what changes the cache's bytes besides architecture, weights and the form of its tensors.
         shard: this worker's tensor-parallel position; that of the first one in the scheduler.
         groups: the cache groups.
+        table_count: vLLM's cache groups, which have a table of pages each.
         alignment_tokens: vLLM's own hits end at multiples of it.
         may_load, may_save: what `kv_role` allows.
+        is_async: whether a step is scheduled before the one before it has ended.
+        has_microbatches: whether one step's forward of a layer may be several.
     """
 
     model: str
     numerics: dict[str, str]
     shard: Shard
     groups: tuple[EngineGroup, ...]
+    table_count: int
     alignment_tokens: int
     may_load: bool
     may_save: bool
+    is_async: bool
+    has_microbatches: bool
 
     @classmethod
     def read(cls, vllm_config: Any, kv_cache_config: Any, *, has_tensors: bool = False) -> EngineFacts:
@@ -69,10 +76,33 @@ class EngineFacts:
             numerics=_numerics(vllm_config.model_config, vllm_config.cache_config),
             shard=Shard(int(parallel.rank) % int(parallel.tensor_parallel_size), int(parallel.tensor_parallel_size)),
             groups=engine_groups(groups, _model_facts(vllm_config, groups, has_tensors=has_tensors)),
+            table_count=len(groups),
             alignment_tokens=math.lcm(*(int(group.kv_cache_spec.block_size) for group in groups)),
             may_load=bool(transfer.is_kv_consumer),
             may_save=bool(transfer.is_kv_producer),
+            is_async=bool(vllm_config.scheduler_config.async_scheduling),
+            has_microbatches=bool(getattr(parallel, "use_ubatching", False)),
         )
+
+    def check(self, config: ConnectorConfig) -> None:
+        """Whether the connector may be run with these settings.
+
+        Raises:
+            ConfigError: not with this engine.
+        """
+        if self.has_microbatches and (config.saves_by_layer or config.loads_by_layer):
+            raise ConfigError(
+                "vLLM runs microbatches (enable_dbo, ubatch_size): a layer's forward is then several, and its end is "
+                "told for each. Leave them out, or saves_by_layer and load = 'layered'"
+            )
+        if not config.loads_by_layer:
+            return
+        check_may_be_layered(self.groups, self.table_count)
+        if self.is_async:
+            raise ConfigError(
+                "load = 'layered' with asynchronous scheduling: when a load fails, vLLM has scheduled the next step "
+                "already, and takes what that computes for good. Start with --no-async-scheduling, or leave it out"
+            )
 
     def spec(self, config: ConnectorConfig) -> ModelSpec:
         """What the store is opened with.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.clock import Deadline
 from kvstore.errors import DeadlineError, KVStoreError, LeaseGoneError
+from kvstore.limits import VLLM_LOAD_DEADLINE_S, VLLM_LOAD_THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,16 +24,11 @@ if TYPE_CHECKING:
     from kvstore.adapters.vllm.metadata import LoadOrder
     from kvstore.adapters.vllm.registering import EnginePages
     from kvstore.pool import Prompt
+    from kvstore.spec import Shard
     from kvstore.store import Lease, Store
     from kvstore.tiers.gpu.device import Mark
 
 logger = logging.getLogger(__name__)
-
-LOAD_THREADS = 2
-"""One copies into pages while another waits for records that lie on a disk; saves find a lane to the pages free."""
-
-LOAD_DEADLINE_S = 30.0
-"""From the order on. The scheduler has brought the records to memory before."""
 
 
 class LoadCancelledError(KVStoreError):
@@ -84,7 +80,11 @@ class Loader:
     """
 
     def __init__(
-        self, pages: EnginePages, failed: Callable[[Store, BaseException], None], *, deadline_s: float = LOAD_DEADLINE_S
+        self,
+        pages: EnginePages,
+        failed: Callable[[Store, BaseException], None],
+        *,
+        deadline_s: float = VLLM_LOAD_DEADLINE_S,
     ) -> None:
         self._pages = pages
         self._failed = failed
@@ -112,7 +112,7 @@ class Loader:
         with self._changed:
             self._waiting.append(load)
             idle = len(self._threads) - len(self._running)
-            if idle < len(self._waiting) and len(self._threads) < LOAD_THREADS:
+            if idle < len(self._waiting) and len(self._threads) < VLLM_LOAD_THREADS:
                 name = f"kvstore-load-{len(self._threads)}"
                 thread = threading.Thread(target=self._run, name=name, daemon=True)
                 self._threads.append(thread)
@@ -180,7 +180,10 @@ class Loader:
         try:
             if load.is_cancelled:
                 raise LoadCancelledError(f"request {order.request_id} ended before its load began")
-            with self._read(load) as lease:
+            if load.deadline.has_passed:
+                raise DeadlineError(f"the load of request {order.request_id} could not begin before its deadline")
+            prompt = load.prompt(load.store)
+            with read_resume_point(load.store, prompt, order.tokens, self._pages.shard, load.deadline) as lease:
                 size_bytes = lease.size_bytes
                 with self._into_pages:
                     self._pages.load(lease, order, stream, load.after, load.deadline)
@@ -192,15 +195,21 @@ class Loader:
                 logger.exception("loading %d tokens for request %s failed", order.tokens, order.request_id)
         return LoadEnd(order, error, size_bytes, time.monotonic() - load.began_s)
 
-    def _read(self, load: _Load) -> Lease:
-        tokens = load.order.tokens
-        if load.deadline.has_passed:
-            raise DeadlineError(f"the load of request {load.order.request_id} could not begin before its deadline")
-        match = load.store.match(load.prompt(load.store), shard=self._pages.shard)
-        if match.tokens != tokens:
-            raise LeaseGoneError(f"the resume point of {tokens} tokens is gone; {match.tokens} tokens are there")
-        lease = load.store.read(match, layered=True, deadline_s=load.deadline.remaining_s())
-        if lease.tokens != tokens:
-            lease.release()
-            raise LeaseGoneError(f"the resume point of {tokens} tokens was damaged or evicted")
-        return lease
+
+def read_resume_point(store: Store, prompt: Prompt, tokens: int, shard: Shard, deadline: Deadline) -> Lease:
+    """A lease on exactly the resume point that was ordered, whose layers may still be on their way.
+
+    Args:
+        prompt: of at least one token more.
+
+    Raises:
+        LeaseGoneError: it is gone, or damaged; a shorter one would not do. Otherwise as `Store.read`.
+    """
+    match = store.match(prompt, shard=shard)
+    if match.tokens != tokens:
+        raise LeaseGoneError(f"the resume point of {tokens} tokens is gone; {match.tokens} tokens are there")
+    lease = store.read(match, layered=True, deadline_s=deadline.remaining_s())
+    if lease.tokens != tokens:
+        lease.release()
+        raise LeaseGoneError(f"the resume point of {tokens} tokens was damaged or evicted")
+    return lease

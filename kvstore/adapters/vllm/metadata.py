@@ -54,9 +54,9 @@ class MoreTokens:
 
 @dataclass(frozen=True)
 class LoadOrder:
-    """Load a request's cache of tokens `[start, tokens)` and the states at `tokens`, outside of any step.
+    """Load a request's cache of tokens `[start, tokens)` and the states at `tokens`, beside the engine's steps.
 
-    The scheduler holds a lease on the resume point until a worker's `finished_recving` has been reported for the
+    The scheduler holds a lease on the resume point until the workers have reported the end of the load for the
     request, also if the request ends before. The worker reports each order exactly once, also one that failed.
 
     Attributes:
@@ -64,6 +64,8 @@ class LoadOrder:
         start: what the engine has in its own pages already, in tokens; 0 where a group has states only.
         tables: the request's pages as allocated for this load.
         attempt: counts the loads of this request.
+        is_layered: load it within the step that it comes with, which computes on from there: each layer before its
+            forward. Not for models with states. Its end is told by `WorkerReport.loads_done` alone.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class LoadOrder:
     start: int
     tables: Tables
     attempt: int
+    is_layered: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,7 @@ class WorkerHalf(Protocol):
         """
 
     def begin_loads(self) -> None:
-        """From `start_load_kv`: after the forward was launched, unless the step has loads that it waits for itself."""
+        """From `start_load_kv`: after the forward was launched, unless the step has layered loads."""
 
     def wait_for_layer(self, layer_name: str) -> None:
         """From `wait_for_layer_load`."""

@@ -11,7 +11,7 @@ from kvstore.limits import DEVICE_COPY_DEADLINE_S
 from kvstore.tiers.gpu.torch_device import open_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from kvstore.adapters.paged import EngineGroup, PagedMapping
     from kvstore.adapters.vllm.metadata import LoadOrder, SaveOrder
@@ -44,9 +44,8 @@ class EnginePages:
         if len(names) != 1:
             raise SpecError(f"the engine's pages lie on several devices: {', '.join(sorted(names))}")
         self._device: Device = open_device(names.pop())
-        self._layers = {
-            name: layer for group in mapping.groups for layer, name in zip(group.layers, group.names, strict=True)
-        }
+        layers = [pair for group in mapping.groups for pair in zip(group.layers, group.names, strict=True)]
+        self._names = tuple(name for _, name in sorted(layers))
 
     @property
     def spec(self) -> ModelSpec:
@@ -56,9 +55,19 @@ class EnginePages:
     def shard(self) -> Shard:
         return self._mapping.shard
 
-    def layer_number(self, name: str) -> int | None:
-        """The model layer that the engine's name means; None if it has no pages here."""
-        return self._layers.get(name)
+    @property
+    def groups(self) -> tuple[EngineGroup, ...]:
+        return self._mapping.groups
+
+    @property
+    def table_count(self) -> int:
+        """Tables of pages that a request has."""
+        return len({group.index for group in self._mapping.groups})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the engine calls the layers that have pages here, in the order of the model's layers."""
+        return self._names
 
     def marks(self) -> tuple[Mark, ...]:
         """A mark behind everything that this thread has asked of the device so far."""
@@ -75,8 +84,6 @@ class EnginePages:
         stream: Any,
         after: Sequence[Mark],
         deadline: Deadline,
-        *,
-        layers: Iterable[int] | None = None,
     ) -> None:
         """Fill the pages of an order, and wait until they hold it. After an error nothing moves there any longer.
 
@@ -92,14 +99,50 @@ class EnginePages:
             for mark in after:
                 asked.wait(mark)
             asked.run(lambda: self._clear_rests(order))
-            self._mapping.load(
-                lease, order.tables, order.start, layers=layers, stream=stream, deadline_s=deadline.remaining_s()
-            )
+            self._mapping.load(lease, order.tables, order.start, stream=stream, deadline_s=deadline.remaining_s())
             asked.mark().wait(deadline, f"loading {order.tokens} tokens")
         except BaseException:
             # The engine gives the pages to another request as soon as it hears of the failure.
             _settle(asked)
             raise
+
+    def clear_rests(self, order: LoadOrder) -> None:
+        """For `load_layer`: ask the engine's stream to zero what an order leaves of the pages that it fills."""
+        self._device.stream_of(None).run(lambda: self._clear_rests(order))
+
+    def load_layer(
+        self, lease: Lease, order: LoadOrder, name: str, stream: Any, after: Sequence[Mark], deadline: Deadline
+    ) -> Mark:
+        """Fill one layer's pages of an order, behind its `clear_rests`. After an error call `settle`.
+
+        Args:
+            name: the engine's, of the layer.
+            stream, after: as `load`.
+
+        Returns:
+            A mark behind which the pages hold it.
+
+        Raises:
+            LeaseError, SpecError, DeviceError, DeadlineError: as `PagedMapping.load`.
+        """
+        asked = self._device.stream_of(stream)
+        for mark in after:
+            asked.wait(mark)
+        deadline_s = deadline.remaining_s()
+        self._mapping.load(lease, order.tables, order.start, names=(name,), stream=stream, deadline_s=deadline_s)
+        return asked.mark()
+
+    def wait_in_forward(self, mark: Mark) -> None:
+        """What the engine's stream is asked from here on begins behind a mark."""
+        self._device.stream_of(None).wait(mark)
+
+    def settle(self, stream: Any) -> None:
+        """Wait until nothing that a thread's stream was asked moves any longer."""
+        _settle(self._device.stream_of(stream))
+
+    def pages_filled(self, order: LoadOrder) -> set[int]:
+        """The pages that an order fills, where there is one table."""
+        return {page for pages in self._mapping.pages_filled(order.tables, order.start, order.tokens) for page in pages}
 
     def _clear_rests(self, order: LoadOrder) -> None:
         """Zero the pages that the load fills in part.
@@ -127,14 +170,53 @@ class EnginePages:
                 parts = tensor.shape[0] // self._page_count
                 tensor[page * parts : (page + 1) * parts].zero_()
 
-    def save(self, writer: Writer, order: SaveOrder, *, cost_s: float, deadline: Deadline) -> None:
-        """Put what a step has left of a request: tokens to the writer's end, states and windows at its checkpoints."""
+    def save(
+        self,
+        writer: Writer,
+        order: SaveOrder,
+        *,
+        cost_s: float,
+        deadline: Deadline,
+        names: Collection[str] | None = None,
+        stream: Any = None,
+        after: Sequence[Mark] = (),
+    ) -> None:
+        """Put what a step has left of a request: tokens to the writer's end, states and windows at its checkpoints.
+
+        Args:
+            names: the engine's names of the layers; all by default.
+            stream: from `stream`, of this thread; by default the engine's, whose work fills the pages.
+            after: what has filled them, where that is another stream.
+        """
         stop = len(writer.prompt)
         lengths = [length for length in writer.resume_at if length != stop]
         at = stop if stop in writer.resume_at else None
-        self._mapping.save(writer, order.tables, 0, stop, at=at, cost_s=cost_s, deadline_s=deadline.remaining_s())
+        if after:
+            asked = self._device.stream_of(stream)
+            for mark in after:
+                asked.wait(mark)
+        self._mapping.save(
+            writer,
+            order.tables,
+            0,
+            stop,
+            at=at,
+            names=names,
+            cost_s=cost_s,
+            stream=stream,
+            deadline_s=deadline.remaining_s(),
+        )
         for length in lengths:  # of windows, whose tokens lie in their pages still
-            self._mapping.save(writer, order.tables, stop, stop, at=length, deadline_s=deadline.remaining_s())
+            self._mapping.save(
+                writer,
+                order.tables,
+                stop,
+                stop,
+                at=length,
+                names=names,
+                stream=stream,
+                deadline_s=deadline.remaining_s(),
+            )
 
 
 def _parts(given: Any) -> Sequence[Any]:

@@ -19,8 +19,10 @@ from kvstore.adapters.vllm.partial_pages import PartialPages
 from kvstore.adapters.vllm.pushing import Push, Pushes
 from kvstore.adapters.vllm.requests import Identities, known_tokens
 from kvstore.adapters.vllm.resetting import LATE_STEPS, Resetting
-from kvstore.errors import KVStoreError
+from kvstore.adapters.vllm.unfilled import UnfilledPages
+from kvstore.errors import ConfigError, KVStoreError
 from kvstore.pool import Prompt
+from kvstore.spec import ReuseRule
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -108,6 +110,10 @@ class Scheduling:
         peers: instances that hand-overs may go to and come from.
         saves_decoded: save what is decoded, too.
         partial_pages: of the engine's groups.
+        loads_by_layer: loads go with the step that computes on from them, layer by layer.
+
+    Raises:
+        ConfigError: loads by layer, and a group of the model has states or a window.
     """
 
     def __init__(
@@ -122,7 +128,15 @@ class Scheduling:
         peers: tuple[str, ...] = (),
         saves_decoded: bool = False,
         partial_pages: PartialPages | None = None,
+        loads_by_layer: bool = False,
     ) -> None:
+        if loads_by_layer and any(group.rule is not ReuseRule.ATTENTION for group in spec.groups):
+            raise ConfigError(
+                "load = 'layered', and the model has states or windows: vLLM would compute with what is not there. "
+                "Leave it out: loads then run beside the steps"
+            )
+        self._loads_by_layer = loads_by_layer
+        self.unfilled_pages = UnfilledPages(policy.alignment_tokens)
         self._spec = spec
         self._partial_pages = partial_pages or PartialPages()
         self._store = store
@@ -155,7 +169,7 @@ class Scheduling:
         self._of(request)
 
     def match(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens more than `computed_tokens` can be loaded, and whether beside the steps: always so.
+        """How many tokens more than `computed_tokens` can be loaded, and whether beside the steps.
 
         None as long as they are being made ready. Asked again in every step until the request has its pages.
         """
@@ -179,7 +193,7 @@ class Scheduling:
         tracked.source = None  # It was fetched, or cannot be.
         tracked.start = computed_tokens
         more = found.tokens - computed_tokens
-        return (more, True) if more > 0 else (0, False)
+        return (more, not self._loads_by_layer) if more > 0 else (0, False)
 
     def allocated(self, request: Any, tables: Sequence[Sequence[int]], external_tokens: int) -> None:
         """The request has pages; those after `match`'s answer are to be filled if `external_tokens` says so."""
@@ -208,6 +222,7 @@ class Scheduling:
                 start=tracked.start,
                 tables=_frozen(tables),
                 attempt=tracked.attempt,
+                is_layered=self._loads_by_layer,
             )
         )
 
@@ -219,6 +234,10 @@ class Scheduling:
         saves = tuple(self._saves(output)) if self._may_save and self._store.get() is not None else ()
         self._resetting.ordered(self._step, saves=bool(saves))
         loads, self._loads = tuple(self._loads), []
+        if self._loads_by_layer:
+            block_state = output.kv_connector_block_state
+            computed = output.num_scheduled_tokens if loads else ()
+            self.unfilled_pages.step(loads, {name: block_state.get_block_ids(name) for name in computed})
         ended, self._ended = tuple(self._ended), []
         prompts, more_tokens = self._news(
             {order.request_id: order.stop for order in saves},
@@ -239,23 +258,33 @@ class Scheduling:
         """What the workers have done."""
         failed = set(failed_loads)
         for request_id in finished_loads:
-            loading = self._loading.pop(request_id, None)
-            if loading is not None:
-                loading.found.release()
-            tracked = self._tracked.get(request_id)
-            if tracked is not None and request_id in failed:
-                # It is computed now. What could not be loaded once is not asked for again.
-                tracked.has_load_failed = True
-                self._partial_pages.forget(request_id)
+            self._load_ended(request_id, has_failed=request_id in failed)
         if report is None:
             return
         self._resetting.saved(report.saved_steps)
+        for (request_id, attempt), tokens in report.loads_done.items() if self._loads_by_layer else ():
+            # vLLM names no request of these; it has read of the pages that were left unfilled.
+            loading = self._loading.get(request_id)
+            if loading is not None and loading.attempt == attempt:
+                if not tokens:
+                    self.unfilled_pages.failed(request_id, attempt)
+                self._load_ended(request_id, has_failed=not tokens)
         self.counters.workers.add(report.counters)
         self.counters.failures.update(report.failures)
         for request_id, tokens in report.committed.items():
             push = self._pushed.get(request_id)
             if push is not None:
                 self._pushes.committed(push, tokens)
+
+    def _load_ended(self, request_id: str, *, has_failed: bool) -> None:
+        loading = self._loading.pop(request_id, None)
+        if loading is not None:
+            loading.found.release()
+        tracked = self._tracked.get(request_id)
+        if tracked is not None and has_failed:
+            # It is computed now. What could not be loaded once is not asked for again.
+            tracked.has_load_failed = True
+            self._partial_pages.forget(request_id)
 
     def finish(self, request: Any) -> dict[str, Any] | None:
         """A request has ended, well or not. What is answered travels with its output.
