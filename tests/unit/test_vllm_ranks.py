@@ -12,7 +12,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvstore.adapters.vllm.metadata import LoadOrder, NewPrompt, SaveOrder, StepOrders, WorkerReport, joined  # noqa: E402
+from kvstore.adapters.vllm.metadata import (  # noqa: E402
+    LoadOrder,
+    MoreTokens,
+    NewPrompt,
+    SaveOrder,
+    StepOrders,
+    WorkerReport,
+    joined,
+)
+from kvstore.adapters.vllm.stores import StoreAccess  # noqa: E402
 from kvstore.adapters.vllm.working import Worker  # noqa: E402
 from kvstore.clock import Deadline  # noqa: E402
 from kvstore.spec import Shard  # noqa: E402
@@ -34,7 +43,8 @@ IDS = list(range(100, 130))
 class Rank:
     def __init__(self, index: int) -> None:
         self.engine = SmallEngine(hybrid(4), shard=Shard(index, RANKS))
-        self.worker = Worker(self.engine.mapping, page_count=PAGES, again_s=0.01)
+        access = StoreAccess(self.engine.mapping.spec, again_s=0.01, deadline_s=TEST_S)
+        self.worker = Worker(self.engine.mapping, page_count=PAGES, again_s=0.01, access=access)
         self.worker.register(self.engine.tensors)
         assert self.worker._saver is not None
         self.worker._saver._joint_deadline_s = self.worker._saver._deadline_s = TEST_S
@@ -197,3 +207,13 @@ def test_an_owner_that_goes_is_a_miss_and_its_successor_is_used(ranks: Ranks) ->
         assert not report.is_store_gone
         for rank in ranks.ranks:
             rank.worker.close()
+
+
+def test_orders_in_a_log_say_nothing_of_prompts_and_salts() -> None:
+    ids = np.array([31337, 31338], np.uint32)
+    orders = StepOrders(
+        prompts=(NewPrompt("first", ids, b"a tenant's secret"),), more_tokens=(MoreTokens("first", 2, ids),)
+    )
+    assert "31337" not in repr(orders)
+    assert "secret" not in repr(orders)
+    assert "first" in repr(orders)

@@ -27,14 +27,16 @@ NULL_PAGE = 0
 class NewPrompt:
     """What a request is, told to the workers once, before or with its first order.
 
+    A step that fails is logged by vLLM with all that it was given; what users have said, and salts, do not show.
+
     Attributes:
         token_ids: uint32, `[tokens]`: the prompt, and what was decoded already if the worker has to know it.
         salt, adapter, extras: what its cache is kept under; see `kvstore.Store.prompt`.
     """
 
     request_id: str
-    token_ids: npt.NDArray[Any]
-    salt: bytes = b""
+    token_ids: npt.NDArray[Any] = field(repr=False)
+    salt: bytes = field(default=b"", repr=False)
     adapter: str = ""
     extras: tuple[ExtraInput, ...] = ()
 
@@ -49,7 +51,7 @@ class MoreTokens:
 
     request_id: str
     start: int
-    token_ids: npt.NDArray[Any]
+    token_ids: npt.NDArray[Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
