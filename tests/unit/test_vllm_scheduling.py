@@ -451,6 +451,30 @@ def test_without_a_store_everything_is_computed(store: Store, make: Callable[...
     assert setting.half.match(FakeRequest("d", [*IDS, 7]), 0) == (21, True)
 
 
+def test_an_owner_that_does_not_answer_does_not_keep_the_scheduler(
+    store: Store, make: Callable[..., Setting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = make(store, is_local=False, peers=ANYONE)
+    may_go, scheduler = threading.Event(), threading.get_ident()
+    begun: list[Any] = []
+    when_ready = store.when_ready
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        assert threading.get_ident() != scheduler, "the engine's scheduler would wait for the owner"
+        assert may_go.wait(30.0)
+        begun.append(when_ready(*arguments, **options))
+        return begun[-1]
+
+    monkeypatch.setattr(store, "when_ready", slow)
+    params = answer("tcp://127.0.0.1:1", 21, is_pushed=True)
+    request = FakeRequest("a", [*IDS, 7], kv_transfer_params=params)
+    assert setting.half.match(request, 0) == (None, False)
+    assert setting.half.match(request, 0) == (None, False)
+    setting.half.finish(request)
+    may_go.set()
+    wait_for(lambda: bool(begun) and begun[0].done())  # cancelled: nothing was ever stored
+
+
 # Saving
 
 
@@ -543,10 +567,13 @@ def other(opened: ExitStack) -> Store:
 ANYONE = ("tcp://127.0.0.1:*",)
 
 
-def test_what_another_instance_has_is_fetched(store: Store, other: Store, make: Callable[..., Setting]) -> None:
+@pytest.mark.parametrize("is_local", [True, False])
+def test_what_another_instance_has_is_fetched(
+    store: Store, other: Store, make: Callable[..., Setting], is_local: bool
+) -> None:
     keep(other, IDS)
     address = other.listen("tcp://127.0.0.1:0", serves=True).address
-    setting = make(store, peers=ANYONE)
+    setting = make(store, is_local=is_local, peers=ANYONE)
     request = FakeRequest("a", [*IDS, 7], kv_transfer_params=answer(address, 21, is_pushed=False))
     assert setting.half.match(request, 0) == (None, False)
     assert setting.ask(request) == (21, True)
@@ -562,10 +589,13 @@ def test_what_is_sent_is_waited_for(store: Store, other: Store, make: Callable[.
     assert setting.ask(request) == (21, True)
 
 
-def test_what_does_not_come_by_itself_is_fetched(store: Store, other: Store, make: Callable[..., Setting]) -> None:
+@pytest.mark.parametrize("is_local", [True, False])
+def test_what_does_not_come_by_itself_is_fetched(
+    store: Store, other: Store, make: Callable[..., Setting], is_local: bool
+) -> None:
     keep(other, IDS)
     address = other.listen("tcp://127.0.0.1:0", serves=True).address
-    setting = make(store, peers=ANYONE)
+    setting = make(store, is_local=is_local, peers=ANYONE)
     request = FakeRequest("a", [*IDS, 7], kv_transfer_params=answer(address, 21, is_pushed=True))
     assert setting.half.match(request, 0) == (None, False)
     setting.clock.now_s += 3.0

@@ -95,6 +95,10 @@ class Searches:
         """For `Search`: look and read in the background."""
         return self._executor.submit(find, store, prompt, self.prepare_deadline_s)
 
+    def ask(self, what: Callable[[], Handle[Any]]) -> Future[Handle[Any]]:
+        """For `Search`: ask an owner in the background, since one that is stopped does not answer."""
+        return self._executor.submit(what)
+
     def failed(self, store: Store | None, error: Exception) -> None:
         """For `Search`: something went wrong, which is a miss."""
         self.failures[type(error).__name__] += 1
@@ -116,6 +120,7 @@ class Search:
         self._began_s = searches.clock()
         self._handle: Handle[Any] | None = None
         self._handle_until_s = 0.0
+        self._asking: Future[Handle[Any]] | None = None
         self._future: Future[Found] | None = None
         self._future_until_s = 0.0
         self._found: Found | None = None
@@ -154,6 +159,7 @@ class Search:
         if self._handle is not None:
             self._handle.cancel("the request does not wait for it any more")
             self._handle = None
+        self._give_up_asking()
         if self._future is not None:
             _release_later(self._future)
             self._future = None
@@ -183,12 +189,14 @@ class Search:
         """Whether what another instance has is here, or is not to be waited for any more."""
         try:
             if self._handle is None:
-                self._handle = self._ask(store, source)
-            is_late = not self._handle.done()
+                self._handle = self._asked(store, source)
+            is_late = self._handle is None or not self._handle.done()
             if is_late and self._searches.clock() < self._handle_until_s:
                 return False
             handle, self._handle = self._handle, None
-            if is_late:
+            if handle is None:
+                self._give_up_asking()
+            elif is_late:
                 handle.cancel("the request does not wait for it any more")
             if is_late and source.is_pushed:
                 # It did not come by itself.
@@ -197,6 +205,7 @@ class Search:
             self._source = None
             if is_late:
                 raise DeadlineError(f"{source.address} sent nothing within {self._searches.fetch_deadline_s:g} s")
+            assert handle is not None
             handle.result(0.0)
         except StoreClosedError:
             raise
@@ -206,14 +215,26 @@ class Search:
             self._searches.failed(store, error)
         return True
 
-    def _ask(self, store: Store, source: Source) -> Handle[Any]:
-        """Wait for what is sent, or fetch it."""
+    def _asked(self, store: Store, source: Source) -> Handle[Any] | None:
+        """What waits for what is sent, or fetches it; None as long as another process has not answered."""
         searches = self._searches
-        if source.is_pushed:
-            self._handle_until_s = self._began_s + searches.push_wait_s
-            return store.when_ready(self.prompt, min(source.tokens, len(self.prompt) - 1))
-        self._handle_until_s = self._began_s + searches.fetch_deadline_s
-        return store.fetch(self.prompt, source.address, total_deadline_s=searches.fetch_deadline_s)
+        wait_s = searches.push_wait_s if source.is_pushed else searches.fetch_deadline_s
+        self._handle_until_s = self._began_s + wait_s
+        if searches.store.is_local:
+            return _ask(store, self.prompt, source, wait_s)
+        if self._asking is None:
+            prompt = self.prompt
+            self._asking = searches.ask(lambda: _ask(store, prompt, source, wait_s))
+            _wait(self._asking, AT_ONCE_S)
+        if not self._asking.done():
+            return None
+        asking, self._asking = self._asking, None
+        return asking.result()
+
+    def _give_up_asking(self) -> None:
+        asking, self._asking = self._asking, None
+        if asking is not None:
+            _cancel_later(asking)
 
     def _prepared(self, future: Future[Found], store: Store) -> Found | None:
         if future.done():
@@ -277,10 +298,28 @@ def _found(lease: Lease, match: Match) -> Found:
     return Found(lease.tokens, lease, match.tier or "")
 
 
-def _wait(future: Future[Found], seconds: float) -> None:
+def _ask(store: Store, prompt: Prompt, source: Source, wait_s: float) -> Handle[Any]:
+    """Wait for what is sent, or fetch it."""
+    if source.is_pushed:
+        return store.when_ready(prompt, min(source.tokens, len(prompt) - 1))
+    return store.fetch(prompt, source.address, total_deadline_s=wait_s)
+
+
+def _wait(future: Future[Any], seconds: float) -> None:
     done = threading.Event()
     future.add_done_callback(lambda _: done.set())
     done.wait(seconds)
+
+
+def _cancel_later(asking: Future[Handle[Any]]) -> None:
+    """End what a question that nobody waits for may still begin."""
+
+    def cancel(ended: Future[Handle[Any]]) -> None:
+        if not ended.cancelled() and ended.exception() is None:
+            ended.result().cancel("the request does not wait for it any more")
+
+    if not asking.cancel():
+        asking.add_done_callback(cancel)
 
 
 def _release_later(future: Future[Found]) -> None:
