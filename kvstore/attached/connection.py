@@ -356,6 +356,12 @@ def _connect(path: str, deadline_s: float) -> socket.socket:
     except TimeoutError as error:
         connection.close()
         raise OwnerGoneError(f"the owner at {path} takes no connections; it is stopped, or overloaded") from error
+    except PermissionError as error:
+        connection.close()
+        raise AttachError(
+            f"user {os.geteuid()} may not reach {path}: {error.strerror}; the owner names other users than its own "
+            "with allow_uids= (a node: attach.allow_uids), and the path's folders must let them through"
+        ) from error
     except OSError as error:
         connection.close()
         raise AttachError(

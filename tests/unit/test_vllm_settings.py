@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,12 +18,18 @@ import pytest
 from kvstore.adapters.vllm.config import ConnectorConfig
 from kvstore.adapters.vllm.engine import EngineFacts
 from kvstore.adapters.vllm.handover import Source, Target, answer, read_params
-from kvstore.adapters.vllm.opening import AttachedStore, OwnedStore
+from kvstore.adapters.vllm.opening import (
+    FOLDER_LEFT_S,
+    FOLDER_PREFIX,
+    AttachedStore,
+    OwnedStore,
+    remove_left_folders,
+)
 from kvstore.adapters.vllm.stores import shared
 from kvstore.adapters.vllm.versions import TESTED_VERSIONS, check_version
 from kvstore.errors import ConfigError, KVStoreError, SpecError, TransferError, UnavailableError, UnsupportedModelError
 from kvstore.spec import Shard
-from kvstore.store import open_store
+from kvstore.store import attach_store, open_store
 from kvstore.testing.specs import dense, hybrid
 from tests.vllm_requests import keep
 
@@ -352,10 +364,21 @@ def test_a_store_that_is_not_there_yet_is_found_later(tmp_path: Path) -> None:
         attached.close()
 
 
-def test_another_models_store_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weights": "others"}, "weights is 'seed 0' there and 'others' here"),
+        ({"block_tokens": 8}, "block_tokens is 4 there and 8 here"),
+    ],
+)
+def test_another_models_store_is_refused_with_what_differs(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     socket = str(tmp_path / "node.sock")
-    with open_store(dense(4), dram="4MiB", socket=socket), pytest.raises(SpecError):
-        AttachedStore(SPEC, settings(tmp_path, socket=socket))
+    there = dense(4)
+    with open_store(there, dram="4MiB", socket=socket), pytest.raises(SpecError) as refused:
+        AttachedStore(replace(there, **change), settings(tmp_path, socket=socket))
+    assert said in str(refused.value)
+    assert there.fingerprint.hex() in str(refused.value)
+    assert "groups" not in str(refused.value)
 
 
 def _answers(attached: AttachedStore) -> bool:
@@ -370,9 +393,36 @@ def _answers(attached: AttachedStore) -> bool:
 
 
 def wait_for_store(attached: AttachedStore) -> None:
-    import time
-
     until_s = time.monotonic() + 30.0
     while not _answers(attached):
         assert time.monotonic() < until_s
         time.sleep(0.005)
+
+
+def test_what_a_killed_engine_leaves_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    folders = {name: tmp_path / f"{FOLDER_PREFIX}{name}" for name in ("empty", "killed", "lives", "young")}
+    for folder in folders.values():
+        folder.mkdir()
+    other = tmp_path / "another-empty"
+    other.mkdir()
+    source = (
+        "import os, signal, sys\n"
+        "from kvstore.store import open_store\n"
+        "from kvstore.testing.specs import dense\n"
+        "store = open_store(dense(4), dram='1MiB', socket=sys.argv[1])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", source, str(folders["killed"] / "store.sock")], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(folders["killed"].iterdir()), "its socket and its lock"
+    later_s = time.time() + 2 * FOLDER_LEFT_S
+    with open_store(dense(4), dram="1MiB", socket=str(folders["lives"] / "store.sock")) as store:
+        os.utime(folders["young"], (later_s, later_s))
+        assert remove_left_folders(tmp_path) == 0, "all of them are young"
+        assert remove_left_folders(tmp_path, now_s=later_s) == 2
+        assert not folders["empty"].exists()
+        assert not folders["killed"].exists()
+        assert folders["young"].exists()
+        assert other.exists()
+        attach_store(str(folders["lives"] / "store.sock"), spec=store.spec).close()
+    assert remove_left_folders(tmp_path, now_s=later_s) == 1, "it has closed its store"

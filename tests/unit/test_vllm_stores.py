@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 import threading
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from kvstore.adapters.vllm import stores
 from kvstore.adapters.vllm.stores import StoreAccess
 from kvstore.errors import AttachError, OwnerGoneError, PoolFullError
+from kvstore.limits import ATTACH_DEADLINE_S
 from kvstore.store import attach_store, open_store
 from kvstore.testing.resources import leaves_nothing
 from kvstore.testing.specs import dense
@@ -43,11 +47,11 @@ class Attaching:
         self.may_go.set()
         self.ended = threading.Semaphore(0)
 
-    def __call__(self, socket: str, spec: ModelSpec, deadline_s: float) -> Store:
+    def __call__(self, path: str, spec: ModelSpec, deadline_s: float) -> Store:
         self.count += 1
         try:
             assert self.may_go.wait(TEST_S)
-            return attach_store(socket, spec=spec, deadline_s=deadline_s)
+            return attach_store(path, spec=spec, deadline_s=deadline_s)
         finally:
             self.ended.release()
 
@@ -57,7 +61,7 @@ class Setting:
         self.socket = socket
         self.clock = Clock()
         self.attaching = Attaching()
-        self.access = StoreAccess(SPEC, again_s=5.0, attach=self.attaching, clock=self.clock)
+        self.access = StoreAccess(SPEC, again_s=5.0, deadline_s=TEST_S, attach=self.attaching, clock=self.clock)
 
     def settle(self) -> None:
         """Wait for the attempt that has begun."""
@@ -198,3 +202,77 @@ def test_an_owner_that_listens_nowhere(setting: Setting) -> None:
     assert setting.access.get(setting.socket) is None
     assert setting.access.is_gone
     assert AttachError.__name__ in setting.access.why_not
+
+
+def test_an_attach_begun_early_is_there_when_it_is_asked_for(setting: Setting) -> None:
+    with open_store(SPEC, dram="1MiB", socket=setting.socket):
+        setting.access.begin(setting.socket)
+        setting.settle()
+        assert setting.attaching.count == 1
+        assert setting.access.get(setting.socket) is not None
+        setting.access.begin(setting.socket)
+        assert setting.attaching.count == 1
+        setting.access.close()
+
+
+def test_an_early_attach_that_runs_is_waited_for_like_a_first_one(setting: Setting) -> None:
+    with open_store(SPEC, dram="1MiB", socket=setting.socket):
+        setting.attaching.may_go.clear()
+        setting.access.begin(setting.socket)
+        found: list[Store | None] = []
+        asking = threading.Thread(target=lambda: found.append(setting.access.get(setting.socket)))
+        asking.start()
+        setting.attaching.may_go.set()
+        asking.join(TEST_S)
+        assert found
+        assert found[0] is not None
+        assert setting.attaching.count == 1
+        setting.access.close()
+
+
+def test_an_early_attach_that_failed_is_forgotten(setting: Setting) -> None:
+    setting.access.begin(setting.socket)
+    setting.settle()
+    assert not setting.access.is_gone, "nobody has wanted it"
+    with open_store(SPEC, dram="1MiB", socket=setting.socket):
+        assert setting.access.get(setting.socket) is not None, "the first question tries again, at once"
+        assert setting.attaching.count == 2
+        setting.access.close()
+
+
+def test_an_owner_that_does_not_answer_keeps_a_step_no_longer_than_the_deadline(tmp_path: Path) -> None:
+    path = str(tmp_path / "stopped")
+    with leaves_nothing(), closing(socket.socket(socket.AF_UNIX)) as silent:
+        silent.bind(path)
+        silent.listen(4)  # the system takes connections for a process that is stopped
+        access = StoreAccess(SPEC, again_s=60.0, deadline_s=0.1)
+        begin_s = time.monotonic()
+        assert access.get(path) is None
+        assert time.monotonic() - begin_s < ATTACH_DEADLINE_S, "its own deadline holds, not that of attach"
+        assert access.get(path) is None
+        access.close()
+
+
+def test_why_nothing_is_cached_is_logged_once(setting: Setting, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kvstore.adapters.vllm")
+    for _ in range(3):
+        setting.access.get(setting.socket)
+        setting.settle()
+        setting.clock.now_s += 6.0
+    assert setting.attaching.count == 3
+    assert [each.levelname for each in caplog.records] == ["WARNING"]
+    assert "no owner can be reached" in caplog.text
+    caplog.clear()
+    with open_store(dense(8), dram="1MiB", socket=setting.socket):
+        setting.access.get(setting.socket)
+        setting.settle()
+    assert setting.access.refused is not None
+    assert "fingerprint" in caplog.text
+    setting.clock.now_s += 6.0
+    caplog.clear()
+    with open_store(SPEC, dram="1MiB", socket=setting.socket):
+        setting.access.get(setting.socket)
+        setting.settle()
+        assert "again" in caplog.text
+        assert setting.access.refused is None
+        setting.access.close()

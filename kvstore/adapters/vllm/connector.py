@@ -198,11 +198,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The engine's tensors."""
         facts = EngineFacts.read(self._vllm_config, self._kv_cache_config, has_tensors=True)
         mapping = PagedMapping(facts.spec(self._config), facts.groups, facts.shard, null_page=NULL_PAGE)
+        config = self._config
         self._worker = Worker(
             mapping,
             page_count=self._kv_cache_config.num_blocks,
-            again_s=self._config.attach_again_s,
-            saves_by_layer=self._config.saves_by_layer,
+            again_s=config.attach_again_s,
+            socket=config.socket,
+            saves_by_layer=config.saves_by_layer,
         )
         self._worker.register(kv_caches)
 

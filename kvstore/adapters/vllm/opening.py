@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import shutil
+import stat
 import tempfile
+import time
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +28,11 @@ if TYPE_CHECKING:
     from kvstore.store import Store
 
 logger = logging.getLogger(__name__)
+
+VALUE_SHOWN = 200
+FOLDER_PREFIX = "kvstore-vllm-"
+FOLDER_LEFT_S = 60.0
+"""A folder in which nobody has owned a socket for so long was left by an engine that was killed."""
 
 _ANY_HOST = ("tcp://0.0.0.0:", "tcp://[::]:")
 
@@ -71,7 +81,8 @@ class OwnedStore(SchedulerStore):
             if config.own_socket:
                 self.socket = config.own_socket
             else:
-                folder = tempfile.mkdtemp(prefix="kvstore-vllm-")
+                remove_left_folders(Path(tempfile.gettempdir()))
+                folder = tempfile.mkdtemp(prefix=FOLDER_PREFIX)
                 undoing.callback(shutil.rmtree, folder, ignore_errors=True)
                 self.socket = str(Path(folder) / "store.sock")
             self._store: Store | None = open_store(
@@ -128,14 +139,12 @@ class AttachedStore(SchedulerStore):
     def __init__(self, spec: ModelSpec, config: ConnectorConfig) -> None:
         self.socket = config.socket
         self.address = config.address
-        try:
-            attach_store(self.socket, spec=spec, deadline_s=ATTACH_DEADLINE_S).close()
-        except SpecError:
-            raise
-        except (KVStoreError, OSError) as error:
-            logger.warning("no store at %s yet, so nothing is cached: %s", self.socket, error)
-        self._access = StoreAccess(spec, again_s=config.attach_again_s)
-        self._access.get(self.socket)
+        self._access = StoreAccess(spec, again_s=config.attach_again_s, deadline_s=ATTACH_DEADLINE_S)
+        self._access.get(self.socket)  # a store that is not there yet is logged, and looked for
+        refused = self._access.refused
+        if refused is not None:
+            self._access.close()
+            raise SpecError(f"{refused}{_what_differs(spec, self.socket)}") from refused
 
     def get(self) -> Store | None:
         return self._access.get(self.socket)
@@ -150,6 +159,46 @@ class AttachedStore(SchedulerStore):
 
     def close(self) -> None:
         self._access.close()
+
+
+def remove_left_folders(parent: Path, *, now_s: float | None = None) -> int:
+    """Remove this user's folders of sockets that are left of engines that were killed; how many.
+
+    Who owns a socket holds the lock beside it as long as he lives.
+    """
+    removed = 0
+    before_s = (time.time() if now_s is None else now_s) - FOLDER_LEFT_S
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):  # somebody lives in it, or it is gone already
+            found = folder.lstat()
+            if found.st_uid != os.geteuid() or not stat.S_ISDIR(found.st_mode) or found.st_mtime > before_s:
+                continue
+            with ExitStack() as locked:
+                for lock in folder.glob("*.lock"):
+                    fcntl.flock(locked.enter_context(lock.open("rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                removed += 1
+    return removed
+
+
+def _what_differs(spec: ModelSpec, socket: str) -> str:
+    """For a message: in what another process's model is not this one."""
+    try:
+        with attach_store(socket, deadline_s=ATTACH_DEADLINE_S) as store:
+            there = store.spec
+    except (KVStoreError, OSError):
+        return ""
+    told = [
+        f"{each.name} is {_shortened(getattr(there, each.name))} there and {_shortened(getattr(spec, each.name))} here"
+        for each in fields(spec)
+        if each.compare and getattr(there, each.name) != getattr(spec, each.name)
+    ]
+    return f" ({'; '.join(told)})"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= VALUE_SHOWN else f"{text[:VALUE_SHOWN]}..."
 
 
 def _keys(store: Store) -> list[bytes]:

@@ -7,13 +7,13 @@ looked for again from time to time; meanwhile there is no store, which to an eng
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from kvstore.errors import KVStoreError, StoreClosedError
-from kvstore.limits import ATTACH_DEADLINE_S
+from kvstore.errors import KVStoreError, SpecError, StoreClosedError
 from kvstore.store import attach_store
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from kvstore.store import Store
 
     Attach = Callable[[str, ModelSpec, float], Store]
+
+logger = logging.getLogger(__name__)
+
+OWNER_DEADLINE_S = 2.0
+"""How long a step of the engine waits for the owner's answer. Who is stopped is waited for once, and then is gone."""
 
 _LOCK = threading.Lock()
 _SHARED: dict[str, Store] = {}
@@ -73,6 +78,7 @@ class StoreAccess:
 
     Attributes:
         why_not: why there is no store, for the log; empty while there is one, or none was wanted yet.
+        refused: that is because the one that was found last has another model.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class StoreAccess:
         spec: ModelSpec,
         *,
         again_s: float,
-        deadline_s: float = ATTACH_DEADLINE_S,
+        deadline_s: float = OWNER_DEADLINE_S,
         attach: Attach = _attach,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,34 +97,44 @@ class StoreAccess:
         self._clock = clock
         self._lock = threading.Lock()
         self._attaching: threading.Thread | None = None
+        self._is_early = False
         self._socket = ""
         self._store: Store | None = None
         self._is_attached = False
         self._try_at_s = 0.0
         self._is_closed = False
+        self._logged = ""
         self.why_not = ""
+        self.refused: SpecError | None = None
 
     @property
     def is_gone(self) -> bool:
         """Whether a store was wanted and is not there."""
         return bool(self.why_not)
 
+    def begin(self, socket: str) -> None:
+        """Attach already, in the background: the first `get` at this path has less to wait for, or nothing."""
+        with self._lock:
+            if socket and not self._socket and not self._is_closed:
+                self._socket, self._is_early = socket, True
+                self._start()
+
     def get(self, socket: str) -> Store | None:
         """The store at a socket, or None for the time being.
 
-        The first time at a path it is attached to here, which may take until the deadline if its owner is stopped.
+        The first time at a path it is waited for here, until the deadline if its owner is stopped.
         When it has been lost it is attached to by a thread, at most every `again_s`, and this call does not wait.
         """
         if not socket:
             return None
         with self._lock:
             store = self._store
-            if store is not None and self._socket == socket and not store.is_closed:
+            is_new, is_early, self._is_early = socket != self._socket, self._is_early, False
+            if store is not None and not is_new and not store.is_closed:
                 return store
             if self._is_closed:
                 return None
-            is_first = socket != self._socket
-            if is_first:
+            if is_new:
                 self._drop()
                 self._socket, self.why_not, self._try_at_s = socket, "", self._clock()
             elif store is not None:
@@ -127,34 +143,55 @@ class StoreAccess:
             if own is not None and own.spec.fingerprint == self._spec.fingerprint:
                 self._store, self._is_attached, self.why_not = own, False, ""
                 return own
-            if self._attaching is not None or self._clock() < self._try_at_s:
+            if self._attaching is not None:
+                is_new = False  # what is under way has been begun for this path, or for another one
+            elif self._clock() < self._try_at_s:
                 return None
-            self._attaching = threading.Thread(
-                target=self._run, args=(socket,), name="kvstore-worker-attach", daemon=True
-            )
+            else:
+                self._start()
             attaching = self._attaching
-            attaching.start()
-        if is_first:
-            attaching.join(self._deadline_s)
-            with self._lock:
-                return self._store if self._socket == socket else None
-        return None
+        if attaching is None or not (is_new or is_early):
+            return None
+        attaching.join(self._deadline_s)
+        with self._lock:
+            return self._store if self._socket == socket else None
+
+    def _start(self) -> None:
+        """Attach by a thread. Under the lock."""
+        self._attaching = threading.Thread(
+            target=self._run, args=(self._socket,), name="kvstore-worker-attach", daemon=True
+        )
+        self._attaching.start()
 
     def _run(self, socket: str) -> None:
-        store, why_not = None, ""
+        store, why_not, refused = None, "", None
         try:
             store = self._attach(socket, self._spec, self._deadline_s)
         except (KVStoreError, OSError) as error:
             why_not = f"{type(error).__name__}: {error}"
+            refused = error if isinstance(error, SpecError) else None
         with self._lock:
             self._attaching = None
             if self._is_closed or socket != self._socket:
                 if store is not None:
                     store.close()
                 return
+            if store is None and self._is_early:
+                self._socket, self._is_early = "", False  # nobody has asked yet; who asks tries for himself
+                return
             self._store, self._is_attached, self.why_not = store, store is not None, why_not
+            self.refused = refused
+            self._log(socket, why_not)
             if store is None:
                 self._try_at_s = self._clock() + self._again_s
+
+    def _log(self, socket: str, why_not: str) -> None:
+        """What is new: it is tried again and again."""
+        before, self._logged = self._logged, why_not
+        if why_not and why_not != before:
+            logger.warning("nothing is cached: no store at %s: %s", socket, why_not)
+        elif before and not why_not:
+            logger.info("attached to the store at %s again", socket)
 
     def failed(self, store: Store, error: BaseException) -> None:
         """An operation on a store failed. If that says that the store is gone, it is dropped and looked for again."""
@@ -167,6 +204,7 @@ class StoreAccess:
     def _lost(self, why_not: str) -> None:
         self._drop()
         self.why_not = why_not
+        self._log(self._socket, why_not)
         self._try_at_s = self._clock() + self._again_s
 
     def _drop(self) -> None:

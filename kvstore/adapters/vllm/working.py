@@ -42,6 +42,7 @@ class Worker:
         page_count: pages that the engine's tables may name, `KVCacheConfig.num_blocks`.
         again_s: how often a store that has gone is looked for.
         saves_by_layer: put each layer behind its forward, beside that of the next ones.
+        socket: where the store will be, if that is known: it is attached to while the engine still starts.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class Worker:
         page_count: int,
         again_s: float,
         saves_by_layer: bool = False,
+        socket: str = "",
         access: StoreAccess | None = None,
     ) -> None:
         self._mapping = mapping
         self._page_count = page_count
         self._saves_by_layer = saves_by_layer
         self._access = access or StoreAccess(mapping.spec, again_s=again_s)
+        self._access.begin(socket)
         self._prompts = KnownPrompts()
         self._pages: EnginePages | None = None
         self._loader: Loader | None = None
