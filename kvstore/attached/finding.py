@@ -41,7 +41,7 @@ from kvstore.pool import Candidate, HandOver, Match, Missing, NodePath, Prompt
 from kvstore.wire import clipped_utf8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kvstore.pool.path import RecordPlace
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
@@ -58,6 +58,7 @@ _CANDIDATE_ROW = np.dtype(
 )
 _TIER = struct.Struct("<d")
 _WAIT = struct.Struct("<I")
+_STORED_COUNT = struct.Struct("<I")
 WAIT_MS_MAX = 0xFFFFFFFF
 
 assert NO_LENGTH > PROMPT_TOKENS_MAX
@@ -362,3 +363,40 @@ def parse_path(data: memoryview, spec: ModelSpec, message: str) -> NodePath:
     path = read_path(reader, spec)
     reader.finish()
     return path
+
+
+STORED_NODES_MAX = 4096
+"""Nodes of the paths of one STORED, which the owner looks for under its lock."""
+
+
+def stored_parts(paths: Sequence[NodePath]) -> Iterator[Sequence[NodePath]]:
+    """As many paths at a time as one STORED names; a longer one goes by itself."""
+    first, nodes = 0, 0
+    for number, path in enumerate(paths):
+        if number > first and nodes + len(path) > STORED_NODES_MAX:
+            yield paths[first:number]
+            first, nodes = number, 0
+        nodes += len(path)
+    if first < len(paths):
+        yield paths[first:]
+
+
+def pack_stored(paths: Sequence[NodePath]) -> bytes:
+    """STORED: which of these paths are there?"""
+    return b"".join([_STORED_COUNT.pack(len(paths)), *map(pack_path, paths)])
+
+
+def parse_stored(data: memoryview, spec: ModelSpec) -> list[NodePath]:
+    """What `pack_stored` packed."""
+    reader = MessageReader(data, "STORED")
+    paths = [read_path(reader, spec) for _ in range(reader.count(STORED_NODES_MAX, "paths"))]
+    reader.finish()
+    return paths
+
+
+def parse_flags(data: memoryview, count: int, message: str) -> list[bool]:
+    """An answer of one flag for each of so many things."""
+    reader = MessageReader(data, message)
+    flags = [reader.flag() for _ in range(count)]
+    reader.finish()
+    return flags

@@ -40,6 +40,7 @@ class Kind(enum.IntEnum):
     INSPECT = 20
     FLUSH = 21
     EXPLAIN = 22
+    STORED = 23
     ERROR = 32
     """Instead of an answer, or of a welcome."""
     CHANGED = 33

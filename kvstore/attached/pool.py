@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakValueDictionary
 
 from kvstore.attached.connection import Connection
-from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldRequest, MatchRequest, parse_match
+from kvstore.attached.finding import (
+    Accepted,
+    HandOverMessage,
+    Held,
+    HoldRequest,
+    MatchRequest,
+    pack_stored,
+    parse_flags,
+    parse_match,
+    stored_parts,
+)
 from kvstore.attached.frames import Kind
 from kvstore.attached.hold import AttachedHold
 from kvstore.attached.mapping import Mapping
@@ -249,6 +259,14 @@ class AttachedPool(BasePool):
         request = MatchRequest(prompt, shard, grid, cap_tokens, accept_coverage)
         answer = self.request(Kind.MATCH, request.pack())
         return self._understood(lambda: parse_match(answer, request, self.spec))
+
+    def stored(self, paths: Sequence[NodePath]) -> list[bool]:
+        self._settle()
+        found: list[bool] = []
+        for part in stored_parts(paths):
+            answer = self.request(Kind.STORED, pack_stored(part))
+            found += self._understood(lambda answer=answer, part=part: parse_flags(answer, len(part), "STORED"))  # type: ignore[misc]
+        return found
 
     def _understood(self, parse: Callable[[], T]) -> T:
         """What the owner answered; one that does not speak the protocol is as good as gone."""

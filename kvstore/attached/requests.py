@@ -9,7 +9,16 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvstore.attached import messages
-from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldRequest, MatchRequest, pack_match, parse_path
+from kvstore.attached.finding import (
+    Accepted,
+    HandOverMessage,
+    Held,
+    HoldRequest,
+    MatchRequest,
+    pack_match,
+    parse_path,
+    parse_stored,
+)
 from kvstore.attached.frames import Kind
 from kvstore.attached.tables import PlacedRecord
 from kvstore.attached.waits import Waits
@@ -164,6 +173,9 @@ class Requests:
         )
         self._pool.observer.matched(request.prompt, found, time.perf_counter() - began_s)
         return pack_match(found)
+
+    def _stored(self, message: memoryview) -> bytes:
+        return bytes(self._pool.stored(parse_stored(message, self._spec)))
 
     def _explain(self, message: memoryview) -> bytes:
         request = MatchRequest.parse(message, self._spec)
@@ -456,4 +468,5 @@ _ACTIONS: dict[Kind, Callable[[Requests, memoryview], bytes]] = {
     Kind.BEAT: Requests._beat,
     Kind.INSPECT: Requests._inspect,
     Kind.EXPLAIN: Requests._explain,
+    Kind.STORED: Requests._stored,
 }

@@ -46,7 +46,9 @@ class ObjectPaths:
         for _ in range(1, self.chunks(size_bytes)):
             key = sha256(BLOCK_DOMAIN + key + _LATER).digest()
             keys.append(key)
-        return NodePath(self.root, 1, tuple(keys))
+        path = NodePath(self.root, 1, tuple(keys))
+        path.__dict__["packed"] = (self.root, 1, key if len(keys) == 1 else b"".join(keys), None, b"")
+        return path
 
     def prompt(self, name: bytes, size_bytes: int) -> Prompt:
         """As a prompt, which `BasePool.match` takes."""

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvstore.placement.load import Load
     from kvstore.placement.shelf import Shelf, ShelfStatistics
     from kvstore.pool import BaseHold, Hold, NodePath, Prompt, StoreLimits
+    from kvstore.pool.flat import FlatHold, FlatWrite
     from kvstore.pool.match import Match
     from kvstore.pool.path import RecordPlace
     from kvstore.pool.rows import Rows
@@ -198,6 +199,23 @@ class TieredPool(Pool):
                 raise
             return self.hold_here(load.path, shard=shard, grid=grid, grids=grids)
 
+    def stored(self, paths: Sequence[NodePath]) -> list[bool]:
+        found = super().stored(paths)
+        for shelf in self.shelves if not all(found) else ():
+            found = [
+                is_there or shelf.stored_tokens(path) == path.tokens
+                for is_there, path in zip(found, paths, strict=True)
+            ]
+        return found
+
+    def hold_flat(self, paths: Sequence[NodePath]) -> FlatHold | None:
+        hold = super().hold_flat(paths)
+        if hold is not None:
+            for path, places in zip(paths, hold.places, strict=True):
+                if places is not None:
+                    self._keeper.offer(Wanted(path, WHOLE, None, None))
+        return hold
+
     def begin_loads(
         self,
         path: NodePath,
@@ -236,6 +254,11 @@ class TieredPool(Pool):
         super()._commit(commits)
         for commit in commits:
             self._offer(commit)
+
+    def commit_flat(self, write: FlatWrite) -> None:
+        super().commit_flat(write)
+        for path in write.paths:
+            self._keeper.offer(Wanted(path, WHOLE, grids=None), may_live_longer=self._has_ends)
 
     def _offer(self, commit: PreparedCommit) -> None:
         """Have the shelves keep the resume points that a commit has made, the shortest first."""

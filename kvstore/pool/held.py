@@ -75,7 +75,7 @@ class PlacedRows:
     @cached_property
     def addresses(self) -> npt.NDArray[np.uint64]:
         """Of each record's first byte, `[n]`."""
-        return self.memories.addresses if isinstance(self.memories, SlotViews) else addresses_of(self.memories)
+        return addresses_of_memories(self.memories)
 
     def held(self) -> tuple[HeldRecord, ...]:
         """The records one by one, as committed ones."""
@@ -86,3 +86,8 @@ class PlacedRows:
         """The records one by one, as reserved ones."""
         rows = self.rows
         return tuple(map(TransactionRecord, rows.names(), rows.layouts(), self.memories, rows.headers(), self.slots))
+
+
+def addresses_of_memories(memories: Sequence[memoryview]) -> npt.NDArray[np.uint64]:
+    """Of each one's first byte, `[n]`."""
+    return memories.addresses if isinstance(memories, SlotViews) else addresses_of(memories)

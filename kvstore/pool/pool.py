@@ -16,6 +16,7 @@ from kvstore.errors import (
 )
 from kvstore.events import RemovedWhy
 from kvstore.limits import PROMPT_TOKENS_MAX
+from kvstore.pool.flat import FlatPool
 from kvstore.pool.held import PlacedRows
 from kvstore.pool.hold import Hold
 from kvstore.pool.index import RECORD_BYTES, needs_of
@@ -23,7 +24,6 @@ from kvstore.pool.pins import Pin
 from kvstore.pool.plan import place_table
 from kvstore.pool.rows import Rows
 from kvstore.pool.search import Query, answer, joined, search
-from kvstore.pool.writes import PoolWrites
 from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from kvstore.spec import ChunkGrid, Shard
 
 
-class Pool(PoolWrites):
+class Pool(FlatPool):
     """Records of one model spec in one tier. Any thread may call any method.
 
     Args:

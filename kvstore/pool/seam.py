@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvstore.clock import Deadline
     from kvstore.events import Changes, Tell
     from kvstore.pool.explanation import Explanation
+    from kvstore.pool.flat import FlatHold, FlatWrite
     from kvstore.pool.held import HeldRecord, TransactionRecord
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordName, RecordPlace
@@ -341,6 +342,32 @@ class BasePool(ABC):
             WriteError: attention records would not be contiguous from the root.
             LeaseGoneError: a record of `basis` is not held any more. JointCommitError: another party has failed.
         """
+
+    # Many short paths at once, in pools of a spec with one kind of record and blocks of one token
+
+    @abstractmethod
+    def stored(self, paths: Sequence[NodePath]) -> list[bool]:
+        """Which paths are there whole, in whichever tier. The spec has one kind of record.
+
+        Raises:
+            StoreClosedError: the pool is closed.
+        """
+
+    def hold_flat(self, paths: Sequence[NodePath]) -> FlatHold | None:
+        """Hold those paths that are in memory, for as long as they are copied out; None: this pool holds one by one.
+
+        Raises:
+            StoreClosedError: the pool is closed.
+        """
+        return None
+
+    def begin_flat(self, paths: Sequence[NodePath], *, salt: bytes, ttl_s: float | None = None) -> FlatWrite | None:
+        """As `begin`, for all records of many paths, or change nothing; None: this pool begins one by one.
+
+        Raises:
+            PoolFullError, QuotaError, QuarantineFullError: as `begin`, for all of it. StoreClosedError: closed.
+        """
+        return None
 
     @abstractmethod
     def pin(

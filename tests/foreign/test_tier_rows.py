@@ -128,13 +128,13 @@ def test_what_waits_is_bounded_and_closing_ends_it(source: TierStore, memory: np
     store = source.current()
     assert store is not None
     may_go_on = threading.Event()
-    inner = store._pool.begin
+    inner = store._pool.begin_flat
 
     def slow(*arguments: Any, **options: Any) -> Any:
         may_go_on.wait(LIMIT_S)
         return inner(*arguments, **options)
 
-    store._pool.begin = slow  # type: ignore[method-assign]
+    store._pool.begin_flat = slow  # type: ignore[method-assign]
     jobs = jobs_of(source, memory)
     count = 400
     for number in range(count):

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 from kvstore.abc import Slot
 from kvstore.attached import messages
 from kvstore.attached.faults import pack_error, parse_error
-from kvstore.attached.finding import Accepted, HandOverMessage, Held, HoldRequest, MatchRequest, pack_match, parse_match
+from kvstore.attached.finding import (
+    Accepted,
+    HandOverMessage,
+    Held,
+    HoldRequest,
+    MatchRequest,
+    pack_match,
+    pack_stored,
+    parse_flags,
+    parse_match,
+    parse_stored,
+)
 from kvstore.attached.frames import FrameBuffer, Kind, frame
 from kvstore.attached.messages import Hello, Welcome
 from kvstore.attached.tables import PlacedRecord
@@ -120,6 +131,8 @@ def parse_frames(data: bytes) -> list[tuple[Any, bytes]]:
 
 
 MESSAGES: dict[str, tuple[Sequence[bytes], Callable[[memoryview], object]]] = {
+    "attached-stored": ((pack_stored([PATH, PATH.prefix(1)]),), lambda data: parse_stored(data, SPEC)),
+    "attached-flags": ((b"\0\1\1",), lambda data: parse_flags(data, 3, "STORED")),
     "attached-frames": (
         (frame(Kind.BEAT, 5, b""), frame(Kind.MATCH, 6, b"message") + frame(Kind.BYE, 0, b"")),
         lambda data: parse_frames(bytes(data)),
