@@ -17,6 +17,7 @@ from tests.unit.sglang_pools import MambaPoolHost, MHATokenToKVPoolHost, hashes,
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 class PoolName(StrEnum):
@@ -163,6 +164,23 @@ def test_pages_as_tensors(backend_class: Any) -> None:
     assert backend.get(keys[0]) is None
     assert backend.batch_set_v1(keys, slots_of([0, 1, 2])) == [False] * 3  # interface_v1 was not set
     backend.close()
+
+
+def test_flush_says_whether_pages_are_durable(backend_class: Any, hybrid: Any, tmp_path: Path) -> None:
+    assert hybrid.flush() is False  # it has no disk
+    settings = {"interface_v1": 1, "ssd": [f"{tmp_path}/kv:64MiB"], "call_deadline_s": 30.0}
+    pool, keys = MHATokenToKVPoolHost(), hashes(3)
+    pool.fill(5)
+    backend = backend_class(storage_config(**settings))
+    assert backend.flush() is False  # it is not open
+    backend.register_mem_pool_host(pool)
+    backend.on_host_pools_registered()
+    assert backend.batch_set_v1(keys, slots_of([0, 1, 2])) == [True] * 3
+    assert backend.flush() is True
+    bytes_on_disk = b"".join(path.read_bytes() for path in (tmp_path / "kv").rglob("*") if path.is_file())
+    assert pool.page_bytes(1)[:64] in bytes_on_disk
+    backend.close()
+    assert backend.flush() is False
 
 
 def test_what_is_wrong_is_said_at_the_start(backend_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,14 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]  # without SGLang it
         """Counters of this backend."""
         return self.storage.statistics()
 
+    def flush(self, deadline_s: float | None = None) -> bool:
+        """Wait until the pages that were written before are durable; whether they are.
+
+        Args:
+            deadline_s: `call_deadline_s` by default.
+        """
+        return self.storage.flush(deadline_s)
+
     def close(self) -> None:
         self.storage.close()
 

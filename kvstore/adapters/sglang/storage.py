@@ -412,6 +412,25 @@ class PageStorage:
             self._complain("the store was not cleared: something of it is in use all the time")
         return is_clear
 
+    def flush(self, deadline_s: float | None = None) -> bool:
+        """Wait until the pages that were written before are durable: there again after a restart. Whether they are.
+
+        They are on their way as soon as they are written; this waits for nothing that could be hurried. Where another
+        process owns the store, only that one can tell, and the answer is no.
+
+        Args:
+            deadline_s: `call_deadline_s` by default.
+        """
+        try:
+            foreign = self.objects
+            if foreign is None:
+                return False
+            foreign.store.flush(self.config.call_deadline_s if deadline_s is None else deadline_s)
+        except KVStoreError as error:
+            self._complain(f"not all pages are durable: {error}")
+            return False
+        return True
+
     def statistics(self) -> BackendStatistics:
         """Counters."""
         return self._counts.snapshot()

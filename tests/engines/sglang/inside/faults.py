@@ -49,9 +49,16 @@ def forget(backend: Any, pool: str) -> None:
     backend.batch_set_v2 = kept
 
 
+def mend(backend: Any) -> None:
+    """Let the backend be itself again."""
+    for name in ("batch_get_v1", "batch_get", "batch_get_v2", "batch_set_v1", "batch_set", "batch_set_v2"):
+        vars(backend).pop(name, None)
+
+
 def flush(backend: Any) -> None:
     """Let what was saved reach the disk."""
-    backend.storage._store.current().store.flush(30.0)
+    if not backend.flush(30.0):
+        raise RuntimeError("what was saved has not reached the disk")
 
 
 def flip_in_files(folder: Path, pattern: bytes) -> int:
