@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 import rig as rigs
-from faults import flip_in_files, flip_in_memory, flush, lie, swap_pages
+from faults import flip_in_files, flip_in_memory, flush, lie, mend, swap_pages
 from rig import PAGE_TOKENS, Rig, differing
 from rows import Rows
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -84,9 +84,14 @@ class Cases:
     # Cases
 
     def cold(self, name: str) -> None:
-        with Rig(self.layout, self.config()) as one:
-            came = one.read(self.key(0))
-        self.rows.holds(name, [f"{came.hit_pages} pages of an empty store"] if came.hit_pages else [])
+        """Pages found in a store that has none; the control asks one that has them."""
+        config = self.config()
+        with Rig(self.layout, config) as one:
+            found = one.read(self.key(0)).hit_pages
+            one.save(one.fill(self.key(0), self.seed))
+            with Rig(self.layout, self.attached(config)) as other:
+                control = other.read(self.key(0)).hit_pages
+        self.rows.equal(name, found, control=control)
 
     def warm(self, name: str) -> None:
         """One controller saves, a cold one at the same store reads, into other slots."""
@@ -101,9 +106,8 @@ class Cases:
             broken = [f"{saved} of {PAGES} pages were saved"] if saved != PAGES else []
             broken += [f"{warm.pages} of {PAGES} pages came"] if warm.pages != PAGES else []
             difference = differing(pages.bytes_of, warm.bytes_of)
-            if pages.device is not None:
-                expected = first.device_bytes(pages.device)
-                difference += differing([expected], [second.device_bytes(second.to_device(warm))])
+            expected = first.device_bytes(pages.device)
+            difference += differing([expected], [second.device_bytes(second.to_device(warm))])
             with Rig(self.layout, self.attached(config)) as third:
                 swap_pages(third.backend, PAGE_TOKENS)
                 control = differing(pages.bytes_of, third.read(key).bytes_of)
@@ -234,11 +238,15 @@ class Cases:
             with Rig(self.layout, self.attached(owner)) as one:
                 pages, more = one.fill(key, self.seed + 30), one.fill(other, self.seed + 31)
                 broken = [] if one.save(pages) == PAGES else ["it was not saved"]
-                operation = one.find(key)
+                operation, trusting = one.find(key), one.find(key)
                 node.kill()
                 came = one.fetch(operation)
                 # A page that came before the node went is right; what matters is what SGLang takes for there.
                 difference = differing(pages.bytes_of[: came.pages], came.bytes_of[: came.pages])
+                lie(one.backend)
+                lied = one.fetch(trusting)
+                control = differing(pages.bytes_of[: lied.pages], lied.bytes_of[: lied.pages])
+                mend(one.backend)
                 saved = one.save(more)
                 broken += [f"{saved} pages were saved in a store whose owner is dead"] if saved else []
                 broken += ["a dead store has pages"] if one.read(key).hit_pages else []
@@ -249,7 +257,7 @@ class Cases:
                 back = one.read(other)
                 broken += [] if back.pages == PAGES else [f"{back.pages} pages came from the node that took over"]
                 difference += differing(more.bytes_of, back.bytes_of)
-            self.rows.equal(name, difference, broken=broken, pages=came.pages)
+            self.rows.equal(name, difference, control=control, broken=broken, pages=came.pages)
         finally:
             node.kill()
             again.kill()

@@ -21,7 +21,7 @@ PAGE_TOKENS = 16
 SLOTS = 64 * PAGE_TOKENS
 WAIT_S = 60.0
 DIRECT = ("layer_first", "page_first_direct")
-"""Layouts that SGLang copies between device and host without a GPU's kernels."""
+"""Layouts that SGLang copies between device and host in its way `direct`, the others in its way `kernel`."""
 
 
 def prepare() -> None:
@@ -37,14 +37,14 @@ class Pages:
     Attributes:
         hashes: SGLang's keys of them.
         slots: where they lie in the host pool.
-        device: where they came from; None where they were made in the host pool.
+        device: where they came from.
         bytes_of: of each page, flat.
     """
 
     key: RadixKey
     hashes: list[str]
     slots: torch.Tensor
-    device: torch.Tensor | None
+    device: torch.Tensor
     bytes_of: list[bytes]
 
 
@@ -115,7 +115,8 @@ class Rig:
         ):
             self.controller = HiCacheController(
                 self.allocator, self.host, PAGE_TOKENS, torch.distributed.group.WORLD, threading.Event(),
-                write_policy="write_through", io_backend="direct", storage_backend=backend,
+                write_policy="write_through", io_backend="direct" if layout in DIRECT else "kernel",
+                storage_backend=backend,
                 prefetch_threshold=PAGE_TOKENS, model_name="tiny/controller", storage_backend_extra_config=dict(extra),
             )  # fmt: skip
         self._requests = 0
@@ -131,22 +132,14 @@ class Rig:
         return self.controller.storage_backend
 
     def fill(self, key: RadixKey, seed: int) -> Pages:
-        """Random KV for the tokens of a key, in the device pool where there is a way from it, and in the host pool."""
+        """Random KV for the tokens of a key, in the device pool, and from there in the host pool."""
         numbers = torch.Generator().manual_seed(seed)
-        device = None
-        if self.layout in DIRECT:
-            device = self.allocator.alloc(len(key))
-            for buffers in (self.device.k_buffer, self.device.v_buffer):
-                for buffer in buffers:
-                    buffer[device] = torch.randn(buffer[device].shape, generator=numbers).to(buffer.dtype)
-            slots = self.controller.write(device)
-            self.controller.ack_write_queue.pop().finish_event.synchronize()
-        else:
-            slots = self.host.alloc(len(key))
-            for first in range(0, len(key), PAGE_TOKENS):
-                page = self.host.get_data_page(int(slots[first]))
-                data = torch.randn(page.shape, generator=numbers).to(page.dtype)
-                self.host.set_from_flat_data_page(int(slots[first]), data.flatten())
+        device = self.allocator.alloc(len(key))
+        for buffers in (self.device.k_buffer, self.device.v_buffer):
+            for buffer in buffers:
+                buffer[device] = torch.randn(buffer[device].shape, generator=numbers).to(buffer.dtype)
+        slots = self.controller.write(device)
+        self.controller.ack_write_queue.pop().finish_event.synchronize()
         return Pages(key, get_storage_hash_str(key, None, page_size=PAGE_TOKENS), slots, device, self.pages_at(slots))
 
     def save(self, pages: Pages) -> int:
@@ -203,7 +196,7 @@ class Rig:
         """Give slots back, so that the pools last for all cases."""
         if len(pages.slots):
             self.host.free(pages.slots)
-        if isinstance(pages, Pages) and pages.device is not None:
+        if isinstance(pages, Pages):
             self.allocator.free(pages.device)
 
     def _next(self, waiting: queue.Queue) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import sglang.test.kits.unified_radix_cache.fixtures as fixtures
 import torch
 from comparing import differing_bytes
+from rig import DIRECT
 from sglang.kernels.ops.attention.fla.chunk_delta_h import CHUNK_SIZE
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, MatchPrefixParams
 from sglang.srt.mem_cache.pool_host.base import HostKVCache
@@ -66,7 +67,8 @@ class Server(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
         parallel.__enter__()
         self.addCleanup(parallel.__exit__, None, None, None)
         arguments = ServerArgs(
-            model_path="dummy", page_size=PAGE_TOKENS, hicache_io_backend="direct", hicache_mem_layout=layout,
+            model_path="dummy", page_size=PAGE_TOKENS, hicache_mem_layout=layout,
+            hicache_io_backend="direct" if layout in DIRECT else "kernel",
             hicache_write_policy="write_through", hicache_storage_backend="dynamic",
             hicache_storage_backend_extra_config=json.dumps({**extra, "prefetch_threshold": 1}),
             hicache_storage_prefetch_policy="wait_complete",

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 import server
-from faults import flip_in_files, flush, forget, lie, swap_pages
+from faults import flip_in_files, flush, forget, lie, mend, swap_pages
 from rows import Rows
 from server import MODELS, PAGE_TOKENS, WINDOW_TOKENS, Server, Snapshot, differing
 
@@ -171,13 +171,12 @@ class Cases:
         config, tokens = self.config(), self.prompt(case)
         with self.server(config) as first:
             expected = first.insert(tokens, self.seed + case)
-            set_v1, set_all, set_v2 = first.backend.batch_set_v1, first.backend.batch_set, first.backend.batch_set_v2
             forget(first.backend, lost)
             first.save(tokens)
             with self.server(self.attached(config)) as cold:
                 length, _ = cold.restore(tokens)
             broken = [f"{length} tokens came without their {lost} pool"] if length else []
-            first.backend.batch_set_v1, first.backend.batch_set, first.backend.batch_set_v2 = set_v1, set_all, set_v2
+            mend(first.backend)
             first.save(tokens)
             with self.server(self.attached(config)) as cold:
                 length, found = cold.restore(tokens)
