@@ -66,14 +66,16 @@ CASES = {
     ),
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
+    "layers": ("layer by layer", "by layer, the same bytes"),
+    "failed layer": ("layer that cannot be loaded",),
     **tier_cells.CASES,
     "soak": soak.CASES,
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
 }
 ALL = {
     "dense": tuple(CASES),
-    "window": ("plain", "store", "restart", "handover", "tier", "tier restart", "soak"),
-    "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart", "soak"),
+    "window": ("plain", "store", "restart", "handover", "layers", "tier", "tier restart", "soak"),
+    "hybrid": ("plain", "store", "restart", "handover", "layers", "tier", "tier restart", "soak"),
 }
 QUICK = {
     "dense": ("plain", "store", "restart", "examples"),
@@ -167,12 +169,27 @@ class Matrix:
         if "restart" in self._parts:
             store.quit()
             yield from self._cells("restart", lambda: self._restart_cells(written))
+        if "layers" in self._parts:
+            yield from self._layer_parts()
         if "tier" in self._parts:
             yield from self._tier_parts()
         if "soak" in self._parts:
             yield from self._cells("soak", self._soak_cells)
         if "examples" in self._parts:
             yield from self._cells("examples", self._example_cells)
+
+    def _layer_parts(self) -> Iterator[Cell]:
+        settings = self._settings("layers")
+        options: dict[str, Any] = {}
+        settings["kv_connector_extra_config"]["saves_by_layer"] = True
+        if "failed layer" in self._parts:
+            settings["kv_connector_extra_config"]["load"] = "layered"
+            options["async_scheduling"] = False
+        engine = self._start("layers", settings, **options)
+        yield from self._cells("layers", lambda: self._layer_cells(engine))
+        if "failed layer" in self._parts:
+            yield from self._cells("failed layer", lambda: self._failed_layer_cells(engine))
+        engine.quit()
 
     def _tier_parts(self) -> Iterator[Cell]:
         tools = tier_cells.Tools(self._start, self._pair, self._reference, self._compared)
@@ -376,6 +393,40 @@ class Matrix:
         return judge(
             ENGINE, self.model.name, case, reference=reference, answers=ran.answers, control=control,
             broken=[*broken, *missed], figures={"cached": cached},
+        )  # fmt: skip
+
+    # Layer by layer
+
+    def _layer_cells(self, engine: Engine) -> Iterator[Cell]:
+        prefix, full = self._pair("layers")
+        _, ran, reference = self._warm(engine, prefix, full)
+        broken = [f"left: {leak}" for leak in engine.leaks()]
+        yield self._judged("layer by layer", ran, reference, PREFIX_TOKENS, self._control(engine, "layers"), broken)
+
+        ids = self._prompt("same bytes", HANDOVER_TOKENS)
+        found = []
+        for is_on in (True, False):
+            engine.ask("layers", is_on=is_on)
+            engine.generate(Request(ids, 1, salt=f"by layer: {is_on}"))
+            found.append(engine.ask("digests", ids=ids, salt=f"by layer: {is_on}")["digests"])
+        engine.ask("layers", is_on=True)
+        broken = [] if any(found[0]) else ["nothing is stored"]
+        broken += [] if found[0] == found[1] else [f"other bytes: {found[0]} and {found[1]}"]
+        yield holds(ENGINE, self.model.name, "by layer, the same bytes", broken)
+
+    def _failed_layer_cells(self, engine: Engine) -> Iterator[Cell]:
+        """The last layer's load fails when the others have been computed with: all of it is computed again."""
+        prefix, full = self._pair("failed layer")
+        engine.generate(prefix)
+        ran = engine.generate(full, fault="fail_layer")
+        broken = [] if ran.faults else ["no load failed"]
+        broken += [f"left: {leak}" for leak in engine.leaks()]
+        broken += [] if ran.steps[0][0][0] == PREFIX_TOKENS else ["nothing was loaded"]
+        broken += [] if any(start == 0 for start, _ in ran.steps[0]) else ["nothing was computed again"]
+        reference = self._reference(full, sorted(set(ends_of(ran.steps[0]))))
+        yield judge(
+            ENGINE, self.model.name, "layer that cannot be loaded", reference=reference, answers=ran.answers,
+            broken=broken, control=self._control(engine, "failed layer"),
         )  # fmt: skip
 
     # An engine that comes back, with what lies on disk

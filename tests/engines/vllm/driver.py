@@ -226,6 +226,18 @@ class Driver:
         """How much of a prompt the store has."""
         return {"tokens": [store.match(ids, salt=salt.encode()).tokens for store in self.stores]}
 
+    def do_layers(self, is_on: bool) -> dict[str, Any]:
+        """Save by layer from here on, or at the end of steps."""
+        import faults
+
+        return {"workers": faults.save_by_layer(is_on)}
+
+    def do_digests(self, ids: list[int], salt: str = "") -> dict[str, Any]:
+        """Of everything that the store has at each resume point of a prompt."""
+        import faults
+
+        return {"digests": [faults.digests_of(store, ids, salt.encode()) for store in self.stores]}
+
 
 def main() -> None:
     driver = Driver()

@@ -6,10 +6,11 @@ A fault changes what a load copies, between the store's records and the engine's
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from typing import Any
 
-KINDS = ("zero_states", "zero_block", "other_block")
+KINDS = ("zero_states", "zero_block", "other_block", "fail_layer")
 
 
 class Faults:
@@ -22,6 +23,8 @@ class Faults:
         import kvstore.store.lease as lease
         import kvstore.store.paged as paged
         from kvstore.adapters.paged import PagedMapping
+        from kvstore.adapters.vllm.registering import EnginePages
+        from kvstore.errors import LoadFailedError
 
         self.kind = ""
         self.count = 0
@@ -54,6 +57,15 @@ class Faults:
                         array[...] = 0
                         self.count += 1
 
+        load_layer = EnginePages.load_layer
+
+        def last_layer_fails(pages: Any, lease: Any, order: Any, name: str, *rest: Any) -> Any:
+            if self.kind == "fail_layer" and name == pages.names[-1]:
+                self.count += 1
+                raise LoadFailedError("the test lets it fail")
+            return load_layer(pages, lease, order, name, *rest)
+
+        EnginePages.load_layer = last_layer_fails  # type: ignore[method-assign]
         paged._read_tokens = tokens_then_fault
         lease.LayerView.copy_to = copy_then_fault
 
@@ -169,3 +181,28 @@ def _held(stores: list[Any]) -> dict[str, int]:
         "leases": sum(type(thing) is Lease and not thing._is_released for thing in things),
         "writers": sum(type(thing) is Writer and thing.transaction.is_open for thing in things),
     }
+
+
+def save_by_layer(is_on: bool) -> int:
+    """Have the workers of this process save layer by layer, or at the end of steps; how many there are."""
+    from kvstore.adapters.vllm.working import Worker
+
+    workers = [thing for thing in gc.get_objects() if type(thing) is Worker]
+    for worker in workers:
+        worker._saves_by_layer = is_on
+    return len(workers)
+
+
+def digests_of(store: Any, ids: list[int], salt: bytes) -> dict[str, str]:
+    """A digest of all tensors at each resume point of a prompt, by its length."""
+    match = store.match([*ids, 1], salt=salt)
+    found = {}
+    for candidate in match.candidates:
+        digest = hashlib.sha256()
+        with store.read(match.at(candidate.tokens)) as lease:
+            for group in store.spec.groups:
+                for layer in group.layers:
+                    for tensor in group.tensors:
+                        digest.update(lease.layer(layer).read(tensor.name).tobytes())
+        found[str(candidate.tokens)] = digest.hexdigest()
+    return found
