@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.engines.environment import ROOT, NotRunError
 from tests.engines.matrix import Answer, Cell, Verdict, distance, holds, judge, not_run
-from tests.engines.vllm import soak, tier_cells
+from tests.engines.vllm import rank_cells, soak, tier_cells
 from tests.engines.vllm.engine import VARIABLES, Engine, EngineError, Ran, Request, ends_of
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ MODELS = (
     Model("dense", "float32", ("zero_block", "other_block")),
     Model("window", "float32", ("zero_states", "zero_block")),
     Model("hybrid", "bfloat16", ("zero_states", "zero_block")),
+    Model("hybrid over ranks", "bfloat16", ("zero_states",)),
 )
 
 CASES = {
@@ -70,17 +71,20 @@ CASES = {
     "failed layer": ("layer that cannot be loaded",),
     **tier_cells.CASES,
     "soak": soak.CASES,
+    "ranks": rank_cells.CASES,
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
 }
 ALL = {
-    "dense": tuple(CASES),
+    "dense": tuple(CASES),  # two key heads, so ranks as well
     "window": ("plain", "store", "restart", "handover", "layers", "tier", "tier restart", "soak"),
     "hybrid": ("plain", "store", "restart", "handover", "layers", "tier", "tier restart", "soak"),
+    "hybrid over ranks": ("ranks",),
 }
 QUICK = {
     "dense": ("plain", "store", "restart", "examples"),
     "window": ("plain", "store"),
     "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart"),
+    "hybrid over ranks": (),
 }
 
 
@@ -119,7 +123,8 @@ def cells(
     environment: Environment, folder: Path, *, is_quick: bool, models: Sequence[str] | None, seed: int
 ) -> Iterator[Cell]:
     """All cells, one after the other; where an engine fails, the cells that it would have filled are broken."""
-    chosen = [model for model in MODELS if models is None or model.name in models]
+    slice_of = QUICK if is_quick else ALL
+    chosen = [model for model in MODELS if slice_of[model.name] and (models is None or model.name in models)]
     try:
         names = [model.name for model in chosen]
         environment.run(SCRIPT_OF_MODELS, [str(folder / "models"), *names], log=folder / "models.log", limit_s=300)
@@ -128,8 +133,7 @@ def cells(
             yield not_run(ENGINE, model_name, case, str(error))
         return
     for model in chosen:
-        parts = (QUICK if is_quick else ALL)[model.name]
-        with Matrix(environment, folder, model, seed, parts) as matrix:
+        with Matrix(environment, folder, model, seed, slice_of[model.name]) as matrix:
             yield from matrix.run()
 
 
@@ -145,7 +149,7 @@ class Matrix:
         self._seed = seed
         self._parts = parts
         self._engines = ExitStack()
-        self._references: dict[Request, tuple[Answer, ...]] = {}
+        self._references: dict[tuple[str, Request], tuple[Answer, ...]] = {}
         self._plain: Engine
 
     def __enter__(self) -> Matrix:
@@ -156,6 +160,20 @@ class Matrix:
 
     def run(self) -> Iterator[Cell]:
         self._plain = self._start("plain")
+        if "store" in self._parts:
+            yield from self._store_parts()
+        if "layers" in self._parts:
+            yield from self._layer_parts()
+        if "tier" in self._parts:
+            yield from self._tier_parts()
+        if "soak" in self._parts:
+            yield from self._cells("soak", self._soak_cells)
+        if "ranks" in self._parts:
+            yield from self._rank_part()
+        if "examples" in self._parts:
+            yield from self._cells("examples", self._example_cells)
+
+    def _store_parts(self) -> Iterator[Cell]:
         store = self._start("store", self._settings("store", ssd=True, listens=True))
         yield from self._cells("plain", lambda: self._plain_cells())
         yield from self._cells("store", lambda: self._store_cells(store))
@@ -169,14 +187,15 @@ class Matrix:
         if "restart" in self._parts:
             store.quit()
             yield from self._cells("restart", lambda: self._restart_cells(written))
-        if "layers" in self._parts:
-            yield from self._layer_parts()
-        if "tier" in self._parts:
-            yield from self._tier_parts()
-        if "soak" in self._parts:
-            yield from self._cells("soak", self._soak_cells)
-        if "examples" in self._parts:
-            yield from self._cells("examples", self._example_cells)
+        store.quit()
+
+    def _rank_part(self) -> Iterator[Cell]:
+        tools = rank_cells.Tools(self._environment, self._start, connector_of, self._pair, self._reference)
+        ranks = rank_cells.RankCells(
+            tools, self.model.name, self.model.faults, self._folder, f"{self.model.name} {self._seed}"
+        )
+        self._engines.enter_context(ranks.node)
+        yield from self._cells("ranks", ranks.cells)
 
     def _layer_parts(self) -> Iterator[Cell]:
         settings = self._settings("layers")
@@ -223,7 +242,10 @@ class Matrix:
 
     # Engines
 
-    def _start(self, name: str, connector: dict[str, Any] | None = None, **more: Any) -> Engine:
+    def _start(
+        self, name: str, connector: dict[str, Any] | None = None, *, variables: dict[str, str] | None = None,
+        **more: Any,
+    ) -> Engine:  # fmt: skip
         engine = Engine(
             self._environment,
             name,
@@ -231,6 +253,7 @@ class Matrix:
             model=self._model_folder,
             options=options_of(self.model) | more,
             connector=connector,
+            variables=variables,
         )
         return self._engines.enter_context(engine)
 
@@ -254,17 +277,18 @@ class Matrix:
         ids = self._prompt(case, prefix_tokens + SUFFIX_TOKENS)
         return Request(ids[:prefix_tokens], 1), Request(ids, DECODED)
 
-    def _reference(self, request: Request, ends: Sequence[int]) -> tuple[Answer, ...]:
-        """What the engine without kvstore says, computed in steps that end where those did."""
+    def _reference(self, request: Request, ends: Sequence[int], plain: Engine | None = None) -> tuple[Answer, ...]:
+        """What the engine without kvstore says, or another one that is without, in steps that end where those did."""
+        plain = plain or self._plain
         prompt_tokens = len(request.ids)
         wanted = Request(request.ids, request.max_tokens, boundaries=tuple(end for end in ends if end <= prompt_tokens))
-        if wanted not in self._references:
-            ran = self._plain.generate(wanted)
+        if (plain.name, wanted) not in self._references:
+            ran = plain.generate(wanted)
             cut = tuple(end for end in ends_of(ran.steps[0]) if end <= prompt_tokens)
             if cut != tuple(sorted(set(wanted.boundaries))):
                 raise EngineError(f"the engine steps to {cut}, and the reference needs {wanted.boundaries}")
-            self._references[wanted] = ran.answers
-        return self._references[wanted]
+            self._references[plain.name, wanted] = ran.answers
+        return self._references[plain.name, wanted]
 
     # No store
 

@@ -62,6 +62,7 @@ class Driver:
         self.faults: Any = None
         self.hooks: Any = None
         self.timers: Any = None
+        self.has_ranks = False
         self._count = 0
 
     def do_open(self, model: str, options: dict[str, Any], connector: dict[str, Any] | None) -> dict[str, Any]:
@@ -83,6 +84,9 @@ class Driver:
                 self.faults = faults.Faults()
             self.stores = faults.note_stores()
             options = options | {"kv_transfer_config": KVTransferConfig(**connector)}
+        self.has_ranks = options.get("tensor_parallel_size", 1) > 1
+        if self.has_ranks:
+            options = options | {"worker_extension_cls": "ranks.RankFaults"}
         self.llm = LLM(model=model, **options)
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
         self.boundaries = Boundaries(self.scheduler)
@@ -92,7 +96,10 @@ class Driver:
                 self.hooks = tier_faults.Hooks(tiers[0])
             elif not self.has_tiers:
                 self.hooks = faults.Hooks(self.scheduler.connector)
-            self.timers = timers.Timers(self.scheduler.connector)
+            if not self.has_ranks:
+                self.timers = timers.Timers(self.scheduler.connector)
+        if self.has_ranks:
+            self.llm.collective_rpc("kvstore_open")
         return {"seconds": time.monotonic() - begin}
 
     def do_generate(
@@ -106,7 +113,9 @@ class Driver:
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
-        if self.faults is not None:
+        if self.has_ranks:
+            self.llm.collective_rpc("kvstore_begin", args=(fault,))
+        elif self.faults is not None:
             self.faults.begin(fault)
         if self.hooks is not None:
             self.hooks.begin(hook, self.stores)
@@ -165,9 +174,14 @@ class Driver:
             "answers": shown,
             "seconds": seconds,
             "engine_steps": engine_steps,
-            "faults": 0 if self.faults is None else self.faults.end(),
+            "faults": self._end_faults(),
             "hooks": 0 if self.hooks is None else self.hooks.end(),
         }
+
+    def _end_faults(self) -> int:
+        if self.has_ranks:
+            return sum(self.llm.collective_rpc("kvstore_end"))
+        return 0 if self.faults is None else int(self.faults.end())
 
     def _shown(self, answer: dict[str, Any]) -> dict[str, Any]:
         output = answer.get("output")
@@ -224,7 +238,7 @@ class Driver:
 
     def do_stored(self, ids: list[int], salt: str = "") -> dict[str, Any]:
         """How much of a prompt the store has."""
-        return {"tokens": [store.match(ids, salt=salt.encode()).tokens for store in self.stores]}
+        return {"tokens": [store.match(ids, salt=salt.encode()).tokens for store in self.stores if not store.is_closed]}
 
     def do_layers(self, is_on: bool) -> dict[str, Any]:
         """Save by layer from here on, or at the end of steps."""

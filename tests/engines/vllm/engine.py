@@ -82,11 +82,13 @@ class Engine:
 
     def __init__(
         self, environment: Environment, name: str, folder: Path, *, model: Path, options: dict[str, Any],
-        connector: dict[str, Any] | None = None,
+        connector: dict[str, Any] | None = None, variables: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.name = name
         self.log = folder / f"{name}.log"
-        self._process = environment.start(DRIVER, (), log=self.log, variables=VARIABLES, is_talking=True)
+        self._process = environment.start(
+            DRIVER, (), log=self.log, variables=VARIABLES | (variables or {}), is_talking=True
+        )
         self._tell({"do": "open", "model": str(model), "options": options, "connector": connector})
         self._is_ready = False
         self.start_s = 0.0

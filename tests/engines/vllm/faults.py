@@ -146,6 +146,7 @@ def note_stores() -> list[Any]:
 
 def state_of(stores: list[Any], deadline_s: float) -> dict[str, Any]:
     """What the stores hold; waits for it to become nothing, since it may end a moment after its request."""
+    stores = [store for store in stores if not store.is_closed]
     until = time.monotonic() + deadline_s
     while True:
         held = _held(stores)

@@ -34,10 +34,18 @@ def config_of(name: str) -> Any:
     if name == "window":
         kinds = ["sliding_attention", "full_attention"] * 2
         return transformers.Gemma3TextConfig(**SIZES, **IDS, head_dim=32, sliding_window=64, layer_types=kinds)
-    if name == "hybrid":
+    if name in ("hybrid", "hybrid over ranks"):
+        is_split = name == "hybrid over ranks"
+        key_heads = 2 if is_split else 1  # ranks have whole heads each
+        # Ranks round otherwise than one does: all experts, so that no other expert is chosen because of that.
+        chosen = 4 if is_split else 2
         linear = {f"linear_{what}_head_dim": 128 for what in ("key", "value")}
-        heads = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 4}
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        heads = {
+            "linear_num_key_heads": key_heads,
+            "linear_num_value_heads": 2 * key_heads,
+            "linear_conv_kernel_dim": 4,
+        }
+        experts = {"num_experts": 4, "num_experts_per_tok": chosen, "moe_intermediate_size": 64}
         shared = {"shared_expert_intermediate_size": 64}
         return transformers.Qwen3NextConfig(**SIZES, **IDS, **linear, **heads, **experts, **shared, head_dim=128)
     raise ValueError(f"no such model: {name}")
