@@ -41,6 +41,7 @@ class Kind(enum.IntEnum):
     FLUSH = 21
     EXPLAIN = 22
     STORED = 23
+    EVICT_ROOT = 24
     ERROR = 32
     """Instead of an answer, or of a welcome."""
     CHANGED = 33

@@ -25,6 +25,7 @@ from kvstore.limits import (
 )
 from kvstore.pool import PoolStatistics
 from kvstore.pool.explanation import Explanation
+from kvstore.pool.seam import EVICT_ROOT_MOST
 from kvstore.spec import ModelSpec
 from kvstore.wire import clipped_utf8
 
@@ -121,6 +122,21 @@ def parse_key(data: memoryview, message: str) -> tuple[bytes, bool, Slot | None]
     if len(slots) > 1:
         raise reader.fail(f"names {len(slots)} slots")
     return key, flag, slots[0] if slots else None
+
+
+def pack_root(root: bytes, most: int) -> bytes:
+    """EVICT_ROOT: where what is to go begins, and how many blocks at a time."""
+    return root + _NUMBER.pack(most)
+
+
+def parse_root(data: memoryview) -> tuple[bytes, int]:
+    """What `pack_root` packed."""
+    reader = MessageReader(data, "EVICT_ROOT")
+    root, (most,) = reader.bytes(KEY_BYTES), reader.fixed(_NUMBER)
+    reader.finish()
+    if not 1 <= most <= EVICT_ROOT_MOST:
+        raise reader.fail(f"would evict {most} blocks; allowed are 1 to {EVICT_ROOT_MOST}")
+    return root, most
 
 
 def parse_flag(data: memoryview, message: str) -> bool:

@@ -28,6 +28,7 @@ from kvstore.attached.mapping import Mapping
 from kvstore.attached.messages import (
     pack_key,
     pack_number,
+    pack_root,
     parse_empty,
     parse_explanation,
     parse_number,
@@ -52,6 +53,7 @@ from kvstore.errors import (
 from kvstore.limits import ATTACH_DEADLINE_S, LOAD_DEADLINE_S
 from kvstore.pool import BasePool, HeldRecord, TransactionRecord
 from kvstore.pool.plan import grid_digest
+from kvstore.pool.seam import EVICT_ROOT_MOST
 from kvstore.spec.shard import WHOLE
 
 if TYPE_CHECKING:
@@ -387,6 +389,10 @@ class AttachedPool(BasePool):
     def evict(self, key: bytes, *, states_only: bool = False) -> int:
         self._settle()
         return parse_number(self.request(Kind.EVICT, pack_key(key, flag=states_only)), "EVICT")
+
+    def evict_root(self, root: bytes, most: int = EVICT_ROOT_MOST) -> int:
+        self._settle()
+        return parse_number(self.request(Kind.EVICT_ROOT, pack_root(root, most)), "EVICT_ROOT")
 
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         parse_empty(self.request(Kind.CONDEMN, pack_key(key, flag=is_state, slot=slot)), "CONDEMN")

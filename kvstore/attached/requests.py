@@ -403,6 +403,9 @@ class Requests:
         key, states_only, _ = messages.parse_key(message, "EVICT")
         return messages.pack_number(self._pool.evict(key, states_only=states_only))
 
+    def _evict_root(self, message: memoryview) -> bytes:
+        return messages.pack_number(self._pool.evict_root(*messages.parse_root(message)))
+
     def _condemn(self, message: memoryview) -> bytes:
         key, is_state, slot = messages.parse_key(message, "CONDEMN")
         self._pool.condemn(key, is_state=is_state, slot=slot)
@@ -469,4 +472,5 @@ _ACTIONS: dict[Kind, Callable[[Requests, memoryview], bytes]] = {
     Kind.INSPECT: Requests._inspect,
     Kind.EXPLAIN: Requests._explain,
     Kind.STORED: Requests._stored,
+    Kind.EVICT_ROOT: Requests._evict_root,
 }

@@ -23,6 +23,7 @@ from kvstore.pool.index import RECORD_BYTES, needs_of
 from kvstore.pool.pins import Pin
 from kvstore.pool.plan import place_table
 from kvstore.pool.rows import Rows
+from kvstore.pool.seam import EVICT_ROOT_MOST
 from kvstore.pool.search import Query, answer, joined, search
 from kvstore.spec.shard import WHOLE
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from kvstore._native import HeldRows
     from kvstore.abc import Slot
     from kvstore.clock import Deadline
+    from kvstore.events import Changes
     from kvstore.pool.lifetimes import Lasting
     from kvstore.pool.match import Match
     from kvstore.pool.path import HandOver, NodePath, RecordPlace
@@ -315,6 +317,24 @@ class Pool(FlatPool):
         self._notify()
         return freed_bytes
 
+    def evict_root(self, root: bytes, most: int = EVICT_ROOT_MOST) -> int:
+        firsts = self._first_keys(root)
+        for key in firsts[:most]:
+            self.evict(key)
+        return len(self._first_keys(root)) if firsts else 0
+
+    def _first_keys(self, root: bytes) -> list[bytes]:
+        """Keys of the blocks that hang on a root, in any tier."""
+        found: dict[bytes, None] = {}
+        for _, changes in self.watch(_tell_nothing):
+            parents, size = changes.packed_parents, len(root)
+            at = parents.find(root)
+            while at >= 0:
+                if at % size == 0:
+                    found[changes.packed_keys[at : at + size]] = None
+                at = parents.find(root, at + 1)
+        return list(found)
+
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         with self._lock:
             self._check_open()
@@ -331,3 +351,8 @@ class Pool(FlatPool):
             self._losses += 1
             self._room.freed(self._index.condemn(node, is_state=is_state))
         self._notify()
+
+
+def _tell_nothing(tier: str, changes: Changes) -> bool:
+    """Of changes after the moment that was asked for."""
+    return False

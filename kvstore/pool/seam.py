@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from kvstore.pool.statistics import PoolStatistics
     from kvstore.spec import ChunkGrid, ModelSpec, Shard
 
+EVICT_ROOT_MOST = 16384
+"""First blocks that one call evicts: other callers of the pool come to their turn in between."""
+
 CommitEnd: TypeAlias = "Callable[[BaseException | None], None]"
 """Told once how a commit ended: None for success. Called from any thread; must not block."""
 
@@ -396,6 +399,17 @@ class BasePool(ABC):
         """Drop a node's states, or its attention with everything below it; bytes freed.
 
         Returns 0 when the node is unknown or something of it is held.
+        """
+
+    @abstractmethod
+    def evict_root(self, root: bytes, most: int = EVICT_ROOT_MOST) -> int:
+        """`evict` what begins at a root: all that one salt, or adapter, has stored; how many prompts' begins were left.
+
+        What is held stays, and is counted as left.
+
+        Args:
+            root: as `kvstore.keys.root_key`.
+            most: first blocks that are evicted in this call; call again for the rest.
         """
 
     @abstractmethod

@@ -132,6 +132,7 @@ def parse_frames(data: bytes) -> list[tuple[Any, bytes]]:
 
 MESSAGES: dict[str, tuple[Sequence[bytes], Callable[[memoryview], object]]] = {
     "attached-stored": ((pack_stored([PATH, PATH.prefix(1)]),), lambda data: parse_stored(data, SPEC)),
+    "attached-root": ((messages.pack_root(bytes(32), 5),), messages.parse_root),
     "attached-flags": ((b"\0\1\1",), lambda data: parse_flags(data, 3, "STORED")),
     "attached-frames": (
         (frame(Kind.BEAT, 5, b""), frame(Kind.MATCH, 6, b"message") + frame(Kind.BYE, 0, b"")),

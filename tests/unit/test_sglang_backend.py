@@ -198,3 +198,10 @@ def test_the_package_itself_needs_no_sglang() -> None:
         "assert not any(name.split('.')[0] in ('sglang', 'torch') for name in sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_clearing_that_failed_is_not_taken_for_done(hybrid: Any) -> None:
+    """SGLang says that the storage was cleared unless this raises."""
+    hybrid.close()
+    with pytest.raises(UnavailableError, match="not cleared"):
+        hybrid.clear()

@@ -146,9 +146,24 @@ def test_clear_removes_what_the_tenant_has_and_nothing_else(tmp_path: Path) -> N
         assert storage.count_prefix(keys) == 0
         assert other.count_prefix(keys) == 3
         assert storage.read("kv", keys, slots_of([0, 1, 2])) == [False] * 3
-        # Only the owner knows all that there is.
-        assert other.clear() is False
-        assert other.count_prefix(keys) == 3
+        # What another process owns is cleared there.
+        assert all(storage.write("kv", keys, slots_of([0, 1, 2])))
+        assert other.clear() is True
+        assert other.count_prefix(keys) == 0
+        assert storage.count_prefix(keys) == 3
+
+
+def test_what_is_being_read_is_not_cleared_and_said_so() -> None:
+    pool, keys = MHATokenToKVPoolHost(), hashes(3)
+    with closing(make_storage(("kv", pool), call_deadline_s=0.05)) as storage:
+        assert all(storage.write("kv", keys, slots_of([0, 1, 2])))
+        objects = storage.objects
+        assert objects is not None
+        with objects.hold(storage.pools["kv"].group, [keys[1].encode()]) as held:
+            assert held.found == (True,)
+            assert storage.clear() is False
+        assert storage.clear() is True
+        assert storage.count_prefix(keys) == 0
 
 
 def test_an_ssd_keeps_pages_over_a_restart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from kvstore.adapters.sglang.pools import ANCHOR
 from kvstore.adapters.sglang.position import Position
 from kvstore.adapters.sglang.storage import Asked, PageStorage
 from kvstore.adapters.sglang.versions import check_version, installed_version
+from kvstore.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]  # without SGLang its base is Any
     """SGLang's host pools over a store; docs/sglang.md.
 
-    What cannot be stored or read is answered with False, None or 0, and never raised.
+    What cannot be stored or read is answered with False, None or 0, and never raised. `clear` raises.
 
     Args:
         storage_config: SGLang's `HiCacheStorageConfig`, with the settings in its `extra_config`.
@@ -123,7 +124,15 @@ class KVStoreHiCache(HiCacheStorage):  # type: ignore[misc]  # without SGLang it
     # The backend itself
 
     def clear(self) -> bool:
-        return self.storage.clear()
+        """Remove everything of this model and tenant from the store. True.
+
+        Raises:
+            UnavailableError: something is left. SGLang does not look at what this returns: it says that the storage
+            was cleared unless this raises, and who has replaced the weights would read what the old ones computed.
+        """
+        if not self.storage.clear():
+            raise UnavailableError("the store was not cleared: the log of kvstore.sglang says why; try again")
+        return True
 
     def get_stats(self) -> Any:
         """For SGLang's own metrics, if they are enabled: pages and GB/s of each call since the last time."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from kvstore.events import Stored
 from kvstore.keys import root_key
 
 if TYPE_CHECKING:
@@ -21,22 +20,15 @@ def remove_all(store: Store, salt: bytes, deadline: Deadline) -> bool:
     What is read or written meanwhile stays until it has ended, and what others put there meanwhile may stay.
 
     Raises:
-        AttachError: another process owns the store: only that one knows all that is in it.
+        OwnerGoneError: another process owns the store, and has gone.
     """
     root = root_key(store.spec.fingerprint, salt=salt)
-    while True:
-        keys = _first_blocks(store, root, salt)
-        for key in keys:
-            store.pool.evict(key)
-        if not keys:
-            return True
+    left = store.pool.evict_root(root)
+    while left:
         if deadline.has_passed:
             return False
-        time.sleep(min(_POLL_S, deadline.remaining_s()))
-
-
-def _first_blocks(store: Store, root: bytes, salt: bytes) -> set[bytes]:
-    """Keys of the first blocks of all prompts under a root."""
-    with store.events(1, kinds=[Stored], contents=True) as stream:
-        contents = [event for event in stream.contents if event.salt == salt]
-        return {block.key for event in contents for block in event.blocks if block.parent == root}
+        before = left
+        left = store.pool.evict_root(root)
+        if left >= before:
+            time.sleep(min(_POLL_S, deadline.remaining_s()))
+    return True

@@ -392,8 +392,7 @@ class PageStorage:
     def clear(self) -> bool:
         """Remove everything of this model and tenant from the store, also what other ranks and servers put there.
 
-        Only the store's owner can: this rank, the server's first one (which SGLang asks as well, so there is nothing to
-        do here), or a process that SGLang knows nothing of; then the answer is no, and the log says so.
+        The server's first rank does it for the others, where they share its store: SGLang asks all of them.
 
         Returns whether nothing is left: what is being read or written at the moment stays, and is tried again until
         the deadline of a call.
