@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import kvstore
-from kvstore.errors import KVStoreError
+from kvstore.errors import DeadlineError, KVStoreError
 from kvstore.foreign import ForeignStore
 from kvstore.limits import FOREIGN_CLOSE_DEADLINE_S
 
@@ -79,19 +79,35 @@ class TierStore:
         except KVStoreError as error:
             LOG.warning("the store at %s is still gone: %s", self._config.socket, error)
             store = None
+        gone: list[ForeignStore] = []
         with self._lock:
-            self._is_looking = False
             self._looked_s = time.monotonic()
+            self._is_looking = False
             if store is not None and not self._is_closed:
                 if self._current is not None:
                     self._old.append(self._current)
+                gone = list(self._old)
                 self._current = ForeignStore(
                     store, self._namespace, verify=self._config.verify, threads=self._config.threads
                 )
+                store = None
                 LOG.info("the store at %s is there again", self._config.socket)
-                return
         if store is not None:
             store.close()
+        for each in gone:
+            self._part_from(each)
+
+    def _part_from(self, gone: ForeignStore) -> None:
+        """Of a store whose owner has gone: its memory stays mapped, and thereby taken, until it is closed."""
+        try:
+            gone.close(FOREIGN_CLOSE_DEADLINE_S)
+        except DeadlineError as error:
+            LOG.warning("what is left of the store at %s still moves: %s", self._config.socket, error)
+            return
+        gone.store.close()
+        with self._lock:
+            if gone in self._old:
+                self._old.remove(gone)
 
     def close(self, deadline_s: float = FOREIGN_CLOSE_DEADLINE_S) -> None:
         """End what runs, then close the store. Idempotent.
