@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,16 +177,18 @@ class Matrix:
         store = self._start("store", self._settings("store", ssd=True, listens=True))
         yield from self._cells("plain", lambda: self._plain_cells())
         yield from self._cells("store", lambda: self._store_cells(store))
-        written = {}
-        with suppress(EngineError, NotRunError):  # then the cells about it say so
+        written, failure = {}, ""
+        try:
             written = self._write(store) if "restart" in self._parts else {}
+        except (EngineError, NotRunError) as error:  # then the cells about it say so
+            failure = str(error)
         if "handover" in self._parts:
             decode = self._start("decode", self._settings("decode"))
             yield from self._cells("handover", lambda: self._handover_cells(store, decode))  # kills one of them
             decode.quit()
         if "restart" in self._parts:
             store.quit()
-            yield from self._cells("restart", lambda: self._restart_cells(written))
+            yield from self._cells("restart", lambda: self._restart_cells(written, failure))
         store.quit()
 
     def _rank_part(self) -> Iterator[Cell]:
@@ -458,15 +460,16 @@ class Matrix:
     def _write(self, engine: Engine) -> dict[str, tuple[Request, Ran]]:
         """What the engine that comes back is asked, and how the one before computed its prefix, which is on disk."""
         written: dict[str, tuple[Request, Ran]] = {}
+        engine.ask("flush", may_lack=True)  # the cells before it evict, on a slow machine before all was on disk
         for case in ("restart", *self.model.faults, "corrupt"):
             prefix, full = self._pair(f"written, {case}")
             written[case] = full, engine.generate(prefix)
         engine.ask("flush")
         return written
 
-    def _restart_cells(self, written: dict[str, tuple[Request, Ran]]) -> Iterator[Cell]:
+    def _restart_cells(self, written: dict[str, tuple[Request, Ran]], failure: str) -> Iterator[Cell]:
         if not written:
-            raise EngineError("the engine before it failed when it was to store prompts")
+            raise EngineError(f"the engine before it failed when it was to store prompts: {failure}")
         name = self.model.name
         again = self._start("restarted", self._settings("store", ssd=True))
         control = float("inf")

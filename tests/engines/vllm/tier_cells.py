@@ -124,6 +124,7 @@ class TierCells:
     def restart_cells(self, engine: Engine, flip: Any) -> Iterator[Cell]:
         tools, name = self._tools, self._model
         pairs = {case: tools.pair(f"tier {case}") for case in ("restart", *FAULTS, "corrupt")}
+        engine.ask("flush", may_lack=True)  # as in cells.py
         cold = {case: engine.generate(prefix) for case, (prefix, _) in pairs.items()}
         engine.forget()
         engine.ask("flush")
