@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tests.engines.environment import ROOT, NotRunError
 from tests.engines.matrix import Cell, Verdict, holds, not_run
-from tests.engines.sglang.whole import CASES, MODEL, QUICK_CASES, Whole
+from tests.engines.sglang import whole
+from tests.engines.sglang.whole import Whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,6 +36,8 @@ UNIFIED = (
 UNIFIED_QUICK = ((UNIFIED_MAMBA, LAYOUTS[1], INTERFACES[1]),)
 UNIFIED_CASES = ("warm", "restarted, warm disk", "two tenants", "corrupted record on disk")
 UNIFIED_STATE_CASES = ("state without its anchor", "anchor without its state")
+WHOLE = ((whole.MODEL, 1), (whole.PARALLEL, 2))
+"""Models, and ranks of their engines."""
 NOT_HERE = (
     ("controller and unified", "SGLang's copies between device and host",
      "they are kernels for a GPU; index copies stand in for them"),
@@ -86,8 +89,7 @@ def scripts(is_quick: bool) -> list[Script]:
 
 def expected(is_quick: bool) -> list[tuple[str, str]]:
     """Models and cases that are reported."""
-    whole = [(MODEL, case) for case in (QUICK_CASES if is_quick else CASES)]
-    return [each for script in scripts(is_quick) for each in script.expected] + whole
+    return [each for script in scripts(is_quick) for each in script.expected] + whole.expected(is_quick)
 
 
 def cells(
@@ -106,8 +108,14 @@ def cells(
         for model, case in wanted:
             if (model, case) not in found:
                 yield Cell(ENGINE, model, case, Verdict.BROKEN, reason=f"{script.name} has not reported it")
-    if not models or MODEL.startswith(tuple(models)):
-        yield from Whole(environment, folder, variables(environment), is_quick=is_quick, seed=seed).cells()
+    for model, ranks in WHOLE[:1] if is_quick else WHOLE:
+        if not models or model.startswith(tuple(models)):
+            place = folder / f"engine-{ranks}"
+            place.mkdir()
+            run = Whole(
+                environment, place, variables(environment), is_quick=is_quick or ranks > 1, seed=seed, ranks=ranks
+            )
+            yield from run.cells()
     if not is_quick and not models:
         yield _example(environment, folder)
     if not is_quick:

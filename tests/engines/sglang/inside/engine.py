@@ -11,10 +11,11 @@ import time
 import traceback
 
 LOGPROBS = 8
+STOP_LIMIT_S = 60.0
 
 
 class Driver:
-    def do_open(self, model, extra):
+    def do_open(self, model, extra, ranks=1):
         import sglang
 
         began = time.monotonic()
@@ -23,7 +24,7 @@ class Driver:
             "grammar_backend": "none", "disable_cuda_graph": True, "disable_overlap_schedule": True,
             "skip_tokenizer_init": True, "skip_server_warmup": True, "dtype": "float32", "page_size": 16,
             "max_total_tokens": 4096, "max_running_requests": 4, "random_seed": 1, "watchdog_timeout": 1000,
-            "enable_cache_report": True, "log_level": "info",
+            "enable_cache_report": True, "log_level": "info", "tp_size": ranks,
         }  # fmt: skip
         hierarchical = {
             "enable_hierarchical_cache": True, "hicache_ratio": 2.0, "hicache_write_policy": "write_through",
@@ -48,9 +49,31 @@ class Driver:
             "storage_tokens": details.get("storage", 0), "seconds": time.monotonic() - began,
         }  # fmt: skip
 
-    def do_quit(self):
+    def do_stop(self):
+        """As SGLang's server ends when it is told to: schedulers leave their loops, and what they have is released."""
+        from sglang.srt.managers.io_struct import ShutdownReq
+        from sglang.srt.utils.cudacore_pyspy_dump_utils import collect_scheduler_processes
+
+        async def tell():
+            self.engine.tokenizer_manager._dispatch_to_scheduler(ShutdownReq())
+
+        if self.engine.tokenizer_manager._subprocess_watchdog is not None:
+            self.engine.tokenizer_manager._subprocess_watchdog.stop()  # they have not crashed
+        began = time.monotonic()
+        self.engine.loop.run_until_complete(tell())
+        while collect_scheduler_processes():
+            if time.monotonic() > began + STOP_LIMIT_S:
+                raise RuntimeError(f"a scheduler has not ended in {STOP_LIMIT_S:.0f} s")
+            time.sleep(0.05)
+        seconds = time.monotonic() - began
         self.engine.shutdown()
-        return {}
+        return {"seconds": seconds}
+
+    def do_shutdown(self):
+        """As a program that has made an `Engine` ends it: SGLang kills its schedulers."""
+        began = time.monotonic()
+        self.engine.shutdown()
+        return {"seconds": time.monotonic() - began}
 
 
 def main():
@@ -66,7 +89,7 @@ def main():
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
-        if do == "quit":
+        if do in ("stop", "shutdown"):
             break
     os._exit(0)
 
