@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import kvstore
-from kvstore.attached.pool import AttachedPool
 from kvstore.adapters.vllm.rows import JobEnd, RowJobs, Rows, split_key
 from kvstore.adapters.vllm.tier_config import TierConfig
 from kvstore.adapters.vllm.tier_store import TierStore
+from kvstore.attached.pool import AttachedPool
 from kvstore.errors import ConfigError, DeadlineError
 from kvstore.foreign import ForeignNamespace
 
