@@ -101,10 +101,24 @@ class Environment:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
+    """End a process and all that it started, and remove the engine's shared memory, which a killed one leaves."""
+    shared = _shared_memory(process.pid)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """Files of /dev/shm that processes of a group have mapped. What kvstore leaves would be for a test to notice."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getpgid(int(folder.name)) == group:
+                names = (line.split(maxsplit=5)[5:] for line in (folder / "maps").read_text().splitlines())
+                found |= {Path(name[0]) for name in names if name and name[0].startswith("/dev/shm/")}
+    return {path for path in found if "kvstore" not in path.name and path.exists()}
 
 
 def tail(log: Path, lines: int = 15) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,6 @@ from tests.engines.environment import NotRunError, prepare
 from tests.engines.jax import cells as jax_cells
 from tests.engines.matrix import Answer, Verdict, distance, holds, judge, not_run
 from tests.engines.report import line, table, write
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONTEXT = ("engine", "model", "case")
 
@@ -189,3 +187,23 @@ def test_unit_tests_that_are_all_skipped_have_not_run(tmp_path: Path) -> None:
     results.write_text('<testsuite><testcase name=""><skipped message="no JAX"/></testcase></testsuite>')
     cell = jax_cells.cell_of(results, "adapter", "test.py")
     assert (cell.verdict, cell.reason) == (Verdict.NOT_RUN, "no JAX")
+
+
+def test_a_process_that_is_ended_leaves_no_shared_memory(tmp_path: Path) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(
+        "from multiprocessing import shared_memory\n"
+        "import sys\n"
+        "held = shared_memory.SharedMemory(create=True, size=4096)\n"
+        "print(held.name, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    made = environment.Environment("engine", Path(sys.executable), is_tree=False)
+    with made.start(script, (), log=tmp_path / "log", is_talking=True) as process:
+        assert process.stdout is not None
+        path = Path("/dev/shm") / process.stdout.readline().decode().strip()
+        try:
+            assert path.exists()
+        finally:
+            environment.end(process)
+        assert not path.exists()
