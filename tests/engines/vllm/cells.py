@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,19 @@ if TYPE_CHECKING:
 ENGINE = "vllm"
 DISK_BYTES = 5 << 30
 SCRIPT_OF_MODELS = Path(__file__).parent / "models.py"
+SCRIPT_OF_SPECS = Path(__file__).parent / "specs.py"
 CHUNK_TOKENS = 256
 PREFIX_TOKENS = 2 * CHUNK_TOKENS
 SUFFIX_TOKENS = 40
 HANDOVER_TOKENS = 600
 DECODED = 8
+PREEMPTED_TOKENS = 400
+PREEMPTED_AFTER = (10, 40)
+"""Tokens that were decoded when the engine takes the pages of a request."""
+TURN_TOKENS = 300
+TURN_DECODED = 220
+TIGHT_OPTIONS: dict[str, Any] = {"kv_cache_memory_bytes": 2 << 20, "max_model_len": 640}
+"""8 pages of 128 tokens of the dense model: not enough for three prompts of `TURN_TOKENS` that decode."""
 EXAMPLE_LIMIT_S = 300.0
 EXAMPLES = {
     "11_vllm_prefix_cache.py": ("question 1: 0 of 536", "question 2: 512 of 536"),
@@ -64,24 +73,30 @@ CASES = {
         "eviction after match",
         "expiry after match",
         "abort",
+        "preemption",
     ),
     "restart": ("restarted, warm disk", "corrupted record"),
     "handover": ("prefill to decode", "node killed"),
     "layers": ("layer by layer", "by layer, the same bytes"),
     "failed layer": ("layer that cannot be loaded",),
+    "killed": ("node killed on the way",),
+    "turns": ("preemption, decoded tokens", "next turn"),
+    "tight": ("too few pages",),
     **tier_cells.CASES,
     "soak": soak.CASES,
     "ranks": rank_cells.CASES,
+    "specs": ("specs and kernels",),
     "examples": ("11_vllm_prefix_cache.py", "12_vllm_prefill_decode.py"),
 }
+OTHERS = ("plain", "store", "restart", "handover", "killed", "turns", "layers", "tier", "tier restart", "soak")
 ALL = {
     "dense": tuple(CASES),  # two key heads, so ranks as well
-    "window": ("plain", "store", "restart", "handover", "layers", "tier", "tier restart", "soak"),
-    "hybrid": ("plain", "store", "restart", "handover", "layers", "tier", "tier restart", "soak"),
+    "window": OTHERS,
+    "hybrid": OTHERS,
     "hybrid over ranks": ("ranks",),
 }
 QUICK = {
-    "dense": ("plain", "store", "restart", "examples"),
+    "dense": ("plain", "store", "restart", "specs", "examples"),
     "window": ("plain", "store"),
     "hybrid": ("plain", "store", "restart", "handover", "tier", "tier restart"),
     "hybrid over ranks": (),
@@ -170,6 +185,8 @@ class Matrix:
             yield from self._cells("soak", self._soak_cells)
         if "ranks" in self._parts:
             yield from self._rank_part()
+        if "specs" in self._parts:
+            yield from self._cells("specs", self._spec_cells)
         if "examples" in self._parts:
             yield from self._cells("examples", self._example_cells)
 
@@ -185,11 +202,24 @@ class Matrix:
         if "handover" in self._parts:
             decode = self._start("decode", self._settings("decode"))
             yield from self._cells("handover", lambda: self._handover_cells(store, decode))  # kills one of them
-            decode.quit()
         if "restart" in self._parts:
             store.quit()
-            yield from self._cells("restart", lambda: self._restart_cells(written, failure))
+            again = self._start("restarted", self._settings("store", ssd=True, listens=True))
+            yield from self._cells("restart", lambda: self._restart_cells(again, written, failure))
+            if "killed" in self._parts:
+                yield from self._cells("killed", lambda: self._killed_cells(again, decode))
+            again.quit()
+        if "handover" in self._parts:
+            decode.quit()
         store.quit()
+        if "turns" in self._parts:
+            turns = self._start("turns", self._settings("turns", saves_decoded=True))
+            yield from self._cells("turns", lambda: self._turn_cells(turns))
+            turns.quit()
+        if "tight" in self._parts:
+            tight = self._start("tight", self._settings("tight"), **TIGHT_OPTIONS)
+            yield from self._cells("tight", lambda: self._tight_cells(tight))
+            tight.quit()
 
     def _rank_part(self) -> Iterator[Cell]:
         tools = rank_cells.Tools(self._environment, self._start, connector_of, self._pair, self._reference)
@@ -259,8 +289,11 @@ class Matrix:
         )
         return self._engines.enter_context(engine)
 
-    def _settings(self, name: str, *, ssd: bool = False, listens: bool = False) -> dict[str, Any]:
+    def _settings(
+        self, name: str, *, ssd: bool = False, listens: bool = False, saves_decoded: bool = False
+    ) -> dict[str, Any]:
         extra: dict[str, Any] = {"weights": f"{self.model.name} {self._seed}", "dram": "48MiB", "fetch_deadline_s": 10}
+        extra["saves_decoded"] = saves_decoded
         extra["peers"] = ["tcp://127.0.0.1:*"]
         if ssd:
             extra["ssd"] = [f"{self._folder / name}-ssd:256MiB"]
@@ -377,6 +410,7 @@ class Matrix:
                 broken.append(f"it was not aborted after {after} tokens but {len(aborted.answers[0].tokens)}")
             broken += [f"left: {leak}" for leak in engine.leaks()]
         yield holds(ENGINE, name, "abort", broken)
+        yield self._preempted(engine, "preemption", Request(self._prompt("preempted", PREEMPTED_TOKENS), 60))
 
     def _after_load(self, engine: Engine) -> Cell:
         """The engine's own cache holds what was loaded: a prompt that leaves the loaded one a little earlier finds it.
@@ -406,9 +440,26 @@ class Matrix:
         answers = (*other.answers, *same.answers)
         references = (*self._reference(full, ends_of(other.steps[0])), *reference)
         return judge(
-            ENGINE, self.model.name, "two tenants", reference=references, answers=answers, broken=broken,
-            control=self._control(engine, "tenants"),
+            ENGINE, self.model.name, "two tenants", reference=references, answers=answers,
+            broken=[*broken, *self._one_tenant(engine)], control=self._wrong_tenant(engine),
         )  # fmt: skip
+
+    def _one_tenant(self, engine: Engine) -> list[str]:
+        """What is broken if salts are ignored: nothing unless the second tenant finds what the first has stored."""
+        prefix, full = self._pair("one tenant")
+        engine.generate(Request(prefix.ids, 1, salt="tenant one"), fault="same_tenant")
+        found = engine.generate(Request(full.ids, DECODED, salt="tenant two"), fault="same_tenant")
+        return [] if found.cached_tokens[0] else ["without salts tenant two does not find what tenant one has stored"]
+
+    def _wrong_tenant(self, engine: Engine) -> float:
+        """What a block of another tenant's prompt changes, loaded as the tenant's own."""
+        prefix, full = self._pair("wrong tenant, two")
+        engine.generate(Request(prefix.ids, 1, salt="tenant two"))
+        noted = engine.generate(Request(full.ids, 1, salt="tenant two"), fault="note_block")
+        prefix, full = self._pair("wrong tenant, one")
+        cold = engine.generate(Request(prefix.ids, 1, salt="tenant one"))
+        ran = engine.generate(Request(full.ids, DECODED, salt="tenant one"), fault="noted_block")
+        return self._compared(full, cold, ran, "noted_block")[0] if noted.faults else 0.0
 
     def _judged(
         self, case: str, ran: Ran, reference: tuple[Answer, ...], least_cached: int, control: float,
@@ -467,11 +518,10 @@ class Matrix:
         engine.ask("flush")
         return written
 
-    def _restart_cells(self, written: dict[str, tuple[Request, Ran]], failure: str) -> Iterator[Cell]:
+    def _restart_cells(self, again: Engine, written: dict[str, tuple[Request, Ran]], failure: str) -> Iterator[Cell]:
         if not written:
             raise EngineError(f"the engine before it failed when it was to store prompts: {failure}")
         name = self.model.name
-        again = self._start("restarted", self._settings("store", ssd=True))
         control = float("inf")
         for fault in self.model.faults:
             full, cold = written[fault]
@@ -493,12 +543,10 @@ class Matrix:
             ENGINE, name, "corrupted record", reference=reference, answers=ran.answers, control=control, broken=broken,
             figures={"cached": ran.cached_tokens[0]},
         )  # fmt: skip
-        again.quit()
 
     # Two engines
 
     def _handover_cells(self, prefill: Engine, decode: Engine) -> Iterator[Cell]:
-        name = self.model.name
         control = float("inf")
         for fault in self.model.faults:
             control = min(control, self._handed_over(prefill, decode, f"hand-over, {fault}", fault)[0])
@@ -506,16 +554,37 @@ class Matrix:
         broken += [f"left: {leak}" for leak in (*prefill.leaks(), *decode.leaks())]
         yield self._judged("prefill to decode", ran, reference, HANDOVER_TOKENS, control, broken)
 
-        first, ids = self._prefilled(prefill, "killed")
+        yield self._killed(prefill, decode, "node killed", prefill.kill, control)
+
+    def _killed_cells(self, prefill: Engine, decode: Engine) -> Iterator[Cell]:
+        """The prefill instance dies when part of its bytes have been sent."""
+        control = min(
+            self._handed_over(prefill, decode, f"on the way, {fault}", fault)[0] for fault in self.model.faults
+        )
+        prefill.ask("die_sending", frames=2)
+
+        def has_died() -> list[str]:
+            return [] if prefill.has_died(30.0) else ["the prefill instance sent everything"]
+
+        yield self._killed(prefill, decode, "node killed on the way", has_died, control, least=0)
+
+    def _killed(
+        self, prefill: Engine, decode: Engine, case: str, kill: Callable[[], list[str] | None], control: float,
+        least: int | None = None,
+    ) -> Cell:  # fmt: skip
+        first, ids = self._prefilled(prefill, case)
         decode.forget()
-        decode.begin(Request((*ids, first.answers[0].tokens[0]), DECODED, params=first.params[0]))
-        prefill.kill()
+        request = Request((*ids, first.answers[0].tokens[0]), DECODED, params=first.params[0])
+        decode.begin(request)
+        broken = kill() or []
         ran = decode.finish()
-        ends = (*_upto(first, ran.cached_tokens[0]), *ends_of(ran.steps[0]))
-        reference = self._reference(Request((*ids, first.answers[0].tokens[0]), DECODED), ends)
-        yield judge(
-            ENGINE, name, "node killed", reference=reference, answers=ran.answers, control=control,
-            broken=[f"left: {leak}" for leak in decode.leaks()], figures={"cached": ran.cached_tokens[0]},
+        cached = ran.cached_tokens[0]
+        reference = self._reference(Request(request.ids, DECODED), (*_upto(first, cached), *ends_of(ran.steps[0])))
+        broken += [f"{cached} tokens came from a part"] if least is not None and cached > least else []
+        broken += [f"left: {leak}" for leak in decode.leaks()]
+        return judge(
+            ENGINE, self.model.name, case, reference=reference, answers=ran.answers, control=control, broken=broken,
+            figures={"cached": cached},
         )  # fmt: skip
 
     def _prefilled(self, prefill: Engine, case: str) -> tuple[Ran, tuple[int, ...]]:
@@ -549,6 +618,109 @@ class Matrix:
             yield soak.Soak(self._plain, engine, name, str(self._seed)).cell(ENGINE, case, self.model.faults)
             engine.quit()
 
+    # Requests that lose their pages, and turns of a conversation
+
+    def _without_pages(self, engine: Engine, request: Request, after: tuple[int, ...], fault: str = "") -> Ran:
+        return engine.generate(Request(request.ids, request.max_tokens, preempt_after=after), fault=fault)
+
+    def _preempted(self, engine: Engine, case: str, request: Request, after: tuple[int, ...] = PREEMPTED_AFTER) -> Cell:
+        """A request loses its pages while it decodes, and comes back for what is stored of it.
+
+        The reference loses them, too, and computes again what is loaded here, in the same steps: decoded tokens that
+        are computed together with the prompt's differ from themselves.
+        """
+        control = float("inf")
+        for fault in self.model.faults:
+            ids = self._prompt(f"{case}, {fault}", len(request.ids))
+            other = Request(ids, request.max_tokens)
+            ran = self._without_pages(engine, other, after, fault)
+            control = min(control, distance(self._again(ran, other, after), ran.answers) if ran.faults else 0.0)
+        ran = self._without_pages(engine, request, after)
+        reference = self._again(ran, request, after)
+        broken = [] if ran.preemptions == len(after) else [f"{ran.preemptions} preemptions instead of {len(after)}"]
+        broken += [f"resumed at {each}" for each in _resumed(ran.steps[0]) if each < len(request.ids)]
+        broken += [f"left: {leak}" for leak in engine.leaks()]
+        return judge(
+            ENGINE, self.model.name, case, reference=reference, answers=ran.answers, control=control, broken=broken,
+            figures={
+                "resumed at": max(_resumed(ran.steps[0]), default=0),
+                "never preempted differs by": distance(self._plain.generate(request).answers, reference),
+            },
+        )  # fmt: skip
+
+    def _again(self, ran: Ran, request: Request, after: tuple[int, ...], number: int = 0) -> tuple[Answer, ...]:
+        """What the engine without kvstore says when it loses its pages as often; each time it computes all again."""
+        steps, prompt_tokens = ran.steps[number], len(request.ids)
+        boundaries = {stop for start, stop in steps if stop <= prompt_tokens}
+        boundaries |= set(range(prompt_tokens + 1, max(_resumed(steps), default=0) + 1))  # one by one, as decoded
+        plain = self._plain.generate(
+            Request(request.ids, request.max_tokens, boundaries=tuple(sorted(boundaries)), preempt_after=after)
+        )
+        if plain.preemptions != len(after):
+            raise EngineError(f"the reference lost its pages {plain.preemptions} times instead of {len(after)}")
+        return plain.answers
+
+    def _turn_cells(self, engine: Engine) -> Iterator[Cell]:
+        """What is decoded is saved, too: a request comes back for it, and the next turn of a conversation."""
+        case, after = "preemption, decoded tokens", (TURN_DECODED, TURN_DECODED + 20)
+        request = Request(self._prompt(case, TURN_TOKENS), TURN_DECODED + 30)
+        cell = self._preempted(engine, case, request, after)
+        lost = "" if cell.figures["resumed at"] > TURN_TOKENS else "nothing decoded was found"
+        yield cell if not lost else holds(ENGINE, self.model.name, case, [lost])
+
+        def turns(case: str) -> tuple[Ran, Request]:
+            first = Request(self._prompt(case, TURN_TOKENS), TURN_DECODED)
+            said = engine.generate(first)
+            return said, Request(
+                (*first.ids, *said.answers[0].tokens, *self._prompt(f"{case}, then", SUFFIX_TOKENS)), DECODED
+            )
+
+        control = float("inf")
+        for fault in self.model.faults:
+            cold, full = turns(f"turn, {fault}")
+            ran = engine.generate(full, fault=fault)
+            control = min(control, self._compared(full, cold, ran, fault)[0])
+        cold, full = turns("turn")
+        _, ran, reference = self._compared(full, cold, engine.generate(full))
+        yield self._judged("next turn", ran, reference, PREFIX_TOKENS, control)
+
+    def _tight_cells(self, engine: Engine) -> Iterator[Cell]:
+        """Requests that do not fit together: the scheduler takes pages of one of them, with others in its steps."""
+        requests = [Request(self._prompt(f"tight {number}", TURN_TOKENS), TURN_DECODED) for number in range(3)]
+        ran = engine.generate(*requests)
+        reference: list[Answer] = []
+        at = 0
+        for number, request in enumerate(requests):
+            after = tuple(end - TURN_TOKENS for (_, end), (begin, _) in pairwise(ran.steps[number]) if begin < end)
+            reference += self._again(ran, request, after, number)
+            at = max(at, *_resumed(ran.steps[number]), 0)
+        broken = [] if ran.preemptions else ["nothing was preempted"]
+        broken += [] if at >= TURN_TOKENS else ["nothing was loaded"]
+        broken += [f"left: {leak}" for leak in engine.leaks()]
+        least = float("inf")
+        for fault in self.model.faults:
+            faulty = engine.generate(*requests, fault=fault)
+            least = min(least, distance(ran.answers, faulty.answers) if faulty.faults else 0.0)
+        yield judge(
+            ENGINE, self.model.name, "too few pages", reference=reference, answers=ran.answers, control=least,
+            broken=broken, figures={"preemptions": ran.preemptions, "resumed at": at},
+        )  # fmt: skip
+
+    # Without an engine
+
+    def _spec_cells(self) -> Iterator[Cell]:
+        log = self._folder / "specs.log"
+        try:
+            self._environment.run(SCRIPT_OF_SPECS, (), log=log, limit_s=EXAMPLE_LIMIT_S, variables=VARIABLES)
+        except NotRunError as error:
+            yield holds(ENGINE, self.model.name, "specs and kernels", [str(error)])
+            return
+        lines = log.read_text(errors="replace").splitlines()
+        broken = [line for line in lines if line.startswith(("BROKEN", "not run"))]
+        checks = sum(line.startswith("holds: ") for line in lines)
+        broken += [] if checks else ["it checked nothing"]
+        yield holds(ENGINE, self.model.name, "specs and kernels", broken, {"checks": checks})
+
     # Examples
 
     def _example_cells(self) -> Iterator[Cell]:
@@ -558,6 +730,11 @@ class Matrix:
             said = log.read_text(errors="replace")
             missing = [f"it does not say {phrase!r}" for phrase in phrases if phrase not in said]
             yield holds(ENGINE, self.model.name, name, missing)
+
+
+def _resumed(steps: Sequence[tuple[int, int]]) -> list[int]:
+    """Where a request went on that had lost its pages."""
+    return [begin for (_, end), (begin, _) in pairwise(steps) if begin < end]
 
 
 def _upto(ran: Ran, tokens: int) -> tuple[int, ...]:

@@ -31,10 +31,23 @@ class Boundaries:
     def __init__(self, scheduler: Any) -> None:
         self.wanted: dict[str, list[int]] = {}
         self.steps: dict[str, list[tuple[int, int]]] = {}
+        self.preempted_after: dict[str, list[int]] = {}
         self._scheduler = scheduler
         self._schedule = scheduler.schedule
         self._budget = scheduler.max_num_scheduled_tokens
         scheduler.schedule = self
+        self._allocate = scheduler.kv_cache_manager.allocate_slots
+        scheduler.kv_cache_manager.allocate_slots = self._allocate_unless_preempted
+        self._is_preempting = False
+
+    def _allocate_unless_preempted(self, request: Any, *arguments: Any, **options: Any) -> Any:
+        """No pages for a request that is to be preempted: with it running last, the engine preempts that."""
+        ahead = self.preempted_after.get(request.request_id)
+        if ahead and request.num_output_tokens >= ahead[0] and request is self._scheduler.running[-1]:
+            del ahead[0]
+            self._is_preempting = True
+            return None
+        return self._allocate(request, *arguments, **options)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         scheduler = self._scheduler
@@ -45,6 +58,11 @@ class Boundaries:
             if ahead:
                 scheduler.max_num_scheduled_tokens = min(self._budget, ahead[0] - computed)
         output = self._schedule(*arguments, **options)
+        if self._is_preempting:
+            # What it had computed would be found in the engine's own cache: other requests have taken those pages.
+            self._is_preempting = False
+            if len(scheduler.requests) == 1 and not scheduler.reset_prefix_cache():
+                raise RuntimeError("the engine keeps pages of a request that it has preempted")
         for name, count in output.num_scheduled_tokens.items():
             request = scheduler.requests[name]
             stop = request.num_computed_tokens  # the scheduler has counted the step already
@@ -109,7 +127,8 @@ class Driver:
         """Run requests to their ends, together.
 
         A request is `ids`, and optionally `salt`, `max_tokens`, `params` (kv_transfer_params), `boundaries` (lengths at
-        which steps end; alone only), `abort_after` (tokens; 0: after the first step).
+        which steps end; alone only), `abort_after` (tokens; 0: after the first step), `preempt_after` (decoded tokens,
+        ascending, at which there are no pages for it).
         """
         from vllm import SamplingParams
 
@@ -143,6 +162,8 @@ class Driver:
             }
             if request.get("boundaries"):
                 self.boundaries.wanted[name] = request["boundaries"]
+            if request.get("preempt_after"):
+                self.boundaries.preempted_after[name] = list(request["preempt_after"])
         until = time.monotonic() + REQUEST_LIMIT_S
         engine_steps = 0
         while engine.has_unfinished_requests():
@@ -240,6 +261,13 @@ class Driver:
                 store.flush(deadline_s)
         return {"stores": len(self.stores)}
 
+    def do_die_sending(self, frames: int) -> dict[str, Any]:
+        """From here on: be killed before that frame of pieces is sent to another instance."""
+        import faults
+
+        faults.die_sending(frames)
+        return {"frames": frames}
+
     def do_stored(self, ids: list[int], salt: str = "") -> dict[str, Any]:
         """How much of a prompt the store has."""
         return {"tokens": [store.match(ids, salt=salt.encode()).tokens for store in self.stores if not store.is_closed]}
@@ -257,7 +285,15 @@ class Driver:
         return {"digests": [faults.digests_of(store, ids, salt.encode()) for store in self.stores]}
 
 
+def _leave_out_matrix_tiles() -> None:
+    """Where a CPU has AMX, vLLM lays bfloat16 pages out for it, which kvstore refuses by name: have it do without."""
+    import torch
+
+    torch.cpu._is_amx_tile_supported = lambda: False
+
+
 def main() -> None:
+    _leave_out_matrix_tiles()
     driver = Driver()
     for line in sys.stdin:
         command = json.loads(line)

@@ -8,6 +8,7 @@ import subprocess
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Request:
     boundaries: tuple[int, ...] = ()
     params: dict[str, Any] | None = None
     abort_after: int | None = None
+    preempt_after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Ran:
         found.
         """
         return tuple(steps[0][0] if steps else 0 for steps in self.steps)
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request lost its pages and began again."""
+        return sum(begin < end for steps in self.steps for (_, end), (begin, _) in pairwise(steps))
 
 
 class Engine:
@@ -189,6 +196,14 @@ class Engine:
 
     def kill(self) -> None:
         end(self._process)
+
+    def has_died(self, limit_s: float) -> bool:
+        """Whether it ends by itself within a time."""
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def quit(self) -> None:
         """End it in an orderly way, with its store closed; by force if that takes long."""

@@ -5,12 +5,17 @@ A fault changes what a load copies, between the store's records and the engine's
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import hashlib
+import os
+import signal
 import time
 from typing import Any
 
-KINDS = ("zero_states", "zero_block", "other_block", "fail_layer")
+KINDS = ("zero_states", "zero_block", "other_block", "note_block", "noted_block", "same_tenant", "fail_layer")
+FRAME_BYTES = 64 << 10
 
 
 class Faults:
@@ -20,6 +25,7 @@ class Faults:
     """
 
     def __init__(self) -> None:
+        import kvstore.adapters.vllm.scheduling as scheduling
         import kvstore.store.lease as lease
         import kvstore.store.paged as paged
         from kvstore.adapters.paged import PagedMapping
@@ -39,11 +45,22 @@ class Faults:
             load(mapping, *arguments, **options)
 
         PagedMapping.load = load_then_count  # type: ignore[method-assign]
+        self._blocks: dict[tuple[int, str], Any] = {}
         read_tokens, copy_to = paged._read_tokens, lease.LayerView.copy_to
 
         def tokens_then_fault(lease: Any, layer: int, views: Any, start: int, stop: int) -> None:
             read_tokens(lease, layer, views, start, stop)
             block = lease.spec.block_tokens
+            if self.kind == "noted_block":
+                for name, view in views.items():
+                    kept = self._blocks.get((layer, name))
+                    if kept is not None and stop - start >= 2 * block:
+                        view[:, block : 2 * block] = kept
+                        self.count += 1
+            elif self.kind == "note_block" and stop - start >= 2 * block:
+                for name, view in views.items():
+                    self._blocks[layer, name] = copy.deepcopy(view[:, block : 2 * block])
+                self.count += 1
             if self._is_on and self.kind in ("zero_block", "other_block") and stop - start >= 2 * block:
                 for view in views.values():  # [rows, tokens, ...]
                     view[:, block : 2 * block] = 0 if self.kind == "zero_block" else view[:, :block]
@@ -66,6 +83,16 @@ class Faults:
             return load_layer(pages, lease, order, name, *rest)
 
         EnginePages.load_layer = last_layer_fails  # type: ignore[method-assign]
+        identity_of = scheduling.Identities.of
+
+        def of_one_tenant(identities: Any, request: Any) -> Any:
+            identity = identity_of(identities, request)
+            if self.kind != "same_tenant":
+                return identity
+            self.count += 1
+            return dataclasses.replace(identity, salt=b"")
+
+        scheduling.Identities.of = of_one_tenant  # type: ignore[method-assign]
         paged._read_tokens = tokens_then_fault
         lease.LayerView.copy_to = copy_then_fault
 
@@ -127,6 +154,27 @@ def _fill(store: Any) -> None:
             written += writer.size_bytes
             writer.commit()
         first += 1 << 8
+
+
+def die_sending(frames: int) -> None:
+    """Send pieces frame by frame, small ones, and be killed before a given one."""
+    import kvstore.transfer.attachment as attachment
+
+    send_pieces = attachment.send_pieces
+    sent = 0
+
+    def frame_or_end(*order: Any) -> Any:
+        nonlocal sent
+        if sent + 1 >= frames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        stream, departures, epoch, counter, generation, _, unsent, connection, until_s, _, *rest = order
+        done = send_pieces(
+            stream, departures, epoch, counter, generation, FRAME_BYTES, unsent, connection, until_s, True, *rest
+        )
+        sent += done[0]
+        return done[0], done[1], b"", done[3]
+
+    attachment.send_pieces = frame_or_end
 
 
 def note_stores() -> list[Any]:

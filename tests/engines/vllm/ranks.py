@@ -19,7 +19,7 @@ class RankFaults:
 
     def kvstore_open(self) -> int:
         """Put the faults in, switched off; the worker's process id."""
-        import faults
+        import faults  # type: ignore[import-not-found]  # beside the driver, in the workers' path
 
         import kvstore.store.paged as paged
         from kvstore.adapters.vllm.metadata import NULL_PAGE
@@ -28,9 +28,12 @@ class RankFaults:
         from kvstore.store import Store
 
         state = _STATE
+        stores: Any = Store
+        pages_of: Any = EnginePages
+        paged_of: Any = paged
         state["faults"] = faults.Faults()
         rank = self.rank
-        match, load, save, check = Store.match, EnginePages.load, EnginePages.save, paged._check
+        match, load, save, check = stores.match, pages_of.load, pages_of.save, paged_of._check
 
         def check_unless_swapped(*arguments: Any) -> None:
             if state["kind"] != "swapped":  # a rank that reads another's share is refused here
@@ -57,9 +60,8 @@ class RankFaults:
             if state["kind"] == "killed" and rank:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Store.match, EnginePages.load = match_swapped, load_blank  # type: ignore[method-assign]
-        EnginePages.save = save_killed  # type: ignore[method-assign]
-        paged._check = check_unless_swapped
+        stores.match, pages_of.load, pages_of.save = match_swapped, load_blank, save_killed
+        paged_of._check = check_unless_swapped
         return os.getpid()
 
     def kvstore_begin(self, kind: str) -> None:
