@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.engines.jax import cells as jax_cells
 from tests.engines.matrix import Answer, Verdict, distance, holds, judge, not_run
 from tests.engines.report import line, table, write
 
+ROOT = Path(__file__).parents[2]
 CONTEXT = ("engine", "model", "case")
 
 
@@ -207,3 +209,12 @@ def test_a_process_that_is_ended_leaves_no_shared_memory(tmp_path: Path) -> None
         finally:
             environment.end(process)
         assert not path.exists()
+
+
+def test_faults_find_what_they_change() -> None:
+    """They reach into the library by name; in the engines' environments alone that would be noticed late."""
+    folder = ROOT / "tests" / "engines" / "vllm"
+    code = "import faults, tier_faults; faults.Faults(); tier_faults.Faults()"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -15,11 +15,11 @@ class Faults:
     """
 
     def __init__(self) -> None:
-        import kvstore.foreign.store as foreign
+        import kvstore.foreign.reading as reading
 
         self.kind = ""
         self.count = 0
-        copy_out = foreign.copy_out
+        copy_out = reading.copy_out
 
         def copy_then_fault(objects: Any, layout: Any, *, verify: bool) -> list[bool]:
             are_sound: list[bool] = copy_out(objects, layout, verify=verify)
@@ -33,7 +33,7 @@ class Faults:
                 self.count += 1
             return are_sound
 
-        foreign.copy_out = copy_then_fault
+        reading.copy_out = copy_then_fault
 
     def begin(self, kind: str) -> None:
         if kind and kind not in KINDS:
