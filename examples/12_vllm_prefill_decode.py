@@ -24,7 +24,7 @@ ANY_LOOPBACK = "tcp://127.0.0.1:*"
 
 
 def serve(connection: Connection, model: str) -> None:
-    """An instance: takes token ids, a number of tokens and parameters, answers with tokens and parameters."""
+    """An instance: ids, a number of tokens and parameters in; tokens, parameters and what was not computed out."""
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
@@ -52,7 +52,7 @@ def serve(connection: Connection, model: str) -> None:
             extra_args={"kv_transfer_params": params},
         )  # fmt: skip
         (output,) = engine.generate({"prompt_token_ids": ids}, sampling, use_tqdm=False)
-        connection.send((list(output.outputs[0].token_ids), output.kv_transfer_params))
+        connection.send((list(output.outputs[0].token_ids), output.kv_transfer_params, output.num_cached_tokens))
     os._exit(0)
 
 
@@ -92,11 +92,12 @@ def main() -> None:
         prefill.wait()
         decode.wait()
         prompt = [3 + 37 * i % 500 for i in range(PROMPT_TOKENS)]
-        first, params = prefill.ask(prompt, 1, {"do_remote_decode": True})
+        first, params, _ = prefill.ask(prompt, 1, {"do_remote_decode": True})
         print(f"one instance computed {params['kvstore']['tokens']} tokens and sampled {first}")
-        tokens, _ = decode.ask(prompt + first, DECODED_TOKENS, params)
-        print(f"the other went on with {tokens}")
-        whole, _ = prefill.ask(prompt, 1 + DECODED_TOKENS, {})
+        params.pop("remote_prefill_cached_tokens", None)  # vLLM would report it as what the second one had
+        tokens, _, taken_over = decode.ask(prompt + first, DECODED_TOKENS, params)
+        print(f"the other took over {taken_over} tokens and went on with {tokens}")
+        whole, *_ = prefill.ask(prompt, 1 + DECODED_TOKENS, {})
         print("which is what one instance says alone" if first + tokens == whole else f"but one alone says {whole}")
         prefill.end()
         decode.end()

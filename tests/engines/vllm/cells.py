@@ -38,7 +38,7 @@ TIGHT_OPTIONS: dict[str, Any] = {"kv_cache_memory_bytes": 2 << 20, "max_model_le
 EXAMPLE_LIMIT_S = 300.0
 EXAMPLES = {
     "11_vllm_prefix_cache.py": ("question 1: 0 of 536", "question 2: 512 of 536"),
-    "12_vllm_prefill_decode.py": ("computed 600 tokens", "is what one instance says alone"),
+    "12_vllm_prefill_decode.py": ("computed 600 tokens", "took over 600 tokens", "is what one instance says alone"),
 }
 
 
