@@ -97,12 +97,14 @@ class RankCells:
             return
         self.node.start()
         self._plain_two = self._start("plain-two-ranks", RANKS, has_store=False)
+        self._plain_two.wait_until_ready()  # ranks that wait for one another too long while it starts save nothing
         self._find(two, "found")
         control = self._control(two, two, "two warm", RANKS)
         ran, reference, broken = self._warm(two, two, "two warm", RANKS)
         yield self._judged("two ranks, warm", ran, reference, control, broken)
 
         one = self._start("one-rank", 1)
+        one.wait_until_ready()
         control = self._control(one, two, "one two", RANKS)
         ran, reference, broken = self._warm(one, two, "one two", RANKS)
         mixed = self._judged("one rank writes, two read", ran, reference, control, broken, self._spread)
