@@ -214,6 +214,7 @@ def test_orders_in_a_log_say_nothing_of_prompts_and_salts() -> None:
     orders = StepOrders(
         prompts=(NewPrompt("first", ids, b"a tenant's secret"),), more_tokens=(MoreTokens("first", 2, ids),)
     )
-    assert "31337" not in repr(orders)
-    assert "secret" not in repr(orders)
-    assert "first" in repr(orders)
+    for shown in (repr(orders), orders.anon_repr()):  # the second is what vLLM asks for
+        assert "31337" not in shown
+        assert "secret" not in shown
+        assert "first" in shown

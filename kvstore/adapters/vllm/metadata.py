@@ -126,6 +126,10 @@ class StepOrders:
     preempted: tuple[str, ...] = ()
     ended: tuple[str, ...] = ()
 
+    def anon_repr(self) -> str:
+        """What vLLM logs of it when a step fails, instead of each member: no prompts and no salts."""
+        return repr(self)
+
     @property
     def is_empty(self) -> bool:
         return not (self.prompts or self.more_tokens or self.loads or self.saves or self.preempted or self.ended)
