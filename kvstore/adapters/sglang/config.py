@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvstore.adapters.settings import check_kinds, check_owner, read_settings
 from kvstore.adapters.sglang.versions import OVERRIDE
-from kvstore.cluster.kinds import Kind, flag, parse_as, seconds, several, shown, size, text, whole
-from kvstore.errors import ConfigError
+from kvstore.cluster.kinds import Kind, flag, seconds, several, size, text, whole
 from kvstore.limits import FOREIGN_CHUNK_BYTES_MAX, NODE_DEADLINE_S_MAX, SSD_DIRECTORIES_MAX
 
 if TYPE_CHECKING:
@@ -86,17 +86,8 @@ class BackendConfig:
     allow_untested_version: bool = False
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if not (value is None and each.default is None):
-                object.__setattr__(self, each.name, parse_as(_KINDS[each.name], each.name, value, ORIGIN))
-        if self.socket:
-            told = [name for name in _OF_AN_OWNER if getattr(self, name) != _parsed_default(name)]
-            if told:
-                raise ConfigError(
-                    f"{ORIGIN}: socket = {shown(self.socket)} is another process's store, so {', '.join(told)} cannot "
-                    "be set here; set them where that store is opened, or leave the socket out"
-                )
+        check_kinds(self, _KINDS, ORIGIN)
+        check_owner(self, _OF_AN_OWNER, _KINDS, ORIGIN)
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any] | None) -> BackendConfig:
@@ -106,21 +97,7 @@ class BackendConfig:
             ConfigError: an unknown key, a missing one, or as the constructor.
         """
         given = {key: value for key, value in (extra or {}).items() if key not in _OF_SGLANG}
-        known = {each.name for each in fields(cls)}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise ConfigError(f"{ORIGIN} has {', '.join(map(str, unknown))}; known are {', '.join(sorted(known))}")
-        if "weights" not in given:
-            raise ConfigError(
-                f"{ORIGIN} has no weights; name the checkpoint, for example by the digest of its files: "
-                '"weights": "sha256:1f0c...". Two models under one name would read each other\'s cache'
-            )
-        return cls(**given)
+        return read_settings(cls, given, ORIGIN, '"weights": "sha256:1f0c..."')
 
 
 _OF_AN_OWNER = ("own_socket", "dram", "ssd", "ssd_write_bytes_per_day", "chunk_bytes")
-
-
-def _parsed_default(name: str) -> Any:
-    each = next(each for each in fields(BackendConfig) if each.name == name)
-    return None if each.default is None else _KINDS[name].parse(each.default)

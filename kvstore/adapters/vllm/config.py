@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from kvstore.adapters.settings import check_kinds, check_owner, read_settings
 from kvstore.cluster.config import LimitsConfig
 from kvstore.cluster.exposure import check_exposure
-from kvstore.cluster.kinds import Kind, choice, flag, parse_as, seconds, several, shown, size, text, whole
+from kvstore.cluster.kinds import Kind, choice, flag, seconds, several, size, text, whole
 from kvstore.errors import ConfigError
 from kvstore.limits import (
     BLOCK_TOKENS_MAX,
@@ -128,17 +129,8 @@ class ConnectorConfig:
     allow_untested_version: bool = False
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if not (value is None and each.default is None):
-                object.__setattr__(self, each.name, parse_as(_KINDS[each.name], each.name, value, _ORIGIN))
-        if self.socket:
-            told = [name for name in _OF_AN_OWNER if getattr(self, name) != _parsed_default(name)]
-            if told:
-                raise ConfigError(
-                    f"{_ORIGIN}: socket = {shown(self.socket)} is another process's store, so {', '.join(told)} cannot "
-                    "be set here; set them where that store is opened, or leave the socket out"
-                )
+        check_kinds(self, _KINDS, _ORIGIN)
+        check_owner(self, _OF_AN_OWNER, _KINDS, _ORIGIN)
         check_exposure(self.listen, "", trust_network=self.trust_network)
         self.limits_config()
 
@@ -149,16 +141,7 @@ class ConnectorConfig:
         Raises:
             ConfigError: an unknown key, a missing one, or as the constructor.
         """
-        known = {each.name for each in fields(cls)}
-        unknown = sorted(set(extra) - known)
-        if unknown:
-            raise ConfigError(f"{_ORIGIN} has {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        if "weights" not in extra:
-            raise ConfigError(
-                f"{_ORIGIN} has no weights; name the checkpoint, for example by the digest of its files: "
-                "{'weights': 'sha256:1f0c...'}. Two models under one name would read each other's cache"
-            )
-        return cls(**extra)
+        return read_settings(cls, extra, _ORIGIN, "{'weights': 'sha256:1f0c...'}")
 
     @property
     def loads_by_layer(self) -> bool:
@@ -189,8 +172,3 @@ class ConnectorConfig:
 
 
 _OF_AN_OWNER = ("dram", "ssd", "ssd_write_bytes_per_day", "own_socket", "listen", "limits")
-
-
-def _parsed_default(name: str) -> Any:
-    each = next(each for each in fields(ConnectorConfig) if each.name == name)
-    return None if each.default is None else _KINDS[name].parse(each.default)

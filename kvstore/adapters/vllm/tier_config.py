@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvstore.cluster.kinds import Kind, flag, parse_as, seconds, several, shown, size, text, whole
+from kvstore.adapters.settings import check_kinds, read_settings
+from kvstore.cluster.kinds import Kind, flag, seconds, several, shown, size, text, whole
 from kvstore.errors import ConfigError
 from kvstore.limits import FOREIGN_CHUNK_BYTES_MAX, NODE_DEADLINE_S_MAX, SSD_DIRECTORIES_MAX
 
@@ -70,9 +71,7 @@ class TierConfig:
     allow_untested_version: bool = False
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value = parse_as(_KINDS[each.name], each.name, getattr(self, each.name), _ORIGIN)
-            object.__setattr__(self, each.name, value)
+        check_kinds(self, _KINDS, _ORIGIN)
         if self.socket and (self.ssd or self.own_socket):
             raise ConfigError(
                 f"{_ORIGIN}: socket = {shown(self.socket)} is another process's store, so ssd and own_socket cannot be "
@@ -86,13 +85,4 @@ class TierConfig:
         Raises:
             ConfigError: an unknown key, a missing one, or as the constructor.
         """
-        known = {each.name for each in fields(cls)}
-        unknown = sorted(set(settings) - known)
-        if unknown:
-            raise ConfigError(f"{_ORIGIN} has {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        if "weights" not in settings:
-            raise ConfigError(
-                f"{_ORIGIN} has no weights; name the checkpoint, for example by the digest of its files: "
-                "{'weights': 'sha256:1f0c...'}. Two models under one name would read each other's cache"
-            )
-        return cls(**settings)
+        return read_settings(cls, settings, _ORIGIN, "{'weights': 'sha256:1f0c...'}")
