@@ -72,10 +72,6 @@ class PagedMapping:
         return 1 + max(group.index for group in self.groups)
 
     @property
-    def is_registered(self) -> bool:
-        return bool(self._registered)
-
-    @property
     def has_states(self) -> bool:
         """Whether some group has a state that exists at the end of a step only."""
         return any(group.is_state for group in self.groups)
