@@ -224,5 +224,25 @@ class PeerClosingError(TransferAbortedError):
     retryable = True
 
 
+class ProfileError(KVStoreError, ValueError):
+    """A profile's numbers are impossible or contradict each other, or its file cannot be used."""
+
+
+class DeploymentError(KVStoreError, ValueError):
+    """Clusters, links or limits of a deployment are missing, contradict each other, or cannot serve anything."""
+
+
+class PlanError(KVStoreError, ValueError):
+    """A plan was asked for that cannot be: a threshold outside of the lengths, a search too large, an unstable load."""
+
+
+class TraceError(KVStoreError, ValueError):
+    """A trace of requests cannot be read, or has holes; the message names file and line."""
+
+
+class SimulationError(KVStoreError):
+    """A simulation cannot run, or went over one of its limits."""
+
+
 class BenchmarkError(KVStoreError):
     """A benchmark cannot run as it was asked for: a case, an address, a peer, or too little memory."""

@@ -317,6 +317,13 @@ HTTP_REQUEST_BYTES_MAX = 16 * KIB
 HTTP_DEADLINE_S = 5.0
 """For one request and its answer together."""
 
+# Schedule
+PROFILE_POINTS_MAX = 256
+"""Points or coefficients of one curve of a profile."""
+CLUSTERS_MAX = 64
+INSTANCES_MAX = 65_536
+"""Of one kind in one cluster."""
+
 # vLLM
 VLLM_LOAD_THREADS = 2
 """Of each worker: one copies into pages while another waits for records; saves find a lane to the pages free."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A package may import those listed before it, and itself. What stands in one group is on one level.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore._version", "kvstore._native", "kvstore.errors", "kvstore.limits", "kvstore.units"),
-    ("kvstore.clock", "kvstore.wire"),
+    ("kvstore.clock", "kvstore.wire", "kvstore.profile"),
     ("kvstore.handle",),
     ("kvstore.events", "kvstore.metrics"),
     ("kvstore.spec",),
@@ -26,6 +26,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore.foreign",),
     ("kvstore",),
+    ("kvstore.profiles", "kvstore.schedule"),
+    ("kvstore.scenario", "kvstore.paper"),
+    ("kvstore.simulate",),
     ("kvstore.bench", "kvstore.cluster"),
     ("kvstore.adapters.paged",),
     ("kvstore.adapters",),

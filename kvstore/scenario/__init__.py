@@ -1,0 +1,5 @@
+"""A deployment, its traffic and what happens to it: the values and the TOML file that `plan` and `simulate` take."""
+
+from kvstore.scenario.scenario import Arrivals, LinkFault, NodeFault, PolicyChoice, Scenario, Workload
+
+__all__ = ["Arrivals", "LinkFault", "NodeFault", "PolicyChoice", "Scenario", "Workload"]
