@@ -323,6 +323,8 @@ PROFILE_POINTS_MAX = 256
 CLUSTERS_MAX = 64
 INSTANCES_MAX = 65_536
 """Of one kind in one cluster."""
+LENGTHS_MAX = 1 << 20
+"""Different lengths of prompts in one distribution."""
 
 # vLLM
 VLLM_LOAD_THREADS = 2
