@@ -147,10 +147,11 @@ class KvSize:
         return self.state_bytes + self.window_token_bytes * min(tokens, self.window_tokens)
 
     def missing_bytes(self, tokens: float, present_tokens: float) -> float:
-        """What must cross to somebody who holds the attention of the first `present_tokens`: rest and whole states."""
-        if present_tokens >= tokens:
-            return 0.0
-        return self.resume_bytes(tokens) + self.token_bytes * (tokens - present_tokens)
+        """What must cross to somebody who holds the attention of the first `present_tokens`: rest and whole states.
+
+        States and windows cross even where all attention is there: they are of exactly this length.
+        """
+        return self.resume_bytes(tokens) + self.token_bytes * max(tokens - present_tokens, 0.0)
 
     def many(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """`total_bytes` at many lengths, same shape."""

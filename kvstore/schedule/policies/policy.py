@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvstore.schedule.policies.snapshot import RoutingRequest, Snapshot
 
 MemoryT = TypeVar("MemoryT")
@@ -83,12 +85,36 @@ class Explanation:
     inputs: tuple[tuple[str, float | str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
 class Decision:
-    """A route, or None for a request that is turned away at once, and why."""
+    """A route, or None for a request that is turned away at once, and why.
 
-    route: Route | None
-    explanation: Explanation
+    The explanation may be given as a function, which is called when somebody asks: most decisions are never asked
+    about, and saying why costs more than deciding. Since policies are pure it may just decide again, and take notes.
+    """
+
+    __slots__ = ("_explanation", "route")
+
+    def __init__(self, route: Route | None, explanation: Explanation | Callable[[], Explanation]) -> None:
+        self.route = route
+        self._explanation = explanation
+
+    @property
+    def explanation(self) -> Explanation:
+        """Inputs, candidates, scores, and which rule decided. Any thread may call."""
+        if not isinstance(self._explanation, Explanation):
+            self._explanation = self._explanation()
+        return self._explanation
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Decision):
+            return NotImplemented
+        return self.route == other.route and self.explanation == other.explanation
+
+    def __hash__(self) -> int:
+        return hash(self.route)
+
+    def __repr__(self) -> str:
+        return f"Decision({self.route!r})"
 
 
 class RoutingPolicy(ABC, Generic[MemoryT]):
