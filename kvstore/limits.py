@@ -325,6 +325,8 @@ INSTANCES_MAX = 65_536
 """Of one kind in one cluster."""
 LENGTHS_MAX = 1 << 20
 """Different lengths of prompts in one distribution."""
+PREFILL_PIECE_TOKENS_MIN = 16
+"""Of a chunk, or of a prompt's share in a group of layers; smaller ones only read weights."""
 
 # vLLM
 VLLM_LOAD_THREADS = 2
