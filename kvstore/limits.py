@@ -320,6 +320,10 @@ HTTP_DEADLINE_S = 5.0
 # Schedule
 PROFILE_POINTS_MAX = 256
 """Points or coefficients of one curve of a profile."""
+PROFILE_FILE_BYTES_MAX = 1 * MIB
+"""A profile's file. One with 256 points in each curve takes 30 KiB."""
+PROFILE_TEXT_CHARACTERS_MAX = 4096
+"""Of a name, a source or a note in a profile's file."""
 CLUSTERS_MAX = 64
 INSTANCES_MAX = 65_536
 """Of one kind in one cluster."""

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 Interpolation: TypeAlias = Literal["log-log", "linear"]
 
+NEAREST_SHARE = 1e-6
+"""Points of a curve lie at least this share of their x apart, so that slopes stay finite."""
+INFERABLE = ("prefill", "kv", "decode_step", "decode_batch_max")
+"""What of a profile may be inferred rather than measured or printed."""
+
 
 @dataclass(frozen=True)
 class MeasuredCurve:
@@ -29,6 +34,7 @@ class MeasuredCurve:
 
     Between points it is interpolated; outside of them the nearest piece goes on. `log-log` takes log y to be linear in
     log x, so that a power law stays one, and a cost that is nearly constant at short lengths stays positive down to 1.
+    Below the first point `linear` is at least the line to the origin, so that nothing is free.
 
     Attributes:
         xs: ascending, positive.
@@ -52,6 +58,8 @@ class MeasuredCurve:
         is_log = self.interpolation == "log-log"
         axis = tuple(map(log, self.xs)) if is_log else self.xs
         values = tuple(map(log, self.ys)) if is_log else self.ys
+        if any(x1 - x0 <= NEAREST_SHARE * abs(x1) for x0, x1 in pairwise(self.xs)):
+            raise ProfileError(f"two of the points {list(self.xs)} of a curve are almost one; leave one of them out")
         slopes = tuple(
             (y1 - y0) / (x1 - x0) for (x0, x1), (y0, y1) in zip(pairwise(axis), pairwise(values), strict=True)
         )
@@ -60,19 +68,36 @@ class MeasuredCurve:
         object.__setattr__(self, "_slopes", slopes or (0.0,))
 
     def __call__(self, x: float) -> float:
-        """The value at one positive x."""
-        at = log(x) if self.interpolation == "log-log" else x
-        piece = min(max(bisect_right(self._axis, at) - 1, 0), len(self._slopes) - 1)
-        value = self._values[piece] + (at - self._axis[piece]) * self._slopes[piece]
-        return exp(value) if self.interpolation == "log-log" else max(value, 0.0)
+        """The value at one positive x.
+
+        Raises:
+            ProfileError: x is not positive.
+        """
+        if not x > 0:
+            raise ProfileError(f"a curve is asked for {x}; it has values for positive amounts of work only")
+        axis, slopes = self._axis, self._slopes
+        if self.interpolation == "log-log":
+            at = log(x)
+            piece = min(max(bisect_right(axis, at) - 1, 0), len(slopes) - 1)
+            return exp(self._values[piece] + (at - axis[piece]) * slopes[piece])
+        piece = min(max(bisect_right(axis, x) - 1, 0), len(slopes) - 1)
+        return max(self._values[piece] + (x - axis[piece]) * slopes[piece], self.ys[0] * min(x / self.xs[0], 1.0))
 
     def many(self, xs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The values at many positive xs, same shape."""
+        """The values at many positive xs, same shape.
+
+        Raises:
+            ProfileError: an x is not positive.
+        """
+        if not np.all(xs > 0):
+            raise ProfileError(f"a curve is asked for {np.min(xs)}; it has values for positive amounts of work only")
         axis, slopes = np.array(self._axis), np.array(self._slopes)
         at = np.log(xs) if self.interpolation == "log-log" else xs
         piece = np.clip(np.searchsorted(axis, at, side="right") - 1, 0, len(slopes) - 1)
         values: NDArray[np.float64] = np.array(self._values)[piece] + (at - axis[piece]) * slopes[piece]
-        return np.exp(values) if self.interpolation == "log-log" else np.maximum(values, 0.0)
+        if self.interpolation == "log-log":
+            return np.exp(values)
+        return np.maximum(values, self.ys[0] * np.minimum(xs / self.xs[0], 1.0))
 
 
 @dataclass(frozen=True)
@@ -137,6 +162,10 @@ class KvSize:
         parts = (self.state_bytes, self.token_bytes, self.window_token_bytes, self.window_tokens)
         if not all(isfinite(each) and each >= 0 for each in parts) or not any(parts):
             raise ProfileError(f"{self}: sizes must be finite, not negative, and not all zero")
+        if (self.window_token_bytes > 0) != (self.window_tokens > 0):
+            raise ProfileError(
+                f"{self}: a window has both a length and bytes per token; set both, or neither for a model without one"
+            )
 
     def total_bytes(self, tokens: float) -> float:
         """S_kv: everything that a prompt of this length leaves behind, states included."""
@@ -173,8 +202,7 @@ class Profile:
         decode_batch_max: BS_max, requests that one instance decodes at once.
         accelerators: accelerators of one instance (P).
         tokens_max: the longest prompt that the numbers speak for.
-        inferred: which of `prefill`, `kv`, `decode_step`, `decode_batch_max` were inferred rather than measured or
-            printed, and how.
+        inferred: which of `INFERABLE` were inferred rather than measured or printed, and how.
 
     Raises:
         ProfileError: a number is out of its limits.
@@ -194,6 +222,11 @@ class Profile:
         for what in ("decode_batch_max", "accelerators", "tokens_max"):
             if getattr(self, what) < 1:
                 raise ProfileError(f"profile {self.name!r}: {what} must be at least 1, not {getattr(self, what)}")
+        for what, _ in self.inferred:
+            if what not in INFERABLE:
+                raise ProfileError(
+                    f"profile {self.name!r}: {what!r} cannot be inferred; what can is {', '.join(INFERABLE)}"
+                )
 
     def prefill_s(self, tokens: float, present_tokens: float = 0.0) -> float:
         """Seconds to prefill the tokens behind a prefix that is there.

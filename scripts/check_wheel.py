@@ -29,9 +29,15 @@ def check(version: str) -> None:
     assert _native.crc32c(b"123456789") == 0xE3069283, "the native checksum is wrong"
     package = importlib.resources.files("kvstore")
     sources = ("bench/sides/raw_sockets.cc", "bench/sides/congestion_shim.c")
-    for name in ("py.typed", "_native.pyi", "testing/__init__.py", *sources):
+    tables = ("profiles/tables/kv_throughput.json", "profiles/paper-1t-h200.json")
+    for name in ("py.typed", "_native.pyi", "testing/__init__.py", *sources, *tables):
         assert package.joinpath(name).is_file(), f"kvstore/{name} is not in the wheel"
     assert not package.joinpath("csrc").is_dir(), "the wheel carries the C++ sources"
+
+    from kvstore.profiles import load_profile, published_kv_throughput
+
+    for row in published_kv_throughput():
+        assert load_profile(row.profile).name == row.profile, f"the profile {row.profile} is not in the wheel"
 
     for group in ("kvstore.transports", "kvstore.codecs"):
         points = importlib.metadata.entry_points(group=group)
