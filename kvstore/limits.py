@@ -331,6 +331,10 @@ LENGTHS_MAX = 1 << 20
 """Different lengths of prompts in one distribution."""
 PREFILL_PIECE_TOKENS_MIN = 16
 """Of a chunk, or of a prompt's share in a group of layers; smaller ones only read weights."""
+LINEAR_CELLS_MAX = 1 << 24
+"""Of the tableau of a linear program, 8 bytes each."""
+PLANS_MAX = 2_000_000
+"""Plans that an exhaustive search may try, some microseconds each."""
 
 # vLLM
 VLLM_LOAD_THREADS = 2

@@ -1,0 +1,26 @@
+"""What a link delivers when it loses packets."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvstore.schedule.deployment import Link
+
+SEGMENT_BYTES = 1460
+"""TCP's largest segment on Ethernet without jumbo frames."""
+CONNECTIONS_DEFAULT = 8
+_MATHIS = 1.22
+
+
+def link_rate_bytes_per_s(link: Link, connections: int = CONNECTIONS_DEFAULT) -> float:
+    """min(capacity, connections * MSS * 1.22 / (RTT * sqrt(loss))): Mathis and others, 1997, for loss-based control.
+
+    Without loss, or without a round trip, it is the capacity. Congestion control that is not driven by loss (BBR) does
+    better than this.
+    """
+    if link.loss <= 0 or link.round_trip_s <= 0:
+        return link.bytes_per_s
+    each = SEGMENT_BYTES * _MATHIS / (link.round_trip_s * sqrt(link.loss))
+    return min(link.bytes_per_s, connections * each)
