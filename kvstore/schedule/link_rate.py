@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 
 SEGMENT_BYTES = 1460
 """TCP's largest segment on Ethernet without jumbo frames."""
-CONNECTIONS_DEFAULT = 8
+LINK_CONNECTIONS = 16
+"""TCP connections that two clusters hold open in one direction, over which all transfers go."""
 _MATHIS = 1.22
 
 
-def link_rate_bytes_per_s(link: Link, connections: int = CONNECTIONS_DEFAULT) -> float:
+def loss_limited_bytes_per_s(link: Link, connections: int = LINK_CONNECTIONS) -> float:
     """min(capacity, connections * MSS * 1.22 / (RTT * sqrt(loss))): Mathis and others, 1997, for loss-based control.
 
     Without loss, or without a round trip, it is the capacity. Congestion control that is not driven by loss (BBR) does

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvstore.errors import DeploymentError, PlanError
 from kvstore.profile import KvSize, MeasuredCurve, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster, Deployment, Link
-from kvstore.schedule.link_rate import link_rate_bytes_per_s
+from kvstore.schedule.link_rate import loss_limited_bytes_per_s
 from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
 from kvstore.schedule.planning.plan import CONVENTIONS, Band, Plan, PrefixMove, Split, Traffic, divided, plan_of
 from kvstore.schedule.planning.throughput import egress_needed_bytes_per_s, throughput
@@ -104,9 +104,9 @@ def test_hand_overs_the_other_way_are_counted_too() -> None:
 
 def test_a_lossy_link_delivers_what_the_formula_says() -> None:
     link = Link("prfaas", "pd", 100 * GBIT, round_trip_s=0.02, loss=1e-4)
-    assert link_rate_bytes_per_s(link, 1) == pytest.approx(1460 * 1.22 / (0.02 * 0.01))
-    assert link_rate_bytes_per_s(link, 10**6) == 100 * GBIT
-    assert link_rate_bytes_per_s(replace(link, loss=0.0)) == 100 * GBIT
+    assert loss_limited_bytes_per_s(link, 1) == pytest.approx(1460 * 1.22 / (0.02 * 0.01))
+    assert loss_limited_bytes_per_s(link, 10**6) == 100 * GBIT
+    assert loss_limited_bytes_per_s(replace(link, loss=0.0)) == 100 * GBIT
     slow = throughput(paper(round_trip_s=0.02, loss=1e-4), plan_of([["pd"], ["prfaas"]], [19_400]), TRAFFIC)
     assert slow.binding == ("link prfaas to pd",)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvstore.errors import PlanError
-from kvstore.schedule.link_rate import link_rate_bytes_per_s
+from kvstore.schedule.link_rate import loss_limited_bytes_per_s
 from kvstore.schedule.planning.linear import maximize
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Capacity:
     """What the parts of a deployment can do, by the cluster's number.
 
     Attributes:
-        decode_requests_per_s: of all decode instances of a cluster together.
+        decode_instance_requests_per_s: of one decode instance that is full.
         links: bytes per second from one cluster to another, loss considered.
         egress, ingress: bytes per second; infinite where there is no limit.
         moves: bytes that come to the second cluster from the first for each request that it prefills.
@@ -59,7 +60,8 @@ class Capacity:
 
     names: tuple[str, ...]
     prefill_instances: tuple[int, ...]
-    decode_requests_per_s: tuple[float, ...]
+    decode_instances: tuple[int, ...]
+    decode_instance_requests_per_s: tuple[float, ...]
     links: Mapping[tuple[int, int], float]
     egress: tuple[float, ...]
     ingress: tuple[float, ...]
@@ -78,17 +80,30 @@ class Capacity:
         return cls(
             names=tuple(numbers),
             prefill_instances=tuple(cluster.prefill_instances for cluster in clusters),
-            decode_requests_per_s=tuple(
-                cluster.decode_instances * cluster.profile.decode_requests_per_s(traffic.output_tokens)
-                for cluster in clusters
+            decode_instances=tuple(cluster.decode_instances for cluster in clusters),
+            decode_instance_requests_per_s=tuple(
+                cluster.profile.decode_requests_per_s(traffic.output_tokens) for cluster in clusters
             ),
             links={
-                (numbers[link.source], numbers[link.target]): link_rate_bytes_per_s(link) for link in deployment.links
+                (numbers[link.source], numbers[link.target]): loss_limited_bytes_per_s(link)
+                for link in deployment.links
             },
             egress=tuple(inf if each.egress_bytes_per_s is None else each.egress_bytes_per_s for each in clusters),
             ingress=tuple(inf if each.ingress_bytes_per_s is None else each.ingress_bytes_per_s for each in clusters),
             moves=_moves(deployment, traffic, numbers),
         )
+
+    @cached_property
+    def decode_requests_per_s(self) -> tuple[float, ...]:
+        """Of all decode instances of a cluster together."""
+        return tuple(
+            instances * each
+            for instances, each in zip(self.decode_instances, self.decode_instance_requests_per_s, strict=True)
+        )
+
+    def divided(self, prefill_instances: tuple[int, ...], decode_instances: tuple[int, ...]) -> Capacity:
+        """With the instances divided so."""
+        return replace(self, prefill_instances=prefill_instances, decode_instances=decode_instances)
 
     def targets(self, prefill: int) -> list[int]:
         """Clusters that may decode what this one prefills: itself, and those that a link leads to."""
