@@ -232,6 +232,10 @@ class DeploymentError(KVStoreError, ValueError):
     """Clusters, links or limits of a deployment are missing, contradict each other, or cannot serve anything."""
 
 
+class ScenarioError(KVStoreError, ValueError):
+    """A scenario's file cannot be used; the message names file and key."""
+
+
 class PlanError(KVStoreError, ValueError):
     """A plan was asked for that cannot be: a threshold outside of the lengths, a search too large, an unstable load."""
 

@@ -329,6 +329,14 @@ INSTANCES_MAX = 65_536
 """Of one kind in one cluster."""
 LENGTHS_MAX = 1 << 20
 """Different lengths of prompts in one distribution."""
+SCENARIO_BYTES_MAX = 1 * MIB
+"""A scenario's file."""
+SCENARIO_ENTRIES_MAX = 4096
+"""Clusters, links or faults in a scenario's file; of clusters there are fewer."""
+SCENARIO_TEXT_CHARACTERS_MAX = 4096
+"""A name or a path in a scenario's file."""
+SCENARIO_REQUESTS_MAX = 1_000_000_000
+SCENARIO_BLOCK_TOKENS_MAX = 1 << 16
 PREFILL_PIECE_TOKENS_MIN = 16
 """Of a chunk, or of a prompt's share in a group of layers; smaller ones only read weights."""
 LINEAR_CELLS_MAX = 1 << 24
