@@ -25,6 +25,8 @@ class ClusterState:
         decode_waiting: requests that wait for a place in a batch, or whose hand-over is on its way.
         tpot_s: time per output token that the running requests get.
         age_s: how old this is.
+        prefills_per_s: that ended, per second since the snapshot before; 0 where nobody measures it.
+        prefill_latency_s: mean of those, from asking for an instance to the last token.
     """
 
     cluster: Cluster
@@ -36,6 +38,8 @@ class ClusterState:
     decode_waiting: int
     tpot_s: float
     age_s: float = 0.0
+    prefills_per_s: float = 0.0
+    prefill_latency_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
