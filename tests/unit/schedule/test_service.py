@@ -7,19 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import PlanError
-from kvstore.profile import KvSize, MeasuredCurve, PolynomialCurve, Profile
 from kvstore.schedule.policies.service import PrefillServiceModel, ServiceKind
+from tests.unit.schedule.snapshots import PROFILE
 
-PROFILE = Profile(
-    name="test",
-    source="made up",
-    prefill=MeasuredCurve((1024.0, 8192.0, 32768.0, 131072.0), (0.44, 0.72, 1.84, 7.40)),
-    kv=KvSize(state_bytes=1e8, token_bytes=2e4),
-    decode_step=PolynomialCurve((0.02, 0.00025)),
-    decode_batch_max=20,
-    accelerators=8,
-    tokens_max=131072,
-)
 KINDS: tuple[ServiceKind, ...] = ("whole", "chunked", "layered")
 TOKENS = st.integers(1, 131072)
 
