@@ -103,7 +103,13 @@ class Happening:
 
 @dataclass(frozen=True)
 class CacheCounts:
-    """What one tier of one cluster's cache did, in tokens and bytes."""
+    """What one tier of one cluster's cache did, in tokens and bytes.
+
+    Attributes:
+        asked_tokens: of prompts that prefill looked for here; what a faster tier had is not asked of a slower one.
+        hit_tokens: of these, that prefill began behind.
+        refused_tokens: of texts that were not kept, since not all of them would fit.
+    """
 
     cluster: str
     tier: str
@@ -112,6 +118,7 @@ class CacheCounts:
     asked_tokens: int
     hit_tokens: int
     evicted_bytes: float
+    refused_tokens: int = 0
 
 
 @dataclass(frozen=True)
