@@ -324,6 +324,14 @@ PROFILE_FILE_BYTES_MAX = 1 * MIB
 """A profile's file. One with 256 points in each curve takes 30 KiB."""
 PROFILE_TEXT_CHARACTERS_MAX = 4096
 """Of a name, a source or a note in a profile's file."""
+PROFILE_ROUNDS_MAX = 1000
+"""Of one measurement; each goes over all lengths and batches."""
+PROFILE_BATCH_MAX = 65_536
+"""Requests of a decode batch that is measured."""
+PROFILE_DECODE_STEPS_MAX = 1024
+"""Timed in one round of one batch."""
+PROFILE_DEADLINE_S = 86_400.0
+"""For all of one measurement."""
 CLUSTERS_MAX = 64
 INSTANCES_MAX = 65_536
 """Of one kind in one cluster."""

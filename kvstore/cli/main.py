@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -104,6 +104,71 @@ def spec(
     from kvstore.cli.spec import run_spec
 
     raise typer.Exit(run_spec(config, weights=weights, block_tokens=block_tokens, dtype=dtype))
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="tiny, tiny-dense, small, small-dense; or a model's folder or config.json (random weights where there "
+            "are no safetensors).",
+        ),
+    ] = "tiny",
+    output: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the profile is written.")] = Path(
+        "profile.json"
+    ),
+    lengths: Annotated[str, typer.Option(metavar="TOKENS,...", help="Prompts to prefill.")] = "128,512,2048",
+    batches: Annotated[str, typer.Option(metavar="REQUESTS,...", help="Batches to decode.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option(help="Times that each is measured.")] = 5,
+    context_tokens: Annotated[int, typer.Option("--context", help="Tokens that decoded requests have seen.")] = 512,
+    decode_steps: Annotated[int, typer.Option("--steps", help="Decode steps of each batch in each round.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Number type; by default float32 on a CPU, bfloat16 on a GPU.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the profile.")] = None,
+    may_repair: Annotated[
+        bool,
+        typer.Option("--isotonic", help="Average medians that fall, and say so in the file; else they are refused."),
+    ] = False,
+    deadline_s: Annotated[float, typer.Option("--deadline", metavar="SECONDS", help="For all of it.")] = 3600.0,
+    is_replacing: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    is_listing: Annotated[bool, typer.Option("--list", help="Show the profiles of the package instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a transformers model on this machine: prefill by length, decode by batch, bytes of its cache.
+
+    Writes a profile, which kvstore plan and kvstore simulate read (docs/profiles.md). Nothing is downloaded.
+    """
+    from kvstore.cli.profile import numbers_of, run_list, run_profile
+    from kvstore.profiles.measuring import MeasuringSettings
+
+    if is_listing:
+        raise typer.Exit(run_list(as_json=as_json))
+    settings = MeasuringSettings(
+        lengths=numbers_of(lengths, "--lengths"),
+        batches=numbers_of(batches, "--batches"),
+        rounds=rounds,
+        context_tokens=context_tokens,
+        decode_steps=decode_steps,
+        may_repair=may_repair,
+        deadline_s=deadline_s,
+    )
+    raise typer.Exit(
+        run_profile(
+            model,
+            output,
+            settings,
+            name=name,
+            device=device,
+            dtype=dtype,
+            is_replacing=is_replacing,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()

@@ -34,6 +34,11 @@ PROMISES = {
         "2 matches found 640 of 1280 tokens",
         "attention 'attention': reaches",
     ),
+    "17_profiles.py": (
+        "Qwen3-235B (dense)",
+        "refused: the curve falls",
+        "read back: my-model",
+    ),
     "14_jax_mamba2.py": ("jax", "resumes at 130 of 150 tokens", "bit for bit", "lost conv or ssm state is noticed"),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
