@@ -354,6 +354,22 @@ PLANS_MAX = 2_000_000
 ANARCHY_WINDOW_MAX = 64
 """Requests of one window whose placement is compared with the best: tens of milliseconds with a few clusters."""
 
+# Traces
+TRACE_LINE_BYTES_MAX = 16 * MIB
+"""One request of a trace: a million ids take about 10 MiB."""
+TRACE_REQUESTS_MAX = 10_000_000
+"""Requests of one trace."""
+TRACE_IDS_MAX = 1 << 24
+"""Different block ids of one trace, which are remembered to notice holes, about 150 bytes each."""
+TRACE_SESSION_BYTES_MAX = 256 * MIB
+"""One file of a trace with a file per session, unpacked."""
+TRACE_SESSIONS_MAX = 100_000
+"""Files of such a trace."""
+TRACE_DEPTH_MAX = 8
+"""Agents that agents have called."""
+SESSION_CALLS_MAX = 100_000
+"""Calls of one session, of a trace or generated."""
+
 # vLLM
 VLLM_LOAD_THREADS = 2
 """Of each worker: one copies into pages while another waits for records; saves find a lane to the pages free."""

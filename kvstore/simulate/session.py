@@ -1,0 +1,29 @@
+"""What readers and generators give: sessions of calls, before they are numbered and have a place in time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a session.
+
+    Attributes:
+        prompt_tokens, output_tokens, keys, end_keys: as in `Request`.
+        after: place in its session of the call, an earlier one, before whose end this one does not come; None for one
+            that waits for nobody.
+        wait_s: since the end of that call; without one since the session's beginning.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    keys: bytes
+    end_keys: bytes = b""
+    after: int | None = None
+    wait_s: float = 0.0
+
+
+Session: TypeAlias = tuple[Call, ...]
+"""Calls of one user or agent; the first waits for nobody."""
