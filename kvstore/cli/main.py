@@ -172,6 +172,19 @@ def profile(
 
 
 @app.command()
+def plan(
+    what: Annotated[str, typer.Argument(metavar="paper", help="paper: the published figures beside ours.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what Prefill-as-a-Service (arXiv 2604.15039) printed beside what the same model gives here."""
+    from kvstore.cli.plan_paper import run_plan_paper
+
+    if what != "paper":
+        raise typer.BadParameter(f"{what!r} cannot be planned; there is paper")
+    raise typer.Exit(run_plan_paper(as_json=as_json))
+
+
+@app.command()
 def serve(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Settings in TOML.")] = None,
     spec: Annotated[str | None, typer.Option(metavar="FILE", help="The model's spec file.")] = None,
