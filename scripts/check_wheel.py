@@ -39,6 +39,14 @@ def check(version: str) -> None:
     for row in published_kv_throughput():
         assert load_profile(row.profile).name == row.profile, f"the profile {row.profile} is not in the wheel"
 
+    from kvstore.paper.printed import printed_figures
+    from kvstore.scenario import read_scenario, scenario_names
+
+    assert printed_figures(), "the paper's figures are not in the wheel"
+    assert scenario_names(), "no scenario is in the wheel"
+    for name in scenario_names():
+        read_scenario(name)
+
     for group in ("kvstore.transports", "kvstore.codecs"):
         points = importlib.metadata.entry_points(group=group)
         assert points, f"no entry points in {group}"

@@ -23,6 +23,9 @@ from kvstore.paper.prefill_time import prefill_mean_s, prefill_quantile_s
 from kvstore.paper.printed import KV_THROUGHPUT, Printed, printed_figures, step_of
 from kvstore.profile import MeasuredCurve, PolynomialCurve
 from kvstore.profiles import load_profile
+from kvstore.schedule.deployment import Cluster, Deployment, Link
+from kvstore.schedule.planning.exhaustive import exhaustive_plan
+from kvstore.schedule.planning.optimum import best_plan
 from kvstore.schedule.planning.plan import Split
 
 H200, H20 = load_profile("paper-1t-h200"), load_profile("paper-1t-h20")
@@ -88,6 +91,21 @@ def test_the_search_finds_the_papers_division_and_nearly_its_threshold(study: Ca
     prfaas, pd = (study.best_prfaas_pd.part(f"prefill of {name}") for name in ("prfaas", "pd"))
     assert prfaas.used_share == pytest.approx(1, abs=0.01)
     assert pd.used_share == pytest.approx(1, abs=0.01)
+
+
+def test_the_planner_finds_nothing_worse(study: CaseStudy) -> None:
+    """It may also let clusters share lengths, which the paper does not."""
+    ours = study.best_prfaas_pd
+    deployment = Deployment(
+        (Cluster("prfaas", H200, 4, 0), Cluster("pd", H20, 3, 5, convertible=True)), (Link("prfaas", "pd", 12.5e9),)
+    )
+    best = best_plan(deployment, study.traffic)
+    assert best.requests_per_s >= ours.requests_per_s * (1 - 1e-3)
+    assert best.requests_per_s <= ours.requests_per_s * 1.02
+    exact = exhaustive_plan(
+        deployment, study.traffic, thresholds=[*range(10_000, 30_000, 1_000), *ours.plan.thresholds]
+    )
+    assert exact.requests_per_s >= ours.requests_per_s * (1 - 1e-9)
 
 
 def test_the_case_study_is_what_the_equations_say(study: CaseStudy) -> None:
