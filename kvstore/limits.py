@@ -353,6 +353,12 @@ PLANS_MAX = 2_000_000
 """Plans that an exhaustive search may try, some microseconds each."""
 ANARCHY_WINDOW_MAX = 64
 """Requests of one window whose placement is compared with the best: tens of milliseconds with a few clusters."""
+ROUTING_SOURCES_MAX = 4
+"""Clusters that a prompt's prefix could be moved from which a router weighs, those with the deepest first."""
+ROUTING_CANDIDATES_MAX = 64
+"""Routes that an explanation lists."""
+ROUTING_STALE_S = 30.0
+"""A cluster or link that nothing was heard of for so long is used only where nothing else serves."""
 
 # Traces
 TRACE_LINE_BYTES_MAX = 16 * MIB

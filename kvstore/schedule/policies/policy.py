@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from kvstore.schedule.policies.snapshot import RoutingRequest, Snapshot
 
@@ -132,6 +132,10 @@ class RoutingPolicy(ABC, Generic[MemoryT]):
     @abstractmethod
     def observe(self, memory: MemoryT, snapshot: Snapshot) -> MemoryT:
         """What to remember after a look at the system; called every second or so, not for each request."""
+
+    def numbers(self, memory: MemoryT) -> Mapping[str, float]:
+        """What of its memory is worth watching over time, by name."""
+        return {}
 
     @abstractmethod
     def route(self, memory: MemoryT, snapshot: Snapshot, request: RoutingRequest) -> Decision:

@@ -1,0 +1,308 @@
+"""The best of all routes that a request may take: what is possible, how long it takes, and what it costs others.
+
+Every routing policy looks here, and differs in what it permits (`Rules`) and in what it charges (`Prices`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from kvstore.limits import ROUTING_SOURCES_MAX, ROUTING_STALE_S
+from kvstore.schedule.policies.policy import Estimate, Route
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvstore.profile import Profile
+    from kvstore.schedule.policies.snapshot import CachedPrefix, ClusterState, RoutingRequest, Snapshot
+
+LinkName: TypeAlias = tuple[str, str]
+"""Source and target."""
+Prefixes: TypeAlias = Literal["own", "deepest", "fastest"]
+"""Which cached prefix a route begins at: what the prefilling cluster has; the deepest that any cluster has and can
+send; whichever is fastest, none at all included (computing may be faster than loading)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a policy permits.
+
+    Attributes:
+        prefill: clusters that may prefill; None for all.
+        is_local: whether a request decodes where it was prefilled.
+        not_over: links that prefixes are not moved over.
+    """
+
+    prefill: frozenset[str] | None = None
+    is_local: bool = False
+    prefixes: Prefixes = "own"
+    not_over: frozenset[LinkName] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Seconds that others are made to wait for each second that a request takes of something; a missing one is free.
+
+    Attributes:
+        prefill: by cluster, for a second of one instance.
+        link: by link, for a second of all it carries.
+        decode: by cluster, for a second of one place in a batch.
+    """
+
+    prefill: Mapping[str, float] = field(default_factory=dict)
+    link: Mapping[LinkName, float] = field(default_factory=dict)
+    decode: Mapping[str, float] = field(default_factory=dict)
+
+
+FREE = Prices()
+
+
+class Candidate(NamedTuple):
+    """A route in the form that is cheap to make.
+
+    Attributes:
+        score: seconds until the first token, and what others wait because of it.
+        price: the second of these two.
+    """
+
+    score: float
+    price: float
+    prefill: str
+    decode: str
+    resume_tokens: int
+    prefix_from: str | None
+    prefix_bytes: float
+    handover_bytes: float
+    queue_s: float
+    load_s: float
+    prefix_s: float
+    prefill_s: float
+    transfer_s: float
+    decode_wait_s: float
+
+    def route(self) -> Route:
+        return Route(*self[2:8], Estimate(*self[8:]))
+
+
+def best_route(
+    snapshot: Snapshot,
+    request: RoutingRequest,
+    rules: Rules,
+    prices: Prices = FREE,
+    considered: list[Candidate] | None = None,
+) -> Candidate | None:
+    """The candidate with the lowest score; None where there is no way at all.
+
+    Clusters and links that nothing was heard of for `ROUTING_STALE_S` serve only where no others can.
+
+    Args:
+        considered: takes every candidate; without it, those that cannot win are not looked at.
+    """
+    found = _search(snapshot, request, rules, prices, ROUTING_STALE_S, considered)
+    return found if found is not None else _search(snapshot, request, rules, prices, inf, considered)
+
+
+def reachable_tokens(name: str, snapshot: Snapshot, request: RoutingRequest, rules: Rules) -> int:
+    """The deepest length that prefill in this cluster can begin at; 0 where it does not prefill at all."""
+    state = snapshot.clusters.get(name)
+    if state is None or state.prefill_instances <= 0 or (request.allowed is not None and name not in request.allowed):
+        return 0
+    sources = _sources(snapshot, request, ROUTING_STALE_S) if rules.prefixes != "own" else []
+    return max(each[0] for each in _beginnings(name, snapshot, request, rules, FREE, sources, ROUTING_STALE_S))
+
+
+def _search(
+    snapshot: Snapshot,
+    request: RoutingRequest,
+    rules: Rules,
+    prices: Prices,
+    stale_s: float,
+    considered: list[Candidate] | None,
+) -> Candidate | None:
+    links, tokens = snapshot.links, request.prompt_tokens
+    decoders = _decoders(snapshot, request, prices, stale_s)
+    sources = _sources(snapshot, request, stale_s) if rules.prefixes != "own" else []
+    allowed = request.allowed
+    heads = [
+        (state.prefill_wait_s, name, state)
+        for name, state in snapshot.clusters.items()
+        if state.prefill_instances > 0
+        and state.age_s <= stale_s
+        and (allowed is None or name in allowed)
+        and (rules.prefill is None or name in rules.prefill)
+    ]
+    heads.sort(key=itemgetter(0))
+    costs: dict[int, _PromptCost] = {}
+    best: Candidate | None = None
+    best_score = inf
+    for queue_s, name, state in heads:
+        if queue_s >= best_score and considered is None:
+            break
+        profile = state.cluster.profile
+        cost = costs.get(id(profile))
+        if cost is None:
+            cost = costs[id(profile)] = _PromptCost(profile, tokens)
+        prefill_price = prices.prefill.get(name, 0.0)
+        for resume_tokens, source, load_s, prefix_s, prefix_bytes, prefix_price in _beginnings(
+            name, snapshot, request, rules, prices, sources, stale_s
+        ):
+            prefill_s = cost.prefill_s.get(resume_tokens)
+            if prefill_s is None:
+                prefill_s = cost.prefill_s[resume_tokens] = profile.prefill_s(tokens, resume_tokens)
+            begin_s = queue_s + load_s + prefix_s
+            ready_s = begin_s + prefill_s
+            price = prefix_price + prefill_price * prefill_s
+            if ready_s + price >= best_score and considered is None:
+                continue
+            for least, place_s, place_price, target, attention_tokens in decoders:
+                if least + price >= best_score and considered is None:
+                    break
+                if target == name:
+                    handover_bytes, end_s, all_price = 0.0, ready_s, price + place_price
+                elif rules.is_local:
+                    continue
+                else:
+                    link = links.get((name, target))
+                    if link is None or link.age_s > stale_s:
+                        continue
+                    rate = link.bytes_per_s
+                    half_way_s = link.round_trip_s / 2
+                    if rate <= 0 or (ready_s + half_way_s + price + place_price >= best_score and considered is None):
+                        continue
+                    handover_bytes = cost.state_bytes
+                    if attention_tokens < tokens:
+                        handover_bytes += cost.token_bytes * (tokens - attention_tokens)
+                    link_s = handover_bytes / rate
+                    drained_s = link.queued_bytes / rate
+                    # Layers leave while later ones compute: sending begins with prefill, and ends no earlier.
+                    sent_s = (begin_s if begin_s > drained_s else drained_s) + link_s
+                    end_s = (ready_s if ready_s > sent_s else sent_s) + half_way_s
+                    all_price = price + place_price + prices.link.get((name, target), 0.0) * link_s
+                first_s = end_s if end_s > place_s else place_s
+                score = first_s + all_price
+                if score < best_score or considered is not None:
+                    candidate = Candidate(
+                        score,
+                        all_price,
+                        name,
+                        target,
+                        resume_tokens,
+                        source,
+                        prefix_bytes,
+                        handover_bytes,
+                        queue_s,
+                        load_s,
+                        prefix_s,
+                        prefill_s,
+                        end_s - ready_s,
+                        first_s - end_s,
+                    )
+                    if considered is not None:
+                        considered.append(candidate)
+                    if score < best_score:
+                        best, best_score = candidate, score
+    return best
+
+
+class _PromptCost:
+    """What this prompt costs under one profile; `prefill_s` by the length that prefill begins at."""
+
+    __slots__ = ("prefill_s", "state_bytes", "token_bytes")
+
+    def __init__(self, profile: Profile, tokens: int) -> None:
+        self.prefill_s: dict[int, float] = {}
+        self.state_bytes = profile.kv.resume_bytes(tokens)
+        self.token_bytes = profile.kv.token_bytes
+
+
+def _decoders(
+    snapshot: Snapshot, request: RoutingRequest, prices: Prices, stale_s: float
+) -> list[tuple[float, float, float, str, int]]:
+    """Least score, seconds until a place is free, its price, name, attention that is there; the best first.
+
+    As many requests as fit are at their places for `output_tokens` steps of a full batch each, so that places come
+    free at an even pace.
+    """
+    found = []
+    allowed, cached = request.allowed, request.cached
+    for name, state in snapshot.clusters.items():
+        if state.decode_instances <= 0 or state.age_s > stale_s or not (allowed is None or name in allowed):
+            continue
+        profile = state.cluster.profile
+        places = state.decode_instances * profile.decode_batch_max
+        before = state.decode_running + state.decode_waiting + 1 - places
+        price = prices.decode.get(name, 0.0)
+        place_s = place_price = 0.0
+        if before > 0 or price > 0:
+            held_s = request.output_tokens * profile.decode_step(profile.decode_batch_max)
+            place_price = price * held_s
+            if before > 0:
+                place_s = before * held_s / places
+        prefix = cached.get(name)
+        found.append((place_s + place_price, place_s, place_price, name, prefix.attention_tokens if prefix else 0))
+    found.sort(key=itemgetter(0))
+    return found
+
+
+def _sources(snapshot: Snapshot, request: RoutingRequest, stale_s: float) -> list[tuple[int, str, CachedPrefix]]:
+    """Clusters that a prefix could be moved from, the deepest first."""
+    tokens, allowed, clusters = request.prompt_tokens, request.allowed, snapshot.clusters
+    found = []
+    for name, prefix in request.cached.items():
+        if 0 < prefix.resume_tokens < tokens and (allowed is None or name in allowed):
+            state = clusters.get(name)
+            if state is not None and _works(state) and state.age_s <= stale_s:
+                found.append((prefix.resume_tokens, name, prefix))
+    found.sort(key=itemgetter(0), reverse=True)
+    return found[:ROUTING_SOURCES_MAX]
+
+
+def _works(state: ClusterState) -> bool:
+    """Whether anything of the cluster does; its cache is taken to be gone with the last instance."""
+    return state.prefill_instances > 0 or state.decode_instances > 0
+
+
+_Beginning: TypeAlias = tuple[int, str | None, float, float, float, float]
+"""Resume tokens, moved from, seconds of loading and of moving, bytes that move, and their price."""
+_FROM_NOTHING: _Beginning = (0, None, 0.0, 0.0, 0.0, 0.0)
+
+
+def _beginnings(
+    name: str,
+    snapshot: Snapshot,
+    request: RoutingRequest,
+    rules: Rules,
+    prices: Prices,
+    sources: list[tuple[int, str, CachedPrefix]],
+    stale_s: float,
+) -> list[_Beginning]:
+    """Where prefill in a cluster can begin."""
+    own = request.cached.get(name)
+    found: list[_Beginning] = []
+    own_tokens = own_attention = 0
+    if own is not None:
+        own_attention = own.attention_tokens
+        if 0 < own.resume_tokens < request.prompt_tokens:  # one token at least is left to compute
+            own_tokens = own.resume_tokens
+            found.append((own_tokens, None, own.load_s, 0.0, 0.0, 0.0))
+    for tokens, source, prefix in sources:
+        if tokens <= own_tokens:
+            break
+        link = snapshot.links.get((source, name))
+        if link is None or link.bytes_per_s <= 0 or link.age_s > stale_s or (source, name) in rules.not_over:
+            continue
+        size = snapshot.clusters[source].cluster.profile.kv
+        prefix_bytes = size.missing_bytes(tokens, own_attention)
+        link_s = prefix_bytes / link.bytes_per_s
+        prefix_s = link.round_trip_s + link.queued_bytes / link.bytes_per_s + link_s
+        price = prices.link.get((source, name), 0.0) * link_s
+        moved = (tokens, source, prefix.load_s, prefix_s, prefix_bytes, price)
+        if rules.prefixes == "deepest":
+            return [moved]
+        found.append(moved)
+    if rules.prefixes == "fastest" or not found:
+        found.append(_FROM_NOTHING)
+    return found
