@@ -111,7 +111,7 @@ def reachable_tokens(name: str, snapshot: Snapshot, request: RoutingRequest, rul
     if state is None or state.prefill_instances <= 0 or (request.allowed is not None and name not in request.allowed):
         return 0
     sources = _sources(snapshot, request, ROUTING_STALE_S) if rules.prefixes != "own" else []
-    return max(each[0] for each in _beginnings(name, snapshot, request, rules, FREE, sources, ROUTING_STALE_S))
+    return max(each[0] for each in _beginnings(name, snapshot, request, rules, FREE, sources, ROUTING_STALE_S, inf))
 
 
 def _search(
@@ -126,39 +126,46 @@ def _search(
     decoders = _decoders(snapshot, request, prices, stale_s)
     sources = _sources(snapshot, request, stale_s) if rules.prefixes != "own" else []
     allowed = request.allowed
-    heads = [
-        (state.prefill_wait_s, name, state)
-        for name, state in snapshot.clusters.items()
-        if state.prefill_instances > 0
-        and state.age_s <= stale_s
-        and (allowed is None or name in allowed)
-        and (rules.prefill is None or name in rules.prefill)
-    ]
-    heads.sort(key=itemgetter(0))
+    deepest_tokens = sources[0][0] if sources else 0
     costs: dict[int, _PromptCost] = {}
+    heads = []
+    for name, state in snapshot.clusters.items():
+        if (
+            state.prefill_instances > 0
+            and state.age_s <= stale_s
+            and (allowed is None or name in allowed)
+            and (rules.prefill is None or name in rules.prefill)
+        ):
+            profile = state.cluster.profile
+            cost = costs.get(id(profile))
+            if cost is None:
+                cost = costs[id(profile)] = _PromptCost(profile, tokens)
+            own = request.cached.get(name)
+            own_tokens = own.resume_tokens if own is not None and own.resume_tokens < tokens else 0
+            # Nobody computes less than what is missing behind the deepest prefix.
+            least_s = cost.prefill_s(own_tokens if own_tokens > deepest_tokens else deepest_tokens)
+            prefill_price = prices.prefill.get(name, 0.0)
+            heads.append((state.prefill_wait_s + least_s * (1 + prefill_price), name, state, cost, prefill_price))
+    heads.sort(key=itemgetter(0))
+    is_brief = considered is None
     best: Candidate | None = None
     best_score = inf
-    for queue_s, name, state in heads:
-        if queue_s >= best_score and considered is None:
+    for least_score, name, state, cost, prefill_price in heads:
+        if least_score >= best_score and is_brief:
             break
-        profile = state.cluster.profile
-        cost = costs.get(id(profile))
-        if cost is None:
-            cost = costs[id(profile)] = _PromptCost(profile, tokens)
-        prefill_price = prices.prefill.get(name, 0.0)
+        queue_s = state.prefill_wait_s
+        limit_s = best_score - least_score if is_brief else inf
         for resume_tokens, source, load_s, prefix_s, prefix_bytes, prefix_price in _beginnings(
-            name, snapshot, request, rules, prices, sources, stale_s
+            name, snapshot, request, rules, prices, sources, stale_s, limit_s
         ):
-            prefill_s = cost.prefill_s.get(resume_tokens)
-            if prefill_s is None:
-                prefill_s = cost.prefill_s[resume_tokens] = profile.prefill_s(tokens, resume_tokens)
+            prefill_s = cost.prefill_s(resume_tokens)
             begin_s = queue_s + load_s + prefix_s
             ready_s = begin_s + prefill_s
             price = prefix_price + prefill_price * prefill_s
-            if ready_s + price >= best_score and considered is None:
+            if ready_s + price >= best_score and is_brief:
                 continue
             for least, place_s, place_price, target, attention_tokens in decoders:
-                if least + price >= best_score and considered is None:
+                if least + price >= best_score and is_brief:
                     break
                 if target == name:
                     handover_bytes, end_s, all_price = 0.0, ready_s, price + place_price
@@ -170,7 +177,7 @@ def _search(
                         continue
                     rate = link.bytes_per_s
                     half_way_s = link.round_trip_s / 2
-                    if rate <= 0 or (ready_s + half_way_s + price + place_price >= best_score and considered is None):
+                    if rate <= 0 or (ready_s + half_way_s + price + place_price >= best_score and is_brief):
                         continue
                     handover_bytes = cost.state_bytes
                     if attention_tokens < tokens:
@@ -183,7 +190,7 @@ def _search(
                     all_price = price + place_price + prices.link.get((name, target), 0.0) * link_s
                 first_s = end_s if end_s > place_s else place_s
                 score = first_s + all_price
-                if score < best_score or considered is not None:
+                if score < best_score or not is_brief:
                     candidate = Candidate(
                         score,
                         all_price,
@@ -208,14 +215,22 @@ def _search(
 
 
 class _PromptCost:
-    """What this prompt costs under one profile; `prefill_s` by the length that prefill begins at."""
+    """What this prompt costs under one profile."""
 
-    __slots__ = ("prefill_s", "state_bytes", "token_bytes")
+    __slots__ = ("_known_s", "_profile", "_tokens", "state_bytes", "token_bytes")
 
     def __init__(self, profile: Profile, tokens: int) -> None:
-        self.prefill_s: dict[int, float] = {}
+        self._profile = profile
+        self._tokens = tokens
+        self._known_s: dict[int, float] = {}
         self.state_bytes = profile.kv.resume_bytes(tokens)
         self.token_bytes = profile.kv.token_bytes
+
+    def prefill_s(self, resume_tokens: int) -> float:
+        known_s = self._known_s.get(resume_tokens)
+        if known_s is None:
+            known_s = self._known_s[resume_tokens] = self._profile.prefill_s(self._tokens, resume_tokens)
+        return known_s
 
 
 def _decoders(
@@ -278,8 +293,9 @@ def _beginnings(
     prices: Prices,
     sources: list[tuple[int, str, CachedPrefix]],
     stale_s: float,
+    limit_s: float,
 ) -> list[_Beginning]:
-    """Where prefill in a cluster can begin."""
+    """Where prefill in a cluster can begin; what takes `limit_s` to bring there may be left out."""
     own = request.cached.get(name)
     found: list[_Beginning] = []
     own_tokens = own_attention = 0
@@ -298,6 +314,8 @@ def _beginnings(
         prefix_bytes = size.missing_bytes(tokens, own_attention)
         link_s = prefix_bytes / link.bytes_per_s
         prefix_s = link.round_trip_s + link.queued_bytes / link.bytes_per_s + link_s
+        if prefix_s >= limit_s and rules.prefixes == "fastest":
+            continue
         price = prices.link.get((source, name), 0.0) * link_s
         moved = (tokens, source, prefix.load_s, prefix_s, prefix_bytes, price)
         if rules.prefixes == "deepest":
