@@ -351,6 +351,8 @@ LINEAR_CELLS_MAX = 1 << 24
 """Of the tableau of a linear program, 8 bytes each."""
 PLANS_MAX = 2_000_000
 """Plans that an exhaustive search may try, some microseconds each."""
+ADMITTED_MAX = 65_536
+"""Admitted requests of one cluster whose end admission plans with; further ones are seen once they decode."""
 ANARCHY_WINDOW_MAX = 64
 """Requests of one window whose placement is compared with the best: tens of milliseconds with a few clusters."""
 ROUTING_SOURCES_MAX = 4
