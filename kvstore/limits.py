@@ -353,6 +353,8 @@ PLANS_MAX = 2_000_000
 """Plans that an exhaustive search may try, some microseconds each."""
 ADMITTED_MAX = 65_536
 """Admitted requests of one cluster whose end admission plans with; further ones are seen once they decode."""
+RECENT_LENGTHS_MAX = 1024
+"""Lengths of the latest prompts that conversions are decided by."""
 ANARCHY_WINDOW_MAX = 64
 """Requests of one window whose placement is compared with the best: tens of milliseconds with a few clusters."""
 ROUTING_SOURCES_MAX = 4

@@ -26,6 +26,9 @@ Regime: TypeAlias = Literal["below", "beyond"]
 
 _LINK_SHARE_MAX = 0.95
 """A measured share says nothing about the last 5 %: beyond it, a link counts as used to this share."""
+_PRICED_UTILISATION_MAX = 0.8
+"""Means lag behind queues, and a price that lags and has no bound drives load to and fro between clusters: beyond this
+the queue alone, which does not lag, makes it dearer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +207,11 @@ def prefill_price(state: ClusterState, pressure: PrefillPressure) -> float:
 
     Work that joins a queue delays all who come before the queue is empty: with a backlog of W per instance that drains
     at 1 - u that is W / (1 - u), in which λ·W / (1 - u) = waiting / (1 - u) prompts come (Little), each of which waits
-    for its share among the instances. The utilisation u follows from how many wait on average, so it is below 1 by just
-    as much as a backlog of that length leaves, and the price is finite. What comes while the new work itself is done is
-    left out: behind an empty queue the price is 0.
+    for its share among the instances. What comes while the new work itself is done is left out: behind an empty queue
+    the price is 0.
     """
-    return state.prefill_waiting / state.prefill_instances / (1 - pressure.utilisation)
+    draining = 1 - min(pressure.utilisation, _PRICED_UTILISATION_MAX)
+    return state.prefill_waiting / state.prefill_instances / draining
 
 
 def decode_price(state: ClusterState) -> float:
