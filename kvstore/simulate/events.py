@@ -19,11 +19,12 @@ class Events:
         ahead: actions in the queue, those of `every` left out: nothing more comes to pass once there are none.
     """
 
-    __slots__ = ("_order", "_queue", "ahead", "now_s")
+    __slots__ = ("_has_ended", "_order", "_queue", "ahead", "now_s")
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self.ahead = 0
+        self._has_ended = False
         self._order = 0
         self._queue: list[tuple[float, int, bool, Callable[[Any], None], Any]] = []
 
@@ -38,10 +39,14 @@ class Events:
         self._order += 1
         heappush(self._queue, (at_s, self._order, False, action, argument))
 
+    def end(self) -> None:
+        """Nothing that is ahead matters."""
+        self._has_ended = True
+
     def run(self, until_s: float) -> None:
-        """Let time pass until nothing is ahead, or until this time."""
+        """Let time pass until nothing is ahead, until `end`, or until this time; what is later stays in the queue."""
         queue = self._queue
-        while self.ahead and queue[0][0] <= until_s:
+        while self.ahead and queue[0][0] <= until_s and not self._has_ended:
             at_s, _, counts, action, argument = heappop(queue)
             self.now_s = at_s
             if counts:

@@ -1,0 +1,461 @@
+"""The simulation: requests arrive, are routed, prefilled, handed over and decoded."""
+
+from __future__ import annotations
+
+from math import exp, inf, nextafter
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvstore.errors import SimulationError
+from kvstore.schedule.policies.service import PrefillServiceModel
+from kvstore.schedule.policies.snapshot import NOTHING_CACHED, LinkState, RoutingRequest, Snapshot
+from kvstore.simulate.events import Events
+from kvstore.simulate.faults import Faults, check_faults
+from kvstore.simulate.job import DECODE_WAIT, LOAD, PREFILL, PREFIX, QUEUE, TRANSFER, Job
+from kvstore.simulate.links import Links
+from kvstore.simulate.recording import Rows
+from kvstore.simulate.result import Outcome, SimulationResult
+from kvstore.simulate.sampling import Sampler
+from kvstore.simulate.seen import KEY_BYTES, SeenKeys
+from kvstore.simulate.site import Site
+from kvstore.simulate.stability import is_stable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from kvstore.profile import Profile
+    from kvstore.scenario import Scenario
+    from kvstore.schedule.policies.policy import RoutingPolicy
+    from kvstore.schedule.policies.snapshot import CachedPrefix
+    from kvstore.simulate.cache import ClusterCache
+    from kvstore.simulate.request import Request
+
+ATTEMPTS_MAX = 4
+"""Times that a prompt is routed whose prefill instance fails; then it is given up."""
+DRAIN_FACTOR = 10.0
+DRAIN_S = 3600.0
+"""Behind the last arrival, time goes on for `DRAIN_FACTOR` times the span of arrivals and `DRAIN_S`, at most."""
+UTILISATION_MEMORY_S = 5.0
+"""Over which the used share of a link is averaged, weighing what is older less."""
+PROGRESS_EVERY_REQUESTS = 1000
+
+
+class Simulation:
+    """One run over one workload. Not thread-safe.
+
+    It owns time, queues, links and bookkeeping, and decides nothing: routes come from the policy, prefill times from
+    the service models, what is kept from the caches.
+
+    Args:
+        requests: numbered from 0 without holes; those without `after` in the order of their arrivals.
+        policy: decides where requests go.
+        caches: by cluster; a cluster without one keeps nothing.
+        progress: told the time of the simulation now and then.
+
+    Raises:
+        SimulationError: faults or cross traffic name what is not there.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        requests: Iterable[Request],
+        policy: RoutingPolicy[Any],
+        caches: Mapping[str, ClusterCache],
+        *,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        check_faults(scenario)
+        if not scenario.telemetry_s > 0:
+            raise SimulationError(f"telemetry_s={scenario.telemetry_s} must be positive")
+        self._scenario = scenario
+        self._requests: Iterator[Request] = iter(requests)
+        self._policy = policy
+        self._memory = policy.begin()
+        self._progress = progress
+        self._events = Events()
+        self._links = Links(scenario.deployment, self._events, scenario.cross_traffic)
+        self._sites = {
+            cluster.name: Site(
+                number,
+                cluster,
+                caches.get(cluster.name),
+                self._events,
+                start=self._start,
+                placed=self._placed,
+                finished=self._finished,
+            )
+            for number, cluster in enumerate(scenario.deployment.clusters)
+        }
+        self._cached_sites = [(name, site.cache) for name, site in self._sites.items() if site.cache is not None]
+        self._service = PrefillServiceModel(scenario.prefill_service)
+        self._faults = Faults(
+            scenario,
+            self._events,
+            self._links,
+            self._sites,
+            np.random.default_rng([scenario.seed, 0x6661756C74]),
+            prefill_lost=self._prefill_lost,
+            decode_lost=self._decode_lost,
+        )
+        self._rows = Rows()
+        self._seen = SeenKeys()
+        self._sampler = Sampler(self._sites.values(), self._links.lines)
+        self._tiers: dict[str, int] = {}
+        self._jobs: dict[int, Job] = {}
+        self._follow: dict[int, list[Request]] = {}
+        self._next_number = 0
+        self._coming = 0
+        self._own_arrival_s = 0.0
+        self._last_arrival_s = 0.0
+        self._has_all_arrived = False
+        self._link_states: dict[tuple[str, str], LinkState] = {}
+        self._delivered_bytes = dict.fromkeys(self._links.lines, 0.0)
+        self._observed_s = 0.0
+
+    def run(self) -> SimulationResult:
+        """Until every request has ended, nothing can happen any more, or the time behind the last arrival is over."""
+        begin = perf_counter()
+        self._observe(None)
+        self._pull()
+        self._events.run(inf)
+        end_s = self._events.now_s
+        # What is left either waits for something that never comes, or was cut off.
+        outcome = Outcome.PENDING if self._events.ahead else Outcome.FAILED
+        for job in self._jobs.values():
+            self._rows.ended(job, outcome, end_s, self._tier_of(job))
+        requests = self._rows.table()
+        happenings = sorted([*self._faults.happenings, *self._sampler.happenings], key=lambda each: each.at_s)
+        return SimulationResult(
+            scenario=self._scenario,
+            requests=requests,
+            samples=self._sampler.samples(),
+            happenings=tuple(happenings),
+            caches=tuple(counts for _, cache in self._cached_sites for counts in cache.counts()),
+            tiers=tuple(self._tiers),
+            end_s=end_s,
+            is_stable=is_stable(requests),
+            wall_s=perf_counter() - begin,
+        )
+
+    def _pull(self) -> None:
+        """Take requests from the workload up to the next that comes by itself."""
+        for request in self._requests:
+            if request.number != self._next_number:
+                raise SimulationError(
+                    f"the workload's request {request.number} comes where {self._next_number} is due; number them from "
+                    "0 without holes"
+                )
+            self._next_number += 1
+            self._rows.begin(request)
+            if request.after is None:
+                if request.arrival_s < self._own_arrival_s:
+                    raise SimulationError(
+                        f"request {request.number} arrives at {request.arrival_s} s, before the one before it "
+                        f"({self._own_arrival_s} s); sort the workload"
+                    )
+                if self._is_late(request.arrival_s):
+                    continue
+                self._own_arrival_s = request.arrival_s
+                self._events.at(request.arrival_s, self._arrive_and_pull, request)
+                return
+            if not 0 <= request.after < request.number:
+                raise SimulationError(f"request {request.number} comes after {request.after}, which is not before it")
+            if self._has_ended(request.after):
+                self._follow_up(request)
+            else:
+                self._follow.setdefault(request.after, []).append(request)
+        self._has_all_arrived = True
+        self._events.watch(self._drained_s(), self._cut_off)
+        self._end_if_done()
+
+    def _drained_s(self) -> float:
+        return self._last_arrival_s * (1.0 + DRAIN_FACTOR) + DRAIN_S
+
+    def _is_late(self, arrival_s: float) -> bool:
+        return self._scenario.duration_s is not None and arrival_s > self._scenario.duration_s
+
+    def _has_ended(self, number: int) -> bool:
+        return self._rows.outcome[number] != Outcome.PENDING
+
+    def _follow_up(self, request: Request) -> None:
+        arrival_s = self._events.now_s + request.arrival_s
+        if not self._is_late(arrival_s):
+            self._coming += 1
+            self._events.at(arrival_s, self._arrive_after, request)
+
+    def _arrive_after(self, request: Request) -> None:
+        self._coming -= 1
+        self._arrive(request)
+
+    def _arrive_and_pull(self, request: Request) -> None:
+        self._arrive(request)
+        self._pull()
+
+    def _arrive(self, request: Request) -> None:
+        now_s = self._events.now_s
+        possible_tokens = 0
+        if request.keys:
+            blocks = self._seen.blocks(request.keys)
+            possible_tokens = min(blocks * self._scenario.block_tokens, request.prompt_tokens - 1)
+            self._seen.add(request.keys[blocks * KEY_BYTES :])
+        self._rows.arrived(request.number, now_s, possible_tokens)
+        self._last_arrival_s = now_s
+        if self._progress is not None and not request.number % PROGRESS_EVERY_REQUESTS:
+            self._progress(now_s)
+        job = self._jobs[request.number] = Job(request, now_s)
+        self._route(job)
+
+    def _route(self, job: Job) -> None:
+        request = job.request
+        cached: dict[str, CachedPrefix] = {}
+        if request.keys:
+            for name, cache in self._cached_sites:
+                prefix = cache.find(request)
+                if prefix is not NOTHING_CACHED:
+                    cached[name] = prefix
+        snapshot = self._snapshot()
+        decision = self._policy.route(
+            self._memory, snapshot, RoutingRequest(request.prompt_tokens, request.output_tokens, cached)
+        )
+        route = decision.route
+        if route is None:
+            self._turn_away(job)
+            return
+        job.route = route
+        job.prefill = prefill = self._sites[route.prefill]
+        job.decode = decode = self._sites[route.decode]
+        source = route.prefix_from if route.prefix_from is not None and route.prefix_from != route.prefill else None
+        job.prefix_site = prefill if source is None else self._sites[source]
+        job.prefix = cached.get(job.prefix_site.name, NOTHING_CACHED)
+        job.resume_tokens = route.resume_tokens
+        job.stores = prefill.stores
+        job.present_tokens = cached.get(decode.name, NOTHING_CACHED).attention_tokens
+        if job.resume_tokens > job.prefix.resume_tokens:
+            raise SimulationError(
+                f"policy {self._policy.name!r} resumes request {request.number} at {job.resume_tokens} tokens, where "
+                f"cluster {job.prefix_site.name!r} has {job.prefix.resume_tokens}"
+            )
+        job.service_s = self._service_s(prefill.profile, request.prompt_tokens, job.resume_tokens)
+        prefill.prefill.expect(job)
+        decode.decode.expected += 1
+        if not job.resume_tokens:
+            prefill.prefill.enqueue(job)
+            return
+        if job.prefix.load_s > 0:
+            self._events.at(self._events.now_s + job.prefix.load_s, self._loaded, job)
+        else:
+            self._loaded(job)
+
+    def _service_s(self, profile: Profile, tokens: int, resume_tokens: int) -> float:
+        if self._service.kind == "whole":
+            return profile.prefill_s(tokens, resume_tokens)
+        return self._service.service(profile, tokens, resume_tokens).prefill_s
+
+    def _loaded(self, job: Job) -> None:
+        """The prefix is in the memory of the cluster that has it."""
+        job.passed(LOAD, self._events.now_s)
+        site = job.prefill
+        if job.prefix_site is site:
+            site.prefill.enqueue(job)
+            return
+        have = site.cache.find(job.request).attention_tokens if site.cache is not None else 0
+        amount_bytes = site.profile.kv.missing_bytes(job.resume_tokens, have)
+        job.prefix_bytes += amount_bytes
+        self._checked_line(job, job.prefix_site.name, site.name)
+        self._links.send(job.prefix_site.name, site.name, amount_bytes, self._moved, job)
+
+    def _moved(self, job: Job) -> None:
+        """The prefix has come from another cluster, and is kept here."""
+        job.passed(PREFIX, self._events.now_s)
+        blocks = job.resume_tokens // self._scenario.block_tokens
+        self._store(job.prefill, job, job.request.keys[: blocks * KEY_BYTES], job.resume_tokens, job.resume_tokens - 1)
+        job.stores = job.prefill.stores
+        job.prefill.prefill.enqueue(job)
+
+    def _start(self, job: Job, instance: int) -> None:
+        """An instance turns to a prompt."""
+        now_s = self._events.now_s
+        has_waited = now_s > job.since_s
+        job.passed(QUEUE, now_s)
+        site = job.prefill
+        load_s = 0.0
+        if has_waited and site.cache is not None and site.stores != job.stores and job.request.keys:
+            # Prompts that were before it may have left what it needs.
+            prefix = site.cache.find(job.request)
+            if prefix.resume_tokens > max(job.resume_tokens, job.prefix.resume_tokens):
+                job.prefix, job.prefix_site, job.resume_tokens = prefix, site, prefix.resume_tokens
+                load_s = prefix.load_s
+        cache = job.prefix_site.cache if job.resume_tokens else site.cache
+        if cache is not None and job.request.keys:
+            cache.used(job.request, job.prefix if job.resume_tokens else NOTHING_CACHED)
+        job.service_s = self._service_s(site.profile, job.request.prompt_tokens, job.resume_tokens)
+        job.end_s = now_s + load_s + job.service_s
+        if load_s > 0:
+            self._events.at(now_s + load_s, self._compute, (job, job.attempt, instance))
+        else:
+            self._compute((job, job.attempt, instance))
+
+    def _compute(self, which: tuple[Job, int, int]) -> None:
+        """The prefix is in the instance; what prefill makes leaves as it is made."""
+        job, attempt, _ = which
+        if job.attempt != attempt:
+            return
+        now_s = self._events.now_s
+        if now_s > job.since_s:
+            job.passed(LOAD, now_s)
+        if job.decode is not job.prefill:
+            tokens, kv = job.request.prompt_tokens, job.prefill.profile.kv
+            amount_bytes = job.handover_bytes = kv.missing_bytes(tokens, job.present_tokens)
+            # In chunks, states are only final with the last one.
+            early_bytes = amount_bytes
+            if self._service.kind == "chunked":
+                early_bytes -= min(kv.resume_bytes(tokens), amount_bytes)
+            rate = early_bytes / job.service_s if job.service_s > 0 else inf
+            self._checked_line(job, job.prefill.name, job.decode.name)
+            job.flow = self._links.produce(
+                job.prefill.name, job.decode.name, amount_bytes, rate, self._handed_over, job
+            )
+        self._events.at(job.end_s, self._prefilled, which)
+
+    def _prefilled(self, which: tuple[Job, int, int]) -> None:
+        job, attempt, instance = which
+        if job.attempt != attempt:
+            return
+        now_s = self._events.now_s
+        job.passed(PREFILL, now_s)
+        site, request = job.prefill, job.request
+        site.prefilled(now_s - job.arrival_s)
+        self._store(site, job, request.keys, request.prompt_tokens, job.resume_tokens)
+        flow = job.flow
+        if flow is None:
+            job.decode.decode.join(job)
+        else:
+            job.flow = None
+            self._links.produced(flow)
+        site.prefill.finished(instance)
+
+    def _handed_over(self, job: Job) -> None:
+        """The decoding cluster has the whole cache."""
+        job.passed(TRANSFER, self._events.now_s)
+        request = job.request
+        # What crossed contains the states at the prompt's end, and no others.
+        self._store(job.decode, job, request.keys, request.prompt_tokens, request.prompt_tokens - 1)
+        job.decode.decode.join(job)
+
+    def _placed(self, job: Job) -> None:
+        now_s = self._events.now_s
+        job.passed(DECODE_WAIT, now_s)
+        job.first_s = now_s
+        self._rows.first_token(job)
+
+    def _finished(self, job: Job) -> None:
+        request = job.request
+        if request.end_keys:
+            tokens = request.prompt_tokens + request.output_tokens
+            self._store(job.decode, job, request.end_keys, tokens, request.prompt_tokens)
+            self._seen.add(request.end_keys[len(request.keys) :])
+        self._end(job, Outcome.DONE)
+
+    def _store(self, site: Site, job: Job, keys: bytes, tokens: int, resume_tokens: int) -> None:
+        if site.cache is not None and keys:
+            site.cache.store(job.request, keys=keys, tokens=tokens, resume_tokens=resume_tokens)
+            site.stores += 1
+
+    def _prefill_lost(self, job: Job) -> None:
+        """The instance that was at it failed: the prompt is routed again, and what passed counts as waiting."""
+        job.attempt += 1
+        job.passed(QUEUE, self._events.now_s)
+        if job.flow is not None:
+            self._links.cancel(job.flow)
+            job.flow = None
+        job.decode.decode.expected -= 1
+        if job.attempt >= ATTEMPTS_MAX:
+            self._end(job, Outcome.FAILED)
+        else:
+            self._route(job)
+
+    def _decode_lost(self, job: Job) -> None:
+        """The instance that decoded it failed, with a part of the answer out already."""
+        self._end(job, Outcome.FAILED)
+
+    def _turn_away(self, job: Job) -> None:
+        if job.attempt:
+            self._end(job, Outcome.FAILED)
+            return
+        self._rows.turned_away(job.request.number, self._events.now_s)
+        self._leave(job)
+
+    def _end(self, job: Job, outcome: Outcome) -> None:
+        self._rows.ended(job, outcome, self._events.now_s, self._tier_of(job))
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        number = job.request.number
+        del self._jobs[number]
+        for request in self._follow.pop(number, ()):
+            self._follow_up(request)
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._has_all_arrived and not self._jobs and not self._coming:
+            self._events.end()
+
+    def _cut_off(self, _: object) -> None:
+        # Requests that come after others may still arrive, and put the end off.
+        if self._jobs and self._drained_s() <= self._events.now_s:
+            self._events.end()
+        else:
+            self._events.watch(max(self._drained_s(), self._events.now_s + DRAIN_S), self._cut_off)
+
+    def _tier_of(self, job: Job) -> int:
+        if not job.resume_tokens:
+            return -1
+        return self._tiers.setdefault(job.prefix.tier, len(self._tiers))
+
+    def _checked_line(self, job: Job, source: str, target: str) -> None:
+        if (source, target) not in self._links.lines:
+            raise SimulationError(
+                f"policy {self._policy.name!r} sends request {job.request.number} from {source!r} to {target!r}, where "
+                "there is no link"
+            )
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            self._events.now_s, {name: site.state() for name, site in self._sites.items()}, self._link_states
+        )
+
+    def _observe(self, _: object) -> None:
+        """A telemetry interval ends."""
+        now_s = self._events.now_s
+        passed_s = now_s - self._observed_s
+        self._observed_s = now_s
+        for site in self._sites.values():
+            site.measure(passed_s)
+        weight = 1.0 - exp(-passed_s / UTILISATION_MEMORY_S)
+        states = {}
+        for pair, line in self._links.lines.items():
+            delivered_bytes = line.delivered(now_s)
+            could_bytes = line.bytes_per_s * passed_s
+            before = self._link_states.get(pair)
+            used_share = 0.0 if before is None else before.used_share
+            if could_bytes > 0:
+                share = min((delivered_bytes - self._delivered_bytes[pair]) / could_bytes, 1.0)
+                used_share += weight * (share - used_share)
+            self._delivered_bytes[pair] = delivered_bytes
+            states[pair] = LinkState(
+                pair[0],
+                pair[1],
+                line.bytes_per_s,
+                line.queued_bytes(now_s),
+                used_share,
+                line.round_trip_s,
+                line.link.loss,
+            )
+        self._link_states = states
+        self._memory = self._policy.observe(self._memory, self._snapshot())
+        if passed_s > 0:
+            self._sampler.take(now_s, self._memory)
+        self._events.watch(max(now_s + self._scenario.telemetry_s, nextafter(now_s, inf)), self._observe)
