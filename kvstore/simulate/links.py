@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from bisect import insort
 from heapq import heappop, heappush
-from math import inf, sqrt
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import SimulationError
+from kvstore.schedule.link_rate import loss_limited_bytes_per_s
 from kvstore.simulate.shares import Demand, fair_shares
 
 if TYPE_CHECKING:
@@ -21,21 +22,7 @@ if TYPE_CHECKING:
     from kvstore.schedule.deployment import Deployment, Link
     from kvstore.simulate.events import Events
 
-SEGMENT_BYTES = 1460
-"""Payload of a TCP segment of Ethernet."""
-LINK_CONNECTIONS = 16
-"""TCP connections that two clusters hold open in one direction, over which all transfers go."""
 _NOTHING_BYTES = 1e-3
-
-
-def loss_limited_bytes_per_s(link: Link, connections: int = LINK_CONNECTIONS) -> float:
-    """What the link carries: min(bytes_per_s, connections * 1.22 * MSS / (RTT * sqrt(loss))).
-
-    Source: Mathis, Semke, Mahdavi, Ott, "The macroscopic behavior of the TCP congestion avoidance algorithm" (1997).
-    """
-    if link.loss <= 0 or link.round_trip_s <= 0:
-        return link.bytes_per_s
-    return min(link.bytes_per_s, connections * 1.22 * SEGMENT_BYTES / (link.round_trip_s * sqrt(link.loss)))
 
 
 class Flow:

@@ -11,7 +11,6 @@ import numpy as np
 from kvstore.simulate.result import PARTS, Outcome, RequestTable
 
 if TYPE_CHECKING:
-
     from kvstore.simulate.job import Job
     from kvstore.simulate.request import Request
 
@@ -20,7 +19,7 @@ _FLOATS = ("arrival_s", "ttft_s", "tpot_s", "finished_s", "prefix_bytes", "hando
 _COUNTS = ("prompt_tokens", "output_tokens", "cached_tokens", "possible_tokens")
 
 
-class Rows:
+class Recording:
     """A row per request, by its number in the workload. Not thread-safe.
 
     Attributes:

@@ -12,8 +12,8 @@ from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link, Sl
 from kvstore.schedule.policies.policy import Decision, Estimate, Explanation, Route, RoutingPolicy
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED
 from kvstore.simulate.cache import ClusterCache
+from kvstore.simulate.engine import Simulation
 from kvstore.simulate.request import Request
-from kvstore.simulate.simulation import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from kvstore.errors import SimulationError
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster, Deployment, Link
+from kvstore.schedule.link_rate import loss_limited_bytes_per_s
 from kvstore.simulate.events import Events
-from kvstore.simulate.links import LINK_CONNECTIONS, SEGMENT_BYTES, Links, loss_limited_bytes_per_s
+from kvstore.simulate.links import Links
 from kvstore.simulate.shares import Demand, fair_shares
 
 PROFILE = Profile("one", "test", PolynomialCurve((1.0,)), KvSize(1.0, 0.0), PolynomialCurve((1.0,)), 1, 1, 1000)
@@ -115,9 +116,8 @@ def test_an_outage_stops_transfers_and_they_go_on_behind_it() -> None:
 
 def test_cross_traffic_and_loss_take_their_part() -> None:
     lossy = Link("a", "b", 1e9, 0.1, 1e-4)
-    expected = LINK_CONNECTIONS * 1.22 * SEGMENT_BYTES / (0.1 * 0.01)
-    assert loss_limited_bytes_per_s(lossy) == pytest.approx(expected)
-    assert expected < 1e9
+    line = links_of(lossy, events=Events()).lines["a", "b"]
+    assert line.bytes_per_s == loss_limited_bytes_per_s(lossy) < 1e9
     deployment = Deployment((Cluster("a", PROFILE, 1, 0), Cluster("b", PROFILE, 1, 1)), (Link("a", "b", 100.0),))
     assert Links(deployment, Events(), [("a", "b", 0.25)]).lines["a", "b"].bytes_per_s == 75.0
     with pytest.raises(SimulationError, match="'b' to 'a'"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp, inf, nextafter
+from math import inf, nextafter
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +10,22 @@ import numpy as np
 
 from kvstore.errors import SimulationError
 from kvstore.schedule.policies.service import PrefillServiceModel
-from kvstore.schedule.policies.snapshot import NOTHING_CACHED, LinkState, RoutingRequest, Snapshot
+from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
+from kvstore.simulate.coming import Coming
 from kvstore.simulate.events import Events
 from kvstore.simulate.faults import Faults, check_faults
 from kvstore.simulate.job import DECODE_WAIT, LOAD, PREFILL, PREFIX, QUEUE, TRANSFER, Job
 from kvstore.simulate.links import Links
-from kvstore.simulate.recording import Rows
+from kvstore.simulate.recording import Recording
 from kvstore.simulate.result import Outcome, SimulationResult
 from kvstore.simulate.sampling import Sampler
 from kvstore.simulate.seen import KEY_BYTES, SeenKeys
 from kvstore.simulate.site import Site
 from kvstore.simulate.stability import is_stable
+from kvstore.simulate.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from kvstore.profile import Profile
     from kvstore.scenario import Scenario
@@ -37,8 +39,6 @@ ATTEMPTS_MAX = 4
 DRAIN_FACTOR = 10.0
 DRAIN_S = 3600.0
 """Behind the last arrival, time goes on for `DRAIN_FACTOR` times the span of arrivals and `DRAIN_S`, at most."""
-UTILISATION_MEMORY_S = 5.0
-"""Over which the used share of a link is averaged, weighing what is older less."""
 PROGRESS_EVERY_REQUESTS = 1000
 
 
@@ -71,7 +71,6 @@ class Simulation:
         if not scenario.telemetry_s > 0:
             raise SimulationError(f"telemetry_s={scenario.telemetry_s} must be positive")
         self._scenario = scenario
-        self._requests: Iterator[Request] = iter(requests)
         self._policy = policy
         self._memory = policy.begin()
         self._progress = progress
@@ -100,33 +99,34 @@ class Simulation:
             prefill_lost=self._prefill_lost,
             decode_lost=self._decode_lost,
         )
-        self._rows = Rows()
+        self._recording = Recording()
         self._seen = SeenKeys()
         self._sampler = Sampler(self._sites.values(), self._links.lines)
         self._tiers: dict[str, int] = {}
         self._jobs: dict[int, Job] = {}
-        self._follow: dict[int, list[Request]] = {}
-        self._next_number = 0
-        self._coming = 0
-        self._own_arrival_s = 0.0
-        self._last_arrival_s = 0.0
-        self._has_all_arrived = False
-        self._link_states: dict[tuple[str, str], LinkState] = {}
-        self._delivered_bytes = dict.fromkeys(self._links.lines, 0.0)
-        self._observed_s = 0.0
+        self._telemetry = Telemetry(self._events, self._sites, self._links.lines)
+        self._coming = Coming(
+            requests,
+            self._events,
+            inf if scenario.duration_s is None else scenario.duration_s,
+            known=self._recording.begin,
+            arrive=self._arrive,
+            has_ended=self._has_ended,
+        )
 
     def run(self) -> SimulationResult:
         """Until every request has ended, nothing can happen any more, or the time behind the last arrival is over."""
         begin = perf_counter()
         self._observe(None)
-        self._pull()
+        self._events.watch(DRAIN_S, self._cut_off)
+        self._coming.pull()
         self._events.run(inf)
         end_s = self._events.now_s
         # What is left either waits for something that never comes, or was cut off.
         outcome = Outcome.PENDING if self._events.ahead else Outcome.FAILED
         for job in self._jobs.values():
-            self._rows.ended(job, outcome, end_s, self._tier_of(job))
-        requests = self._rows.table()
+            self._recording.ended(job, outcome, end_s, self._tier_of(job))
+        requests = self._recording.table()
         happenings = sorted([*self._faults.happenings, *self._sampler.happenings], key=lambda each: each.at_s)
         return SimulationResult(
             scenario=self._scenario,
@@ -140,59 +140,11 @@ class Simulation:
             wall_s=perf_counter() - begin,
         )
 
-    def _pull(self) -> None:
-        """Take requests from the workload up to the next that comes by itself."""
-        for request in self._requests:
-            if request.number != self._next_number:
-                raise SimulationError(
-                    f"the workload's request {request.number} comes where {self._next_number} is due; number them from "
-                    "0 without holes"
-                )
-            self._next_number += 1
-            self._rows.begin(request)
-            if request.after is None:
-                if request.arrival_s < self._own_arrival_s:
-                    raise SimulationError(
-                        f"request {request.number} arrives at {request.arrival_s} s, before the one before it "
-                        f"({self._own_arrival_s} s); sort the workload"
-                    )
-                if self._is_late(request.arrival_s):
-                    continue
-                self._own_arrival_s = request.arrival_s
-                self._events.at(request.arrival_s, self._arrive_and_pull, request)
-                return
-            if not 0 <= request.after < request.number:
-                raise SimulationError(f"request {request.number} comes after {request.after}, which is not before it")
-            if self._has_ended(request.after):
-                self._follow_up(request)
-            else:
-                self._follow.setdefault(request.after, []).append(request)
-        self._has_all_arrived = True
-        self._events.watch(self._drained_s(), self._cut_off)
-        self._end_if_done()
-
     def _drained_s(self) -> float:
-        return self._last_arrival_s * (1.0 + DRAIN_FACTOR) + DRAIN_S
-
-    def _is_late(self, arrival_s: float) -> bool:
-        return self._scenario.duration_s is not None and arrival_s > self._scenario.duration_s
+        return self._coming.last_s * (1.0 + DRAIN_FACTOR) + DRAIN_S
 
     def _has_ended(self, number: int) -> bool:
-        return self._rows.outcome[number] != Outcome.PENDING
-
-    def _follow_up(self, request: Request) -> None:
-        arrival_s = self._events.now_s + request.arrival_s
-        if not self._is_late(arrival_s):
-            self._coming += 1
-            self._events.at(arrival_s, self._arrive_after, request)
-
-    def _arrive_after(self, request: Request) -> None:
-        self._coming -= 1
-        self._arrive(request)
-
-    def _arrive_and_pull(self, request: Request) -> None:
-        self._arrive(request)
-        self._pull()
+        return self._recording.outcome[number] != Outcome.PENDING
 
     def _arrive(self, request: Request) -> None:
         now_s = self._events.now_s
@@ -201,8 +153,7 @@ class Simulation:
             blocks = self._seen.blocks(request.keys)
             possible_tokens = min(blocks * self._scenario.block_tokens, request.prompt_tokens - 1)
             self._seen.add(request.keys[blocks * KEY_BYTES :])
-        self._rows.arrived(request.number, now_s, possible_tokens)
-        self._last_arrival_s = now_s
+        self._recording.arrived(request.number, now_s, possible_tokens)
         if self._progress is not None and not request.number % PROGRESS_EVERY_REQUESTS:
             self._progress(now_s)
         job = self._jobs[request.number] = Job(request, now_s)
@@ -216,7 +167,7 @@ class Simulation:
                 prefix = cache.find(request)
                 if prefix is not NOTHING_CACHED:
                     cached[name] = prefix
-        snapshot = self._snapshot()
+        snapshot = self._telemetry.snapshot()
         decision = self._policy.route(
             self._memory, snapshot, RoutingRequest(request.prompt_tokens, request.output_tokens, cached)
         )
@@ -349,7 +300,7 @@ class Simulation:
         now_s = self._events.now_s
         job.passed(DECODE_WAIT, now_s)
         job.first_s = now_s
-        self._rows.first_token(job)
+        self._recording.first_token(job)
 
     def _finished(self, job: Job) -> None:
         request = job.request
@@ -385,29 +336,26 @@ class Simulation:
         if job.attempt:
             self._end(job, Outcome.FAILED)
             return
-        self._rows.turned_away(job.request.number, self._events.now_s)
+        self._recording.turned_away(job.request.number, self._events.now_s)
         self._leave(job)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        self._rows.ended(job, outcome, self._events.now_s, self._tier_of(job))
+        self._recording.ended(job, outcome, self._events.now_s, self._tier_of(job))
         self._leave(job)
 
     def _leave(self, job: Job) -> None:
         number = job.request.number
         del self._jobs[number]
-        for request in self._follow.pop(number, ()):
-            self._follow_up(request)
-        self._end_if_done()
-
-    def _end_if_done(self) -> None:
-        if self._has_all_arrived and not self._jobs and not self._coming:
+        self._coming.ended(number)
+        # Nobody is on the way, and those who wait for others wait for nobody who is here.
+        if not self._jobs and self._coming.is_over:
             self._events.end()
 
     def _cut_off(self, _: object) -> None:
-        # Requests that come after others may still arrive, and put the end off.
-        if self._jobs and self._drained_s() <= self._events.now_s:
+        if self._jobs and not self._coming.has_more and self._drained_s() <= self._events.now_s:
             self._events.end()
         else:
+            # Whoever arrives puts the end off.
             self._events.watch(max(self._drained_s(), self._events.now_s + DRAIN_S), self._cut_off)
 
     def _tier_of(self, job: Job) -> int:
@@ -422,40 +370,11 @@ class Simulation:
                 "there is no link"
             )
 
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            self._events.now_s, {name: site.state() for name, site in self._sites.items()}, self._link_states
-        )
-
     def _observe(self, _: object) -> None:
         """A telemetry interval ends."""
         now_s = self._events.now_s
-        passed_s = now_s - self._observed_s
-        self._observed_s = now_s
-        for site in self._sites.values():
-            site.measure(passed_s)
-        weight = 1.0 - exp(-passed_s / UTILISATION_MEMORY_S)
-        states = {}
-        for pair, line in self._links.lines.items():
-            delivered_bytes = line.delivered(now_s)
-            could_bytes = line.bytes_per_s * passed_s
-            before = self._link_states.get(pair)
-            used_share = 0.0 if before is None else before.used_share
-            if could_bytes > 0:
-                share = min((delivered_bytes - self._delivered_bytes[pair]) / could_bytes, 1.0)
-                used_share += weight * (share - used_share)
-            self._delivered_bytes[pair] = delivered_bytes
-            states[pair] = LinkState(
-                pair[0],
-                pair[1],
-                line.bytes_per_s,
-                line.queued_bytes(now_s),
-                used_share,
-                line.round_trip_s,
-                line.link.loss,
-            )
-        self._link_states = states
-        self._memory = self._policy.observe(self._memory, self._snapshot())
+        passed_s = self._telemetry.measure()
+        self._memory = self._policy.observe(self._memory, self._telemetry.snapshot())
         if passed_s > 0:
             self._sampler.take(now_s, self._memory)
         self._events.watch(max(now_s + self._scenario.telemetry_s, nextafter(now_s, inf)), self._observe)
