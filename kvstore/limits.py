@@ -380,6 +380,14 @@ TRACE_DEPTH_MAX = 8
 SESSION_CALLS_MAX = 100_000
 """Calls of one session, of a trace or generated."""
 
+# Sweeps
+SWEEP_POINTS_MAX = 4096
+"""Simulations of one sweep."""
+SWEEP_WORKERS_MAX = 256
+"""Processes that simulate at once."""
+SWEEP_POINT_DEADLINE_S = 24 * 3600.0
+"""For one simulation of a sweep."""
+
 # vLLM
 VLLM_LOAD_THREADS = 2
 """Of each worker: one copies into pages while another waits for records; saves find a lane to the pages free."""

@@ -91,10 +91,11 @@ def comparison_page(
     parts = [heading(title, f"{len(runs)} simulations; policies: {policies or 'none'}.")]
     unstable = sum(not run.is_stable for run in runs)
     if unstable:
+        are = "is" if unstable == 1 else "are"
         parts.append(
             alert(
-                f"{unstable} of {len(runs)} runs {'is' if unstable == 1 else 'are'} not stable (open marks, “NOT STABLE” "
-                "below): work came faster than it was done, and their percentiles would be worse after longer runs."
+                f"{unstable} of {len(runs)} runs {are} not stable (open marks, “NOT STABLE” below"
+                "): work came faster than it was done, and their percentiles would be worse after longer runs."
             )
         )
     if failures:

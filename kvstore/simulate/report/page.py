@@ -13,6 +13,7 @@ from kvstore.simulate.report.described import (
     setting_rows,
 )
 from kvstore.simulate.report.figures import check_drawing
+from kvstore.simulate.report.files import whole_file
 from kvstore.simulate.report.markup import (
     alert,
     bullets,
@@ -31,6 +32,8 @@ from kvstore.simulate.report.wording import gbits, number, percent, rate, second
 from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from kvstore.simulate.report.values import Spread, Summary
     from kvstore.simulate.result import SimulationResult
 
@@ -67,6 +70,20 @@ def run_page(result: SimulationResult, summary: Summary | None = None) -> str:
     parts += [section("In figures"), *_tables(result, summary)]
     parts += [section("What is assumed"), bullets(assumptions(scenario))]
     return document(f"{scenario.name}: {summary.policy}", parts)
+
+
+def write_page(result: SimulationResult, directory: Path, summary: Summary | None = None) -> Path:
+    """Write the page of one run as `report.html`.
+
+    Raises:
+        UnavailableError: matplotlib is not there.
+        SimulationError: the file cannot be written.
+    """
+    page = run_page(result, summary)
+    path = directory / "report.html"
+    with whole_file(path) as opened:
+        opened.write(page.encode())
+    return path
 
 
 def headline(summary: Summary) -> list[tuple[str, str]]:
