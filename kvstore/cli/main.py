@@ -239,6 +239,36 @@ def serve(
     raise typer.Exit(run_serve(config, flags, assignments or []))
 
 
+@app.command()
+def simulate(
+    scenarios: Annotated[
+        list[str],
+        typer.Argument(metavar="SCENARIO...", help="Files in TOML, or names of those that ship with the package."),
+    ],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where figures and tables are written.")] = None,
+    html: Annotated[bool, typer.Option("--html", help="Draw a page of each, and one of all. Needs --out.")] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,C", help="Simulate at each value of an entry. May be repeated: all combinations."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Simulations at a time; as many as cores by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate scenarios, request by request: time to first token, goodput, egress, queues, hits.
+
+    Exits with 1 if a simulation came to nothing. What the figures mean: docs/reports.md.
+    """
+    from kvstore.cli.simulate import run_simulate
+
+    raise typer.Exit(
+        run_simulate(scenarios, out=out, has_page=html, sweeps=sweep or [], workers=workers, as_json=as_json)
+    )
+
+
 def main() -> None:
     """Run the command line; also `python -m kvstore`."""
     from kvstore.errors import KVStoreError

@@ -14,6 +14,7 @@ from kvstore.errors import ScenarioError, SimulationError
 from kvstore.limits import SWEEP_POINT_DEADLINE_S, SWEEP_POINTS_MAX
 from kvstore.scenario import scenario_of
 from kvstore.simulate.report.files import write_result
+from kvstore.simulate.report.page import write_page
 from kvstore.simulate.report.summary import summarise
 from kvstore.simulate.workers import Ended, run_all
 
@@ -129,8 +130,14 @@ def named_apart(points: Sequence[Point]) -> tuple[Point, ...]:
     )
 
 
-def run_point(point: Point, output: Output | None = None, progress: Callable[[float], None] | None = None) -> Summary:
-    """Simulate one point, write its files, and return its figures.
+def run_point(
+    point: Point,
+    directory: Path | None = None,
+    *,
+    has_page: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Summary:
+    """Simulate one point, write its files into the directory if there is one, and return its figures.
 
     Raises:
         SimulationError, TraceError: it cannot be simulated, or a file cannot be written.
@@ -139,14 +146,17 @@ def run_point(point: Point, output: Output | None = None, progress: Callable[[fl
 
     result = simulate(point.scenario, progress=progress)
     summary = summarise(result, settings=point.settings)
-    if output is not None:
-        directory = output.directory / point.name
+    if directory is not None:
         write_result(result, directory, summary)
-        if output.has_page:
-            from kvstore.simulate.report.page import write_page
-
+        if has_page:
             write_page(result, directory, summary)
     return summary
+
+
+def _run_in_folder(point: Point, output: Output | None) -> Summary:
+    if output is None:
+        return run_point(point)
+    return run_point(point, output.directory / point.name, has_page=output.has_page)
 
 
 def run_sweep(
@@ -170,7 +180,7 @@ def run_sweep(
     Raises:
         SimulationError: the number of workers is out of its limits.
     """
-    does = partial(run_point, output=output) if work is None else work
+    does = partial(_run_in_folder, output=output) if work is None else work
     return run_all(points, does, workers=min(workers, max(len(points), 1)), deadline_s=deadline_s, ended=ended)
 
 

@@ -19,11 +19,13 @@ from kvstore.simulate.report.figures import (
     finish,
     line_style,
 )
+from kvstore.simulate.report.files import whole_file, write_summaries
 from kvstore.simulate.report.markup import alert, document, heading, picture, section, table
 from kvstore.simulate.report.wording import gbits, percent, rate, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from matplotlib.axes import Axes
 
@@ -109,6 +111,29 @@ def comparison_page(
     if failures:
         parts += [section("Runs that came to nothing"), table(("run", "why"), failures, is_text=True)]
     return document(title, parts)
+
+
+def write_comparison(
+    runs: Sequence[Summary],
+    directory: Path,
+    *,
+    title: str = "Comparison",
+    failures: Iterable[tuple[str, str]] = (),
+    has_page: bool = False,
+) -> tuple[Path, ...]:
+    """Write `comparison.json`, `comparison.csv` and, if asked, `comparison.html`.
+
+    Raises:
+        UnavailableError: matplotlib is not there, and a page is asked for.
+        SimulationError: a file cannot be written.
+    """
+    page = comparison_page(runs, title=title, failures=failures) if has_page else None
+    written = list(write_summaries(runs, directory, "comparison"))
+    if page is not None:
+        written.append(directory / "comparison.html")
+        with whole_file(written[-1]) as opened:
+            opened.write(page.encode())
+    return tuple(written)
 
 
 def comparison_rows(runs: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -58,20 +58,25 @@ def write_result(result: SimulationResult, directory: Path, summary: Summary | N
 
 
 def write_summaries(summaries: Sequence[Summary], directory: Path, name: str) -> tuple[Path, ...]:
-    """Write figures as `NAME.json`, `{"version": …, "runs": […]}`, and those of several runs as `NAME.csv`, too.
+    """Write figures as `NAME.json`, `{"version": …, "runs": […]}`, and, but for one run alone, as `NAME.csv`, too.
 
     Raises:
         SimulationError: a file cannot be written.
     """
-    document = {"version": 1, "kvstore": __version__, "runs": [summary.to_document() for summary in summaries]}
+    document = summaries_document(summaries)
     written = [directory / f"{name}.json"]
     with whole_file(written[0]) as opened:
         opened.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
-    if len(summaries) > 1:
+    if len(summaries) != 1:
         written.append(directory / f"{name}.csv")
         with whole_file(written[1]) as opened:
             opened.write(_csv(summaries).encode())
     return tuple(written)
+
+
+def summaries_document(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """Figures as they are written; each run as `Summary.to_document` has it."""
+    return {"version": 1, "kvstore": __version__, "runs": [summary.to_document() for summary in summaries]}
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _tables(result: SimulationResult, summary: Summary) -> list[str]:
             ("part", "mean", "share", "mean of the slowest tenth"),
             [
                 (
-                    part.name.removesuffix("_s").replace("_", " "),
+                    part.label,
                     seconds(part.mean_s),
                     percent(part.share),
                     seconds(part.slowest_mean_s),

@@ -45,6 +45,11 @@ class PartSummary:
     share: float
     slowest_mean_s: float
 
+    @property
+    def label(self) -> str:
+        """For people: `decode wait`."""
+        return self.name.removesuffix("_s").replace("_", " ")
+
 
 @dataclass(frozen=True)
 class RouteSummary:

@@ -1,0 +1,124 @@
+"""`kvstore simulate`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from kvstore.cli.printing import print_table, printable
+from kvstore.cli.progress import PointsProgress, RunProgress
+from kvstore.errors import SimulationError
+from kvstore.scenario import scenario_table
+from kvstore.simulate.report.comparison import comparison_rows, write_comparison
+from kvstore.simulate.report.figures import check_drawing
+from kvstore.simulate.report.files import summaries_document
+from kvstore.simulate.report.page import UNSTABLE, headline
+from kvstore.simulate.report.wording import percent, seconds, stability
+from kvstore.simulate.sweep import Output, axis_of, named_apart, points_of, run_point, run_sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kvstore.simulate.report.values import Summary
+    from kvstore.simulate.sweep import Point
+
+
+def run_simulate(
+    scenarios: Sequence[str],
+    *,
+    out: Path | None,
+    has_page: bool,
+    sweeps: Sequence[str],
+    workers: int | None,
+    as_json: bool,
+) -> int:
+    """Simulate scenarios, or a grid of each; the exit status: 1 where one of them came to nothing."""
+    if has_page:
+        if out is None:
+            raise SimulationError("--html draws a page, which needs a place; give --out DIR")
+        # Before anything is simulated for it.
+        check_drawing()
+    axes = [axis_of(text) for text in sweeps]
+    points: list[Point] = []
+    for name in scenarios:
+        table, base_directory, file = scenario_table(name)
+        points += points_of(table, base_directory, axes, file=file)
+    if len(points) == 1:
+        return _one(points[0], out, has_page=has_page, as_json=as_json)
+    count = len(os.sched_getaffinity(0)) if workers is None else workers
+    return _several(named_apart(points), out, has_page=has_page, workers=count, as_json=as_json)
+
+
+def _one(point: Point, out: Path | None, *, has_page: bool, as_json: bool) -> int:
+    with RunProgress(point.scenario.name, point.scenario.duration_s) as progress:
+        summary = run_point(point, out, has_page=has_page, progress=progress)
+    if as_json:
+        print(json.dumps(summaries_document([summary]), indent=2, allow_nan=False))
+        return 0
+    _print(summary)
+    if out is not None:
+        print(f"written to {out}")
+    return 0
+
+
+def _several(points: Sequence[Point], out: Path | None, *, has_page: bool, workers: int, as_json: bool) -> int:
+    output = None if out is None else Output(out, has_page)
+    with PointsProgress([point.name for point in points]) as progress:
+        ended = run_sweep(points, workers=workers, output=output, ended=progress)
+    runs = [each.value for each in ended if each.value is not None]
+    failures = [(point.name, each.error) for point, each in zip(points, ended, strict=True) if each.value is None]
+    if out is not None:
+        title = ", ".join(dict.fromkeys(point.scenario.name for point in points))
+        write_comparison(runs, out, title=f"Comparison: {title}", failures=failures, has_page=has_page)
+    if as_json:
+        document = summaries_document(runs)
+        document["failed"] = [{"run": name, "error": error} for name, error in failures]
+        print(json.dumps(document, indent=2, allow_nan=False))
+    elif runs:
+        print_table(f"{len(runs)} of {len(points)} simulations", *comparison_rows(runs))
+        if out is not None:
+            print(f"written to {out}")
+    for name, error in failures:
+        print(f"kvstore simulate: {name}: {printable(error)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _print(summary: Summary) -> None:
+    if not summary.is_stable:
+        print(f"{stability(summary.is_stable)}: {UNSTABLE}\n")
+    requests = f"{summary.requests:,} requests, {summary.rejected:,} rejected, {summary.failed:,} failed"
+    title = f"{summary.scenario}: {summary.policy}, seed {summary.seed}; {requests}, {summary.pending:,} cut off"
+    print_table(title, ("figure", "value"), [(name, value) for value, name in headline(summary)])
+    print_table(
+        "latency",
+        ("", "mean", "P50", "P90", "P99", "max"),
+        [
+            (name, *map(seconds, (each.mean, each.p50, each.p90, each.p99, each.maximum)))
+            for name, each in (("time to first token", summary.ttft), ("time per output token", summary.tpot))
+        ],
+    )
+    print_table(
+        "where the time to first token went",
+        ("part", "mean", "share", "mean of the slowest tenth"),
+        [
+            (part.label, seconds(part.mean_s), percent(part.share), seconds(part.slowest_mean_s))
+            for part in summary.parts
+        ],
+    )
+    print_table(
+        "who prefilled and decoded",
+        ("prefill → decode", "requests", "share", "TTFT mean", "TTFT P90"),
+        [
+            (
+                f"{route.prefill} → {route.decode}",
+                f"{route.requests:,}",
+                percent(route.share),
+                seconds(route.ttft_mean_s),
+                seconds(route.ttft_p90_s),
+            )
+            for route in summary.routes
+        ],
+    )
