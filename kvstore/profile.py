@@ -76,11 +76,12 @@ class MeasuredCurve:
         if not x > 0:
             raise ProfileError(f"a curve is asked for {x}; it has values for positive amounts of work only")
         axis, slopes = self._axis, self._slopes
+        # Searched between the second and the last but one, so that the outer pieces go on.
         if self.interpolation == "log-log":
             at = log(x)
-            piece = min(max(bisect_right(axis, at) - 1, 0), len(slopes) - 1)
+            piece = bisect_right(axis, at, 1, len(slopes)) - 1
             return exp(self._values[piece] + (at - axis[piece]) * slopes[piece])
-        piece = min(max(bisect_right(axis, x) - 1, 0), len(slopes) - 1)
+        piece = bisect_right(axis, x, 1, len(slopes)) - 1
         return max(self._values[piece] + (x - axis[piece]) * slopes[piece], self.ys[0] * min(x / self.xs[0], 1.0))
 
     def many(self, xs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from kvstore.profiles.measuring.transformers_model import TransformersModel
 
 
+SPREAD_QUIET = 0.2
+"""A larger spread is worth a word: medians of runs on an idle machine agree within a few percent."""
+
+
 def run_list(*, as_json: bool) -> int:
     """Print the profiles of the package; the exit status."""
     profiles = [load_profile(name) for name in profile_names()]
@@ -146,6 +150,12 @@ def print_timings(prefill: Sequence[Timing], decode: Sequence[Timing]) -> None:
             for timing in timings
         ]
         print_table(title, (unit, "median s", "spread", "tokens/s", "times"), rows)
+    largest = max(timing.spread for timing in (*prefill, *decode))
+    if largest > SPREAD_QUIET:
+        print(
+            f"The middle half of the times of one amount spreads over {largest:.0%} of their median: something else "
+            "runs on this machine, and the medians are no better than that."
+        )
 
 
 def _formula(kv: KvSize) -> str:

@@ -134,6 +134,13 @@ def test_longer_than_the_model_takes() -> None:
         measure(ScriptedSubject(), MeasuringSettings((5,), (1,), context_tokens=100_000), source="x")
 
 
+def test_spread_is_that_of_the_middle_half() -> None:
+    assert Timing(1, (1.0, 2.0, 3.0, 4.0, 500.0)).spread == pytest.approx(2 / 3), (
+        "one that was interrupted hardly counts"
+    )
+    assert Timing(1, (5.0,)).spread == 0
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

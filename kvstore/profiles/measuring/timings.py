@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from typing import TYPE_CHECKING
 
 from kvstore.errors import ProfileError
@@ -31,8 +31,11 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Between the fastest and the slowest, as a share of the median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median_s
+        """Between the first and the third quartile, as a share of the median; 0 for one time."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median_s
 
 
 def curve_of(timings: Sequence[Timing], what: str, *, may_repair: bool) -> tuple[MeasuredCurve, str]:
