@@ -14,6 +14,7 @@ from kvstore.bench.rows import machine_and_commit
 from kvstore.cli.printing import print_table
 from kvstore.cli.spec import read_config
 from kvstore.errors import ProfileError, UnavailableError
+from kvstore.limits import PROFILE_TEXT_CHARACTERS_MAX
 from kvstore.profiles import load_profile, profile_names, write_profile
 from kvstore.profiles.files import profile_to_text
 from kvstore.profiles.measuring import MeasuringSettings, measure
@@ -73,6 +74,8 @@ def run_profile(
         raise ProfileError(f"{output} is there already; give another name, or --force to replace it")
     if not output.parent.is_dir():
         raise ProfileError(f"there is no directory {output.parent} to write {output.name} to; make it first")
+    if name is not None and not 1 <= len(name) <= PROFILE_TEXT_CHARACTERS_MAX:
+        raise ProfileError(f"--name has {len(name)} characters; a name has 1 to {PROFILE_TEXT_CHARACTERS_MAX}")
     subject = open_model(model, device=device, dtype=dtype)
     place = machine_and_commit()
     source = f"kvstore profile {__version__} on {place['machine']}, {datetime.now(UTC):%Y-%m-%d}"

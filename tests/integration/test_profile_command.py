@@ -45,8 +45,8 @@ def test_a_measured_profile_is_written_and_read(tmp_path: Path) -> None:
     assert (profile.decode_batch_max, profile.tokens_max, profile.accelerators) == (2, 256, 1)
     assert "weights: random, seed 0" in profile.source
     details = json.loads(path.read_text())["details"]
-    assert [len(row["all"]) for row in details["prefill_s"]] == [2, 2]
-    assert [len(row["all"]) for row in details["decode_step_s"]] == [4, 4]
+    assert [row["times"] for row in details["prefill_s"]] == [2, 2]
+    assert [row["times"] for row in details["decode_step_s"]] == [4, 4]
     assert [row["held"] for row in details["cache_bytes"]] == [profile.kv.total_bytes(n) for n in (32, 256)]
 
 
@@ -95,6 +95,8 @@ def test_sizes_of_a_spec_are_those_of_real_caches(name: str) -> None:
         (("--device", "cuda:99"), UnavailableError, "'cuda:99' is not there"),
         (("--dtype", "int8"), ProfileError, "no number type 'int8'"),
         (("--dtype", "nn"), ProfileError, "no number type 'nn'"),
+        (("--name", "n" * 5000), ProfileError, "--name has 5000 characters"),
+        (("--name", ""), ProfileError, "--name has 0 characters"),
     ],
 )
 def test_what_cannot_be_measured(

@@ -11,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import DeadlineError, ProfileError
+from kvstore.limits import PROFILE_FILE_BYTES_MAX, PROFILE_POINTS_MAX
 from kvstore.profile import KvSize, MeasuredCurve
+from kvstore.profiles import load_profile, write_profile
 from kvstore.profiles.files import profile_from_text, profile_to_text
 from kvstore.profiles.measuring import MeasuringSettings, Subject, measure
 from kvstore.profiles.measuring.timings import Timing, curve_of, never_falling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 class ScriptedSubject(Subject):
@@ -78,7 +81,14 @@ def test_a_measurement_is_a_profile_of_medians() -> None:
     assert profile.source == "here, today; nothing real"
     assert [what for what, _ in profile.inferred] == ["decode_batch_max"]
     assert [len(timing.seconds) for timing in measured.decode] == [6, 6]
-    assert measured.details["prefill_s"][1]["all"] == [1.0, 9.0, 1.1]
+    assert measured.details["prefill_s"][1] == {
+        "tokens": 1000,
+        "times": 3,
+        "fastest": 1.0,
+        "quartiles": [1.05, 5.05],
+        "median": 1.1,
+        "slowest": 9.0,
+    }
     assert measured.details["cache_bytes"][0] == {"tokens": 100, "held": 2000, "spec": 2000}
     assert profile_from_text(profile_to_text(profile, details=measured.details)) == profile
 
@@ -111,6 +121,16 @@ def test_averages_of_what_falls_are_named() -> None:
     assert note.startswith("isotonic: 1 of 2 medians fell")
     assert "20.0% less" in note
     assert "prefill" not in dict(profile.inferred)
+
+
+def test_the_longest_measurement_fits_into_a_file(tmp_path: Path) -> None:
+    settings = MeasuringSettings(
+        tuple(range(1, PROFILE_POINTS_MAX + 1)), tuple(range(1, PROFILE_POINTS_MAX + 1)), rounds=20, decode_steps=50
+    )
+    measured = measure(ScriptedSubject(), settings, source="x")
+    write_profile(measured.profile, tmp_path / "long.json", details=measured.details)
+    assert load_profile(tmp_path / "long.json") == measured.profile
+    assert (tmp_path / "long.json").stat().st_size < PROFILE_FILE_BYTES_MAX // 2
 
 
 def test_a_cache_that_holds_something_else_is_refused() -> None:

@@ -25,7 +25,7 @@ class Measurement:
     """A measured profile.
 
     Attributes:
-        details: every time that was taken, and the sizes of real caches; for the profile's file.
+        details: how the times spread, and the sizes of real caches; for the profile's file.
     """
 
     profile: Profile
@@ -153,4 +153,15 @@ def _checked_sizes(subject: Subject, lengths: tuple[int, ...], begin: Callable[[
 
 
 def _documents(timings: tuple[Timing, ...], unit: str) -> list[dict[str, Any]]:
-    return [{unit: timing.amount, "median": timing.median_s, "all": list(timing.seconds)} for timing in timings]
+    """Of bounded size, however many rounds there were."""
+    return [
+        {
+            unit: timing.amount,
+            "times": len(timing.seconds),
+            "fastest": min(timing.seconds),
+            "quartiles": list(timing.quartiles_s),
+            "median": timing.median_s,
+            "slowest": max(timing.seconds),
+        }
+        for timing in timings
+    ]

@@ -30,11 +30,17 @@ class Timing:
         return median(self.seconds)
 
     @property
-    def spread(self) -> float:
-        """Between the first and the third quartile, as a share of the median; 0 for one time."""
+    def quartiles_s(self) -> tuple[float, float]:
+        """The first and the third."""
         if len(self.seconds) < 2:
-            return 0.0
+            return self.seconds[0], self.seconds[0]
         low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """Between the quartiles, as a share of the median."""
+        low, high = self.quartiles_s
         return (high - low) / self.median_s
 
 
