@@ -22,7 +22,7 @@ _STALE_ENTRIES_FACTOR = 8
 
 
 class _Instance:
-    __slots__ = ("batch", "is_leaving", "is_there", "number", "steps", "updated_s", "version")
+    __slots__ = ("batch", "gone", "is_there", "number", "steps", "updated_s", "version")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -31,7 +31,7 @@ class _Instance:
         self.updated_s = 0.0
         self.version = 0
         self.is_there = True
-        self.is_leaving = False
+        self.gone: Callable[[], None] | None = None
 
 
 class DecodeInstances:
@@ -68,7 +68,7 @@ class DecodeInstances:
     @property
     def instances(self) -> int:
         """That work; those that leave when their requests have ended are left out."""
-        return sum(not each.is_leaving for each in self._instances)
+        return sum(each.gone is None for each in self._instances)
 
     @property
     def present(self) -> int:
@@ -117,18 +117,20 @@ class DecodeInstances:
             lost += [job for _, _, job in sorted(instance.batch)]
         return lost
 
-    def release(self) -> bool:
-        """Let the least loaded instance go, as soon as its requests have ended; whether it went at once."""
-        instance = min(
-            (each for each in self._instances if not each.is_leaving),
-            key=lambda each: (len(each.batch), each.number),
-        )
-        if instance.batch:
-            instance.is_leaving = True
-            return False
+    def release(self, gone: Callable[[], None]) -> None:
+        """Let the least loaded instance go; `gone` is called when its requests have ended, which may be at once."""
+        staying = [each for each in self._instances if each.gone is None]
+        if not staying:
+            return
+        instance = min(staying, key=lambda each: (len(each.batch), each.number))
+        instance.gone = gone
+        if not instance.batch:
+            self._let_go(instance, gone)
+
+    def _let_go(self, instance: _Instance, gone: Callable[[], None]) -> None:
         instance.is_there = False
         self._instances.remove(instance)
-        return True
+        gone()
 
     def _offer(self, instance: _Instance) -> None:
         if len(self._by_load) > _STALE_ENTRIES_FACTOR * len(self._instances) + 64:
@@ -141,7 +143,7 @@ class DecodeInstances:
         entries = self._by_load
         while entries:
             load, _, instance = entries[0]
-            if load == len(instance.batch) and instance.is_there and not instance.is_leaving:
+            if load == len(instance.batch) and instance.is_there and instance.gone is None:
                 return instance if load < self._batch_max else None
             heappop(entries)
         return None
@@ -189,10 +191,9 @@ class DecodeInstances:
         instance.steps = mark
         self.running -= 1
         self._finished(job)
-        if instance.is_leaving:
+        if instance.gone is not None:
             if not instance.batch:
-                instance.is_there = False
-                self._instances.remove(instance)
+                self._let_go(instance, instance.gone)
         else:
             self._offer(instance)
             self._fill()

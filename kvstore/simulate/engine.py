@@ -12,6 +12,7 @@ from kvstore.errors import SimulationError
 from kvstore.schedule.policies.service import PrefillServiceModel
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
 from kvstore.simulate.coming import Coming
+from kvstore.simulate.conversions import Conversions
 from kvstore.simulate.events import Events
 from kvstore.simulate.faults import Faults, check_faults
 from kvstore.simulate.job import DECODE_WAIT, LOAD, PREFILL, PREFIX, QUEUE, TRANSFER, Job
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
     from kvstore.profile import Profile
     from kvstore.scenario import Scenario
-    from kvstore.schedule.policies.policy import RoutingPolicy
-    from kvstore.schedule.policies.snapshot import CachedPrefix
+    from kvstore.schedule.planning.plan import Plan
+    from kvstore.schedule.policies.admit import AdmissionPolicy
+    from kvstore.schedule.policies.convert import ConversionMemory, ConversionPolicy
+    from kvstore.schedule.policies.policy import Route, RoutingPolicy
+    from kvstore.schedule.policies.snapshot import CachedPrefix, Snapshot
     from kvstore.simulate.cache import ClusterCache
     from kvstore.simulate.request import Request
 
@@ -52,6 +56,9 @@ class Simulation:
         requests: numbered from 0 without holes; those without `after` in the order of their arrivals.
         policy: decides where requests go.
         caches: by cluster; a cluster without one keeps nothing.
+        admission: turns requests away early; None lets all in that have a route.
+        conversion: says when an instance changes its role; None for never.
+        retuned: the router for a plan that `conversion` has made; None keeps the one that there is.
         progress: told the time of the simulation now and then.
 
     Raises:
@@ -65,6 +72,9 @@ class Simulation:
         policy: RoutingPolicy[Any],
         caches: Mapping[str, ClusterCache],
         *,
+        admission: AdmissionPolicy | None = None,
+        conversion: ConversionPolicy | None = None,
+        retuned: Callable[[Plan], RoutingPolicy[Any] | None] = lambda _: None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         check_faults(scenario)
@@ -73,6 +83,12 @@ class Simulation:
         self._scenario = scenario
         self._policy = policy
         self._memory = policy.begin()
+        self._admission = admission
+        self._admitted = None if admission is None else admission.begin()
+        self._conversion = conversion
+        self._converted = None if conversion is None else conversion.begin()
+        self._retuned = retuned
+        self._plan: Plan | None = None
         self._progress = progress
         self._events = Events()
         self._links = Links(scenario.deployment, self._events, scenario.cross_traffic)
@@ -104,6 +120,7 @@ class Simulation:
         self._sampler = Sampler(self._sites.values(), self._links.lines)
         self._tiers: dict[str, int] = {}
         self._jobs: dict[int, Job] = {}
+        self._conversions = Conversions(self._events, self._sites)
         self._telemetry = Telemetry(self._events, self._sites, self._links.lines)
         self._coming = Coming(
             requests,
@@ -127,12 +144,12 @@ class Simulation:
         for job in self._jobs.values():
             self._recording.ended(job, outcome, end_s, self._tier_of(job))
         requests = self._recording.table()
-        happenings = sorted([*self._faults.happenings, *self._sampler.happenings], key=lambda each: each.at_s)
+        happened = [*self._faults.happenings, *self._conversions.happenings, *self._sampler.happenings]
         return SimulationResult(
             scenario=self._scenario,
             requests=requests,
             samples=self._sampler.samples(),
-            happenings=tuple(happenings),
+            happenings=tuple(sorted(happened, key=lambda each: each.at_s)),
             caches=tuple(counts for _, cache in self._cached_sites for counts in cache.counts()),
             tiers=tuple(self._tiers),
             end_s=end_s,
@@ -168,10 +185,10 @@ class Simulation:
                 if prefix is not NOTHING_CACHED:
                     cached[name] = prefix
         snapshot = self._telemetry.snapshot()
-        decision = self._policy.route(
-            self._memory, snapshot, RoutingRequest(request.prompt_tokens, request.output_tokens, cached)
-        )
-        route = decision.route
+        asked = RoutingRequest(request.prompt_tokens, request.output_tokens, cached)
+        route = self._policy.route(self._memory, snapshot, asked).route
+        if not job.attempt:
+            route = self._let_in(snapshot, asked, route)
         if route is None:
             self._turn_away(job)
             return
@@ -199,6 +216,18 @@ class Simulation:
             self._events.at(self._events.now_s + job.prefix.load_s, self._loaded, job)
         else:
             self._loaded(job)
+
+    def _let_in(self, snapshot: Snapshot, asked: RoutingRequest, route: Route | None) -> Route | None:
+        """The route, if the request is admitted; whoever remembers requests is told of this one."""
+        if self._conversion is not None and self._converted is not None:
+            self._converted = self._conversion.arrived(self._converted, asked, route)
+        if self._admission is None or self._admitted is None or route is None:
+            return route
+        admission = self._admission.decide(self._admitted, snapshot, asked, route)
+        if not admission.is_admitted:
+            return None
+        self._admitted = self._admission.admitted(self._admitted, snapshot, asked, route, admission)
+        return route
 
     def _service_s(self, profile: Profile, tokens: int, resume_tokens: int) -> float:
         if self._service.kind == "whole":
@@ -374,7 +403,22 @@ class Simulation:
         """A telemetry interval ends."""
         now_s = self._events.now_s
         passed_s = self._telemetry.measure()
-        self._memory = self._policy.observe(self._memory, self._telemetry.snapshot())
+        snapshot = self._telemetry.snapshot()
+        self._memory = self._policy.observe(self._memory, snapshot)
+        if self._admission is not None and self._admitted is not None:
+            self._admitted = self._admission.observe(self._admitted, snapshot)
+        if self._conversion is not None and self._converted is not None:
+            self._converted = self._conversion.observe(self._converted, snapshot)
+            self._convert(self._conversion, self._converted, snapshot)
         if passed_s > 0:
             self._sampler.take(now_s, self._memory)
         self._events.watch(max(now_s + self._scenario.telemetry_s, nextafter(now_s, inf)), self._observe)
+
+    def _convert(self, policy: ConversionPolicy, memory: ConversionMemory, snapshot: Snapshot) -> None:
+        decision = policy.decide(memory)
+        if decision.plan is not None and decision.plan != self._plan:
+            self._plan = decision.plan
+            self._policy = self._retuned(decision.plan) or self._policy
+        if decision.conversion is not None:
+            self._conversions.begin(decision.conversion)
+            self._converted = policy.converted(memory, snapshot, decision.conversion)

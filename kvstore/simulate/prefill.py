@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import TYPE_CHECKING
 
@@ -30,14 +31,14 @@ class PrefillInstances:
         self._idle = list(range(instances))
         self._next_instance = instances
         self._free_at_s = [0.0] * instances
-        self._leaving = 0
+        self._leaving: deque[Callable[[], None]] = deque()
         self.busy: dict[int, Job] = {}
         self.expected = 0
 
     @property
     def instances(self) -> int:
         """That work; those that leave when their prompt ends are left out."""
-        return len(self._idle) + len(self.busy) - self._leaving
+        return len(self._idle) + len(self.busy) - len(self._leaving)
 
     @property
     def idle(self) -> int:
@@ -71,7 +72,7 @@ class PrefillInstances:
         """An instance is through with its prompt."""
         del self.busy[instance]
         if self._leaving:
-            self._leaving -= 1
+            self._leaving.popleft()()
             return
         heappush(self._idle, instance)
         self._next()
@@ -102,22 +103,20 @@ class PrefillInstances:
             else:
                 self._idle.remove(alive[at])
         heapify(self._idle)
-        self._leaving = min(self._leaving, len(self.busy))
+        # An instance that fails while it is to leave comes back in its old role, if at all.
+        while len(self._leaving) > len(self.busy):
+            self._leaving.pop()
         self.estimate()
         return lost
 
-    def release(self) -> bool:
-        """Let one instance go, as soon as it is through with its prompt.
-
-        Returns:
-            Whether it went at once; else `finished` of some instance lets it go.
-        """
+    def release(self, gone: Callable[[], None]) -> None:
+        """Let one instance go; `gone` is called when it has no prompt any more, which may be at once."""
         if self._idle:
             heappop(self._idle)
             self.estimate()
-            return True
-        self._leaving += 1
-        return False
+            gone()
+        else:
+            self._leaving.append(gone)
 
     def estimate(self) -> None:
         """Work out from the present state when instances will be free."""
