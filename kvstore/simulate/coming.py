@@ -17,7 +17,8 @@ class Coming:
     """Takes requests from a workload as time passes, never more ahead than up to the next that comes by itself.
 
     A request that comes after another comes its thinking time after that one's end, however it ended. Who would come
-    after `until_s` does not come, nor does who would come after it. Not thread-safe.
+    later than `until_s` does not come, and what the workload has behind the first such request that comes by itself is
+    not taken: there, all are at least as late. Not thread-safe.
 
     Args:
         known: called with each request of the workload when it is taken.
@@ -74,7 +75,7 @@ class Coming:
                         f"({self._own_s} s); sort the workload"
                     )
                 if request.arrival_s > self._until_s:
-                    continue
+                    break
                 self._own_s = request.arrival_s
                 self._events.at(request.arrival_s, self._own, request)
                 return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvstore.errors import SimulationError
+from kvstore.keys import KEY_BYTES
 from kvstore.schedule.policies.service import PrefillServiceModel
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
 from kvstore.simulate.coming import Coming
@@ -20,7 +21,7 @@ from kvstore.simulate.links import Links
 from kvstore.simulate.recording import Recording
 from kvstore.simulate.result import Outcome, SimulationResult
 from kvstore.simulate.sampling import Sampler
-from kvstore.simulate.seen import KEY_BYTES, SeenKeys
+from kvstore.simulate.seen import SeenKeys
 from kvstore.simulate.site import Site
 from kvstore.simulate.stability import is_stable
 from kvstore.simulate.telemetry import Telemetry

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-KEY_BYTES = 32
-SEEN_KEYS_MAX = 4_000_000
+from kvstore.keys import KEY_BYTES
+
+SEEN_KEYS_MAX = 2_000_000
 
 
 class SeenKeys:
     """Keys of blocks that came before. Not thread-safe.
 
-    Half the digest tells keys apart. Beyond `SEEN_KEYS_MAX` no more are remembered, some 300 MB: what it says of later
-    prompts is a lower bound.
+    Beyond `SEEN_KEYS_MAX`, some 250 MB, no more are remembered: what it says of later prompts is a lower bound.
     """
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
+        self._seen: set[bytes] = set()
 
     def blocks(self, keys: bytes) -> int:
         """How many blocks from the beginning came before."""
-        numbers = _numbers(keys)
+        seen = self._seen
         # Whoever had a block had all before it, so the first that is new is found by bisection.
-        return bisect_left(numbers, True, key=lambda number: number not in self._seen)
+        return bisect_left(
+            range(len(keys) // KEY_BYTES),
+            True,
+            key=lambda block: keys[block * KEY_BYTES : (block + 1) * KEY_BYTES] not in seen,
+        )
 
     def add(self, keys: bytes) -> None:
         """From here on these have come."""
         if len(self._seen) < SEEN_KEYS_MAX:
-            self._seen.update(_numbers(keys))
-
-
-def _numbers(keys: bytes) -> list[int]:
-    return memoryview(keys).cast("Q")[:: KEY_BYTES // 8].tolist()
+            self._seen.update([keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)])

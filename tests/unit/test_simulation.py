@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from kvstore.scenario import LinkFault, NodeFault
 from kvstore.schedule.deployment import Cluster, Deployment
 from kvstore.simulate.request import Request
 from kvstore.simulate.result import PARTS, Outcome
+from kvstore.simulate.seen import SeenKeys
 from tests.unit.simulated import Fixed, Spread, one_cluster, profile_of, requests_at, simulated, two_clusters
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def parts_of(result: object, row: int = 0) -> dict[str, float]:
@@ -92,6 +97,14 @@ def test_what_came_while_a_prompt_waited_counts_too() -> None:
     assert result.requests.cached_tokens.tolist() == [0, 48]
 
 
+def test_equal_keys_are_equal_as_a_whole() -> None:
+    """Keys may differ in their last bytes only."""
+    seen = SeenKeys()
+    seen.add(b"a" * 32 + b"a" * 31 + b"b")
+    assert seen.blocks(b"a" * 32 + b"a" * 31 + b"b") == 2
+    assert seen.blocks(b"a" * 31 + b"c") == 0
+
+
 def test_a_prefix_moves_from_another_cluster() -> None:
     first = Request(0, 0.0, 48, 1, keys_of("a", "b", "c"))
     second = Request(1, 10.0, 64, 1, keys_of("a", "b", "c", "d"))
@@ -128,13 +141,22 @@ def test_turns_come_after_those_before_them() -> None:
 def test_what_would_arrive_late_is_left_out() -> None:
     requests = [
         Request(0, 0.0, 1000, 11, b""),
-        Request(1, 20.0, 1000, 11, b""),
-        Request(2, 1.0, 1000, 11, b"", after=0),
-        Request(3, 30.0, 1000, 11, b"", after=0),
-        Request(4, 1.0, 1000, 11, b"", after=1),
+        Request(1, 1.0, 1000, 11, b"", after=0),
+        Request(2, 30.0, 1000, 11, b"", after=0),
+        Request(3, 1.0, 1000, 11, b"", after=2),
+        Request(4, 20.0, 1000, 11, b""),
+        Request(5, 21.0, 1000, 11, b""),
     ]
-    result = simulated(one_cluster(), requests, duration_s=10.0)
+    taken = []
+
+    def workload() -> Iterator[Request]:
+        for request in requests:
+            taken.append(request.number)
+            yield request
+
+    result = simulated(one_cluster(), workload(), duration_s=10.0)
     assert result.requests.arrival_s == pytest.approx([0.0, 2.1])
+    assert taken == [0, 1, 2, 3, 4]
 
 
 def test_a_failed_prefill_instance_loses_its_time_and_not_its_prompt() -> None:
