@@ -127,6 +127,24 @@ def test_equal_clusters_share_a_band() -> None:
             assert part.used_share <= 1 + 1e-9
 
 
+def test_where_decode_ends_the_rate_prefill_shares_what_is_left() -> None:
+    """Both prefill the same lengths, and neither is busier than the other."""
+    deployment = Deployment((Cluster("x", H200, 4, 0), Cluster("pd", H20, 6, 2)), (Link("x", "pd", 50 * GBIT),))
+    result = throughput(deployment, plan_of([["pd", "x"]]), TRAFFIC)
+    assert result.binding == ("decode of pd",)
+    used = [result.part(f"prefill of {name}").used_share for name in ("x", "pd")]
+    assert used[0] == pytest.approx(used[1], rel=1e-6)
+    assert result.requests_per_s == pytest.approx(2 * H20.decode_requests_per_s(1024), rel=1e-9)
+
+
+def test_what_need_not_cross_does_not() -> None:
+    """Two clusters that could decode for each other, and have no reason to."""
+    deployment = Deployment(
+        (Cluster("a", H20, 4, 4), Cluster("b", H20, 4, 4)), (Link("a", "b", 50 * GBIT), Link("b", "a", 50 * GBIT))
+    )
+    assert throughput(deployment, plan_of([["a", "b"]]), TRAFFIC).link_bytes_per_s() == 0
+
+
 def test_the_two_conventions_differ_by_jensen() -> None:
     """T is convex, so the mean of T is above T of the mean, and less is served."""
     plan = plan_of([["pd"]])

@@ -16,11 +16,14 @@ from kvstore.schedule.planning.linear import maximize
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from kvstore.schedule.deployment import Deployment
     from kvstore.schedule.planning.plan import Traffic
 
-_BYTES_COST = 1e-9
-"""How little a byte counts against the rate: it only decides between divisions that serve the same."""
+_BUSY_COST, _BYTES_COST = 1e-6, 1e-9
+"""How little the busiest prefill, and bytes, count against the rate: they only decide between divisions that serve the
+same."""
 _NOTHING = 1e-12
 
 
@@ -172,52 +175,46 @@ def best_flows(capacity: Capacity, loads: Sequence[BandLoad]) -> tuple[float, tu
         return 0.0, ()
     if len(pairs) == len(served):
         return _only_flows(capacity, loads, pairs)
-    rows, limits = _rows(capacity, loads, pairs)
-    # Scaled by a rate that can be reached no matter what, entries are near 1.
-    scale = sum(capacity.decode_requests_per_s)
-    matrix = np.array(rows)
-    sizes = np.abs(matrix).max(axis=1)
-    kept = sizes > 0
-    matrix, bounds, sizes = matrix[kept] * scale, np.array(limits)[kept], sizes[kept] * scale
-    gain = np.zeros(matrix.shape[1])
-    gain[0] = 1.0
+    # Columns: the rate, the share that the busiest prefill is used, and the flow of each pair. Flows are counted in
+    # units of a rate that nothing exceeds, so that entries are near 1.
+    unit = sum(capacity.decode_requests_per_s)
+    matrix, limits = _rows(capacity, loads, pairs, unit)
     sent = np.array([sum(each[2] for each in capacity.crossing(loads[b], i, j)) for b, i, j in pairs])
-    if sent.max() > 0:
-        gain[1:] = -_BYTES_COST * sent / sent.max()
-    solution = maximize(gain, matrix / sizes[:, None], bounds / sizes) * scale
+    gain = np.concatenate(([1.0, -_BUSY_COST], -_BYTES_COST * sent / max(sent.max(), 1.0)))
+    sizes = np.abs(matrix).max(axis=1)
+    solution = maximize(gain, matrix / sizes[:, None], limits / sizes) * unit
     rate = float(solution[0])
     flows = tuple(
         FlowRate(*pair, float(each))
-        for pair, each in zip(pairs, solution[1:], strict=True)
+        for pair, each in zip(pairs, solution[2:], strict=True)
         if each > _NOTHING * max(rate, _NOTHING)
     )
     return rate, flows
 
 
 def _rows(
-    capacity: Capacity, loads: Sequence[BandLoad], pairs: Sequence[tuple[int, int, int]]
-) -> tuple[list[list[float]], list[float]]:
-    """Rows over (rate, flow of each pair): bands are served, and nothing has more to do than it can."""
-    by_part: dict[tuple[str, int, int], list[float]] = {}
-    limits: dict[tuple[str, int, int], float] = {}
+    capacity: Capacity, loads: Sequence[BandLoad], pairs: Sequence[tuple[int, int, int]], unit: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bands are served, nothing has more to do than it can, and no prefill more than the busiest one."""
+    by_part: dict[tuple[str, int, int], list[float]] = {("busiest", 0, 0): [0.0, 1.0] + [0.0] * len(pairs)}
 
     def load_part(part: tuple[str, int, int], limit: float, column: int, each: float) -> None:
         if limit < inf:
-            by_part.setdefault(part, [0.0] * (1 + len(pairs)))[column] += each / limit
-            limits[part] = 1.0
+            by_part.setdefault(part, [0.0] * (2 + len(pairs)))[column] += each * unit / limit
 
-    for column, (number, prefill, decode) in enumerate(pairs, start=1):
+    for column, (number, prefill, decode) in enumerate(pairs, start=2):
         load = loads[number]
-        band = by_part.setdefault(("band", number, 0), [load.share] + [0.0] * len(pairs))
-        band[column] = -1.0
-        limits["band", number, 0] = 0.0
+        by_part.setdefault(("band", number, 0), [load.share, 0.0] + [0.0] * len(pairs))[column] = -1.0
         load_part(("prefill", prefill, 0), capacity.prefill_instances[prefill], column, load.prefill_s[prefill])
+        by_part["prefill", prefill, 0][1] = -1.0
         load_part(("decode", decode, 0), capacity.decode_requests_per_s[decode], column, 1.0)
         for source, target, request_bytes in capacity.crossing(load, prefill, decode):
             load_part(("link", source, target), capacity.links[source, target], column, request_bytes)
             load_part(("egress", source, 0), capacity.egress[source], column, request_bytes)
             load_part(("ingress", target, 0), capacity.ingress[target], column, request_bytes)
-    return list(by_part.values()), [limits[part] for part in by_part]
+    limits = [0.0 if kind in ("band", "prefill") else 1.0 for kind, _, _ in by_part]
+    loaded = [(row, limit) for row, limit in zip(by_part.values(), limits, strict=True) if any(row)]
+    return np.array([row for row, _ in loaded]), np.array([limit for _, limit in loaded])
 
 
 def _only_flows(

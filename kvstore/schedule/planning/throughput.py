@@ -109,8 +109,9 @@ def throughput(deployment: Deployment, plan: Plan, traffic: Traffic, convention:
     """The largest rate at which no part of the deployment has more to do than it can: Λ_max.
 
     For one prefill and one PD cluster this is the paper's min(Θ_prfaas / p, Θ_pd-p / (1 - p), Θ_pd-d). In general each
-    band's requests may divide over its clusters and over those that decode; they divide as serves the rate best, and
-    of equally good divisions the one that moves the least bytes is taken (a linear program).
+    band's requests may divide over its clusters and over those that decode; they divide as serves the rate best; of
+    divisions that serve the same the one is taken that leaves the busiest prefill the most room, then the one that
+    moves the least bytes (a linear program).
 
     Raises:
         PlanError: a band in which there are requests has nobody who could prefill it.
