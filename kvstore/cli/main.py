@@ -173,15 +173,45 @@ def profile(
 
 @app.command()
 def plan(
-    what: Annotated[str, typer.Argument(metavar="paper", help="paper: the published figures beside ours.")],
+    scenario: Annotated[
+        str,
+        typer.Argument(
+            metavar="[SCENARIO]", help="A scenario's file or name; or paper: the published figures beside ours."
+        ),
+    ] = "paper-prfaas",
+    convention: Annotated[
+        str, typer.Option(metavar="at-mean|mean", help="Service time of a range: T(E[L]) as in the paper, or E[T(L)].")
+    ] = "at-mean",
+    divide: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLUSTER", help="Its instances may change between prefill and decode. Default: convertible ones."
+        ),
+    ] = None,
+    is_fixed: Annotated[bool, typer.Option("--fixed", help="No instance changes; only lengths are divided.")] = False,
+    is_exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Try every plan; slow.")] = False,
+    rate: Annotated[
+        float | None, typer.Option(metavar="REQUESTS/S", help="Show latency at this rate; default: the scenario's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what Prefill-as-a-Service (arXiv 2604.15039) printed beside what the same model gives here."""
-    from kvstore.cli.plan_paper import run_plan_paper
+    """Plan a deployment: who prefills what, with how many instances, what throughput, TTFT and bandwidth.
 
-    if what != "paper":
-        raise typer.BadParameter(f"{what!r} cannot be planned; there is paper")
-    raise typer.Exit(run_plan_paper(as_json=as_json))
+    `kvstore plan paper` prints what Prefill-as-a-Service (arXiv 2604.15039) printed beside what the same model gives
+    here.
+    """
+    if scenario == "paper":
+        from kvstore.cli.plan_paper import run_plan_paper
+
+        raise typer.Exit(run_plan_paper(as_json=as_json))
+    from kvstore.cli.plan import run_plan
+
+    raise typer.Exit(
+        run_plan(
+            scenario, convention=convention, divide=divide or [], is_fixed=is_fixed, is_exhaustive=is_exhaustive,
+            requests_per_s=rate, as_json=as_json,
+        )
+    )  # fmt: skip
 
 
 @app.command()
