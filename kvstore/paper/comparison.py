@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from kvstore.paper.case_study import Figure, case_study, inferred
+from kvstore.paper.case_study import Figure, inferred
 from kvstore.paper.printed import KV_THROUGHPUT, Printed, printed_figures, throughput_quantity
 from kvstore.profiles import load_profile, published_kv_throughput
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvstore.paper.case_study import CaseStudy
     from kvstore.profile import Profile
 
 Basis: TypeAlias = Literal["predicted", "inferred", "read back"]
@@ -55,9 +56,13 @@ class Summary:
     worst: Cell
 
 
-def compared() -> tuple[Cell, ...]:
-    """All printed figures, in the order of the paper's tables."""
-    figures = {**case_study().figures(), **_model_figures(), **_throughput_figures()}
+def compared(study: CaseStudy) -> tuple[Cell, ...]:
+    """All printed figures, in the order of the paper's tables.
+
+    Args:
+        study: `case_study()`, or one under other profiles or another convention.
+    """
+    figures = {**study.figures(), **_model_figures(), **_throughput_figures()}
     cells = []
     for printed in printed_figures():
         figure = figures[printed.table, printed.row, printed.quantity]

@@ -38,8 +38,8 @@ def study() -> CaseStudy:
 
 
 @pytest.fixture(scope="module")
-def cells() -> tuple[Cell, ...]:
-    return compared()
+def cells(study: CaseStudy) -> tuple[Cell, ...]:
+    return compared(study)
 
 
 @pytest.fixture
@@ -131,6 +131,35 @@ def test_the_case_study_is_what_the_equations_say(study: CaseStudy) -> None:
     assert ours(HOMOGENEOUS, "requests_per_s") == pytest.approx(homogeneous)
     assert ours(NAIVE, "requests_per_s") == pytest.approx(naive)
     assert ours(NAIVE, "ttft_p90_s") == pytest.approx(H200.prefill(LENGTHS.quantile(0.9)))
+
+
+@pytest.mark.parametrize("rounded", [(-0.005, -0.005, -0.005), (0, 0, 0), (0.005, -0.005, 0.005)])
+def test_the_homogeneous_row_alone_predicts_the_other(
+    monkeypatch: pytest.MonkeyPatch, rounded: tuple[float, float, float]
+) -> None:
+    """Three of its figures give the H20's prefill time, whose profile then has no part in what PrfaaS-PD comes to."""
+    printed = {
+        each.quantity: each.value for each in printed_figures() if (each.table, each.row) == ("case study", HOMOGENEOUS)
+    }
+    square = LENGTHS.expected(lambda tokens: (tokens / 1e3) ** 2)
+    mean, last = LENGTHS.mean() / 1e3, LENGTHS.quantile(0.9) / 1e3
+    coefficients = np.linalg.solve(
+        [[1, mean, mean**2], [1, mean, square], [1, last, last**2]],
+        [
+            9 / (printed["pd_prefill_requests_per_s"] + rounded[0]),
+            printed["ttft_mean_s"] + rounded[1],
+            printed["ttft_p90_s"] + rounded[2],
+        ],
+    )
+    h20 = replace(H20, prefill=PolynomialCurve(tuple(coefficients), 1e3))
+    monkeypatch.setattr("kvstore.paper.case_study.SEARCH_STEP_TOKENS", 700)
+    study = CaseStudy(H200, h20)
+    assert study.prfaas_pd.part("prefill of pd").requests_per_s == pytest.approx(1.65, abs=0.011)
+    assert study.best_prfaas_pd.plan.splits == (Split("pd", 3, 5),)
+    assert study.best_prfaas_pd.plan.thresholds == (19_600,)
+    assert study.best_prfaas_pd.requests_per_s == pytest.approx(3.20, abs=0.005)
+    # The profile's own coefficients are among those that the row allows, up to their rounding.
+    assert H20.prefill(30_000) == pytest.approx(h20.prefill(30_000), rel=0.01)
 
 
 def test_what_is_predicted_needs_no_inferred_input(cells: tuple[Cell, ...]) -> None:
