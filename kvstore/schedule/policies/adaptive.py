@@ -6,15 +6,19 @@ there is room prices are near 0, and the router takes the earliest first token. 
 least of what is scarce: a threshold between long and short prompts comes out of it where the profiles differ by length,
 and nobody sets it. Prices lag behind, and a lagging price that grows without bound makes load swing from one cluster to
 another; they stop at b = 0.8. Beyond, the queues themselves, which are in the estimate without a lag, keep the balance.
+
+Links and places in batches are priced by `kvstore.schedule.policies.coefficients`, which may price prefill too: by the
+elasticity of its latency, up to the same bound.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import exp, isfinite
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from kvstore.errors import PlanError
+from kvstore.schedule.policies.coefficients import PricingMemory, PricingPolicy
 from kvstore.schedule.policies.explain import decide
 from kvstore.schedule.policies.policy import Decision, RoutingPolicy
 from kvstore.schedule.policies.search import FREE, Prices, Rules
@@ -23,13 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvstore.schedule.deployment import Slo
-    from kvstore.schedule.policies.search import LinkName
     from kvstore.schedule.policies.snapshot import ClusterState, RoutingRequest, Snapshot
 
-_RULES = Rules(prefixes="fastest")
+_CHOICES = (("least seconds until the first token and of others' waiting", Rules(prefixes="fastest")),)
 _BUSY_SHARE_MAX = 0.8
-
-NameT = TypeVar("NameT")
+_PREFILL_PRICE_MAX = _BUSY_SHARE_MAX / (1 - _BUSY_SHARE_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +39,13 @@ class AdaptiveMemory:
     """What the adaptive router has seen.
 
     Attributes:
-        at_s: of the last observation; None before the first.
-        prefill, decode: by cluster, the share of time in which no instance, or no place, was idle.
-        link: by link, the share of what it could carry that was used.
-        prices: that follow from these.
+        busy_shares: by cluster, of the time, with no idle prefill instance.
+        pricing: what the coefficients follow from.
+        prices: that follow from both.
     """
 
-    at_s: float | None = None
-    prefill: Mapping[str, float] = field(default_factory=dict)
-    decode: Mapping[str, float] = field(default_factory=dict)
-    link: Mapping[LinkName, float] = field(default_factory=dict)
+    busy_shares: Mapping[str, float] = field(default_factory=dict)
+    pricing: PricingMemory = field(default_factory=PricingMemory)
     prices: Prices = FREE
 
 
@@ -57,6 +56,8 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
         slo: batches slower than its time per output token make places in them dearer.
         memory_s: time constant of what is remembered.
         price_scale: of others' seconds against one's own; 0 takes the earliest first token whatever it costs.
+        by_elasticity: whether prefill is priced by how its latency answers to load, as the knee's detector measures
+            it, rather than by its busy share.
 
     Raises:
         PlanError: a number is out of its limits.
@@ -64,7 +65,9 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
 
     name = "adaptive"
 
-    def __init__(self, slo: Slo, memory_s: float = 60.0, price_scale: float = 1.0) -> None:
+    def __init__(
+        self, slo: Slo, memory_s: float = 60.0, price_scale: float = 1.0, *, by_elasticity: bool = False
+    ) -> None:
         if not (isfinite(memory_s) and memory_s > 0):
             raise PlanError(f"memory_s={memory_s} must be finite and positive")
         if not (isfinite(price_scale) and price_scale >= 0):
@@ -72,33 +75,32 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
         self._slo = slo
         self._memory_s = memory_s
         self._price_scale = price_scale
+        self._by_elasticity = by_elasticity
+        self._pricing = PricingPolicy(smoothing_s=memory_s)
 
     def begin(self) -> AdaptiveMemory:
-        return AdaptiveMemory()
+        return AdaptiveMemory(pricing=self._pricing.begin())
 
     def observe(self, memory: AdaptiveMemory, snapshot: Snapshot) -> AdaptiveMemory:
-        passed_s = 0.0 if memory.at_s is None else max(snapshot.now_s - memory.at_s, 0.0)
-        weight = 1 - exp(-passed_s / self._memory_s)
-        clusters = snapshot.clusters
-        prefill = _smoothed(
-            memory.prefill,
-            {name: float(each.prefill_wait_s > 0) for name, each in clusters.items() if each.prefill_instances > 0},
-            weight,
-        )
-        decode = _smoothed(
-            memory.decode,
-            {name: float(_is_full(each)) for name, each in clusters.items() if each.decode_instances > 0},
-            weight,
-        )
-        link = _smoothed(
-            memory.link, {name: min(each.used_share, 1.0) for name, each in snapshot.links.items()}, weight
-        )
+        before_s = memory.pricing.observed_s
+        fresh = 0.0 if before_s is None else 1 - exp(-max(snapshot.now_s - before_s, 0.0) / self._memory_s)
+        shares = {}
+        for name, state in snapshot.clusters.items():
+            if state.prefill_instances > 0:
+                share = memory.busy_shares.get(name, 0.0)
+                shares[name] = share + fresh * (float(state.prefill_wait_s > 0) - share)
+        pricing = self._pricing.observe(memory.pricing, snapshot)
+        found, scale = pricing.coefficients, self._price_scale
+        if self._by_elasticity:
+            prefill = {name: scale * min(found.pressure[name].elasticity, _PREFILL_PRICE_MAX) for name in shares}
+        else:
+            prefill = {name: scale * share / (1 - min(share, _BUSY_SHARE_MAX)) for name, share in shares.items()}
         prices = Prices(
-            {name: self._price(share) for name, share in prefill.items()},
-            {name: self._price(share) for name, share in link.items()},
-            {name: self._price(share) + self._late_share(clusters[name]) for name, share in decode.items()},
+            prefill,
+            {between: scale * price for between, price in found.link.items()},
+            {name: scale * (price + self._late_share(snapshot.clusters[name])) for name, price in found.decode.items()},
         )
-        return AdaptiveMemory(snapshot.now_s, prefill, decode, link, prices)
+        return AdaptiveMemory(shares, pricing, prices)
 
     def numbers(self, memory: AdaptiveMemory) -> Mapping[str, float]:
         prices = memory.prices
@@ -111,26 +113,6 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
             self.name, _CHOICES, snapshot, request, memory.prices, lambda: tuple(self.numbers(memory).items())
         )
 
-    def _price(self, busy_share: float) -> float:
-        return self._price_scale * busy_share / (1 - min(busy_share, _BUSY_SHARE_MAX))
-
     def _late_share(self, state: ClusterState) -> float:
         """What a batch's requests are late, as a share of the time that they hold their places."""
         return max(state.tpot_s / self._slo.tpot_s - 1, 0.0)
-
-
-_CHOICES = (("least seconds until the first token and of others' waiting", _RULES),)
-
-
-def _is_full(state: ClusterState) -> bool:
-    places = state.decode_instances * state.cluster.profile.decode_batch_max
-    return state.decode_running + state.decode_waiting >= places
-
-
-def _smoothed(before: Mapping[NameT, float], values: Mapping[NameT, float], weight: float) -> dict[NameT, float]:
-    """Moved towards the values; what is new begins at 0, what is gone is forgotten."""
-    found = {}
-    for name, value in values.items():
-        old = before.get(name, 0.0)
-        found[name] = old + weight * (value - old)
-    return found

@@ -122,11 +122,16 @@ def _search(
     stale_s: float,
     considered: list[Candidate] | None,
 ) -> Candidate | None:
-    links, tokens = snapshot.links, request.prompt_tokens
+    tokens, cached = request.prompt_tokens, request.cached
+    permitted, prefill_prices = rules.prefill, prices.prefill
     decoders = _decoders(snapshot, request, prices, stale_s)
     sources = _sources(snapshot, request, stale_s) if rules.prefixes != "own" else []
     allowed = request.allowed
+    if not decoders:
+        return None
     deepest_tokens = sources[0][0] if sources else 0
+    first_place_s = min(each[1] for each in decoders)
+    least_place_price = min(each[2] for each in decoders)
     costs: dict[int, _PromptCost] = {}
     heads = []
     for name, state in snapshot.clusters.items():
@@ -134,18 +139,22 @@ def _search(
             state.prefill_instances > 0
             and state.age_s <= stale_s
             and (allowed is None or name in allowed)
-            and (rules.prefill is None or name in rules.prefill)
+            and (permitted is None or name in permitted)
         ):
             profile = state.cluster.profile
             cost = costs.get(id(profile))
             if cost is None:
                 cost = costs[id(profile)] = _PromptCost(profile, tokens)
-            own = request.cached.get(name)
+            own = cached.get(name)
             own_tokens = own.resume_tokens if own is not None and own.resume_tokens < tokens else 0
             # Nobody computes less than what is missing behind the deepest prefix.
             least_s = cost.prefill_s(own_tokens if own_tokens > deepest_tokens else deepest_tokens)
-            prefill_price = prices.prefill.get(name, 0.0)
-            heads.append((state.prefill_wait_s + least_s * (1 + prefill_price), name, state, cost, prefill_price))
+            prefill_price = prefill_prices.get(name, 0.0)
+            least_score = state.prefill_wait_s + least_s
+            if least_score < first_place_s:
+                least_score = first_place_s
+            least_score += least_s * prefill_price + least_place_price
+            heads.append((least_score, name, state, cost, prefill_price))
     heads.sort(key=itemgetter(0))
     is_brief = considered is None
     best: Candidate | None = None
@@ -155,42 +164,33 @@ def _search(
             break
         queue_s = state.prefill_wait_s
         limit_s = best_score - least_score if is_brief else inf
-        for resume_tokens, source, load_s, prefix_s, prefix_bytes, prefix_price in _beginnings(
-            name, snapshot, request, rules, prices, sources, stale_s, limit_s
-        ):
-            prefill_s = cost.prefill_s(resume_tokens)
-            begin_s = queue_s + load_s + prefix_s
+        options = []
+        for beginning in _beginnings(name, snapshot, request, rules, prices, sources, stale_s, limit_s):
+            begin_s = queue_s + beginning[2] + beginning[3]
+            prefill_s = cost.prefill_s(beginning[0])
+            price = beginning[5] + prefill_price * prefill_s
             ready_s = begin_s + prefill_s
-            price = prefix_price + prefill_price * prefill_s
-            if ready_s + price >= best_score and is_brief:
-                continue
-            for least, place_s, place_price, target, attention_tokens in decoders:
-                if least + price >= best_score and is_brief:
-                    break
-                if target == name:
-                    handover_bytes, end_s, all_price = 0.0, ready_s, price + place_price
-                elif rules.is_local:
+            least_score = (ready_s if ready_s > first_place_s else first_place_s) + price + least_place_price
+            options.append((least_score, begin_s, prefill_s, price, beginning))
+        options.sort(key=itemgetter(0))
+        targets: list[_Target] | None = None
+        for least_score, begin_s, prefill_s, price, beginning in options:
+            if least_score >= best_score and is_brief:
+                break
+            if targets is None:
+                targets = _targets(name, snapshot, request, rules, prices, decoders, stale_s, cost)
+            ready_s = begin_s + prefill_s
+            for least, place_s, target_price, target, handover_bytes, link_s, drained_s, half_way_s in targets:
+                all_price = price + target_price
+                if (least + price >= best_score or ready_s + half_way_s + all_price >= best_score) and is_brief:
                     continue
-                else:
-                    link = links.get((name, target))
-                    if link is None or link.age_s > stale_s:
-                        continue
-                    rate = link.bytes_per_s
-                    half_way_s = link.round_trip_s / 2
-                    if rate <= 0 or (ready_s + half_way_s + price + place_price >= best_score and is_brief):
-                        continue
-                    handover_bytes = cost.state_bytes
-                    if attention_tokens < tokens:
-                        handover_bytes += cost.token_bytes * (tokens - attention_tokens)
-                    link_s = handover_bytes / rate
-                    drained_s = link.queued_bytes / rate
-                    # Layers leave while later ones compute: sending begins with prefill, and ends no earlier.
-                    sent_s = (begin_s if begin_s > drained_s else drained_s) + link_s
-                    end_s = (ready_s if ready_s > sent_s else sent_s) + half_way_s
-                    all_price = price + place_price + prices.link.get((name, target), 0.0) * link_s
+                # Layers leave while later ones compute: sending begins with prefill, and ends no earlier.
+                sent_s = (begin_s if begin_s > drained_s else drained_s) + link_s
+                end_s = (ready_s if ready_s > sent_s else sent_s) + half_way_s
                 first_s = end_s if end_s > place_s else place_s
                 score = first_s + all_price
                 if score < best_score or not is_brief:
+                    resume_tokens, source, load_s, prefix_s, prefix_bytes, _ = beginning
                     candidate = Candidate(
                         score,
                         all_price,
@@ -259,6 +259,42 @@ def _decoders(
         prefix = cached.get(name)
         found.append((place_s + place_price, place_s, place_price, name, prefix.attention_tokens if prefix else 0))
     found.sort(key=itemgetter(0))
+    return found
+
+
+_Target: TypeAlias = tuple[float, float, float, str, float, float, float, float]
+"""Least score, seconds until a place is free, price of link and place, name, bytes of the hand-over, seconds of the
+link for them and until it is free, and one way's latency."""
+
+
+def _targets(
+    name: str,
+    snapshot: Snapshot,
+    request: RoutingRequest,
+    rules: Rules,
+    prices: Prices,
+    decoders: list[tuple[float, float, float, str, int]],
+    stale_s: float,
+    cost: _PromptCost,
+) -> list[_Target]:
+    """Where a prompt that is prefilled in a cluster can be decoded, the best first."""
+    links, tokens, found = snapshot.links, request.prompt_tokens, []
+    for least, place_s, place_price, target, attention_tokens in decoders:
+        if target == name:
+            found.append((least, place_s, place_price, target, 0.0, 0.0, 0.0, 0.0))
+        elif not rules.is_local:
+            between = (name, target)
+            link = links.get(between)
+            if link is None or link.bytes_per_s <= 0 or link.age_s > stale_s:
+                continue
+            handover_bytes = cost.state_bytes
+            if attention_tokens < tokens:
+                handover_bytes += cost.token_bytes * (tokens - attention_tokens)
+            link_s = handover_bytes / link.bytes_per_s
+            price = place_price + prices.link.get(between, 0.0) * link_s
+            drained_s = link.queued_bytes / link.bytes_per_s
+            half_way_s = link.round_trip_s / 2
+            found.append((place_s + price, place_s, price, target, handover_bytes, link_s, drained_s, half_way_s))
     return found
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _BAND = tuple(each.name for each in fields(Band))
 ROUTING_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    "adaptive": ("memory_s", "price_scale"),
+    "adaptive": ("memory_s", "price_scale", "by_elasticity"),
     "threshold": ("threshold_tokens", *_BAND),
     "local": (),
     "naive": (),
@@ -51,7 +51,8 @@ def routing_policy(
         )
     match choice_name:
         case "adaptive":
-            return AdaptiveRouting(slo, **settings)
+            numbers = {name: value for name, value in settings.items() if name != "by_elasticity"}
+            return AdaptiveRouting(slo, **numbers, by_elasticity=bool(settings.get("by_elasticity", 0.0)))
         case "threshold":
             if "threshold_tokens" not in settings:
                 raise PlanError("the routing policy 'threshold' needs threshold_tokens; `kvstore plan` computes it")
