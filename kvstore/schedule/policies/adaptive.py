@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _CHOICES = (("least seconds until the first token and of others' waiting", Rules(prefixes="fastest")),)
 _BUSY_SHARE_MAX = 0.8
-_PREFILL_PRICE_MAX = _BUSY_SHARE_MAX / (1 - _BUSY_SHARE_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +91,9 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
         pricing = self._pricing.observe(memory.pricing, snapshot)
         found, scale = pricing.coefficients, self._price_scale
         if self._by_elasticity:
-            prefill = {name: scale * min(found.pressure[name].elasticity, _PREFILL_PRICE_MAX) for name in shares}
+            prefill = {name: scale * min(found.pressure[name].elasticity, _price(_BUSY_SHARE_MAX)) for name in shares}
         else:
-            prefill = {name: scale * share / (1 - min(share, _BUSY_SHARE_MAX)) for name, share in shares.items()}
+            prefill = {name: scale * _price(min(share, _BUSY_SHARE_MAX)) for name, share in shares.items()}
         prices = Prices(
             prefill,
             {between: scale * price for between, price in found.link.items()},
@@ -116,3 +115,7 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
     def _late_share(self, state: ClusterState) -> float:
         """What a batch's requests are late, as a share of the time that they hold their places."""
         return max(state.tpot_s / self._slo.tpot_s - 1, 0.0)
+
+
+def _price(busy_share: float) -> float:
+    return busy_share / (1 - busy_share)
