@@ -40,6 +40,7 @@ def test_every_seam_has_an_example_and_its_kit() -> None:
         "TierConformance",
         "EvictionConformance",
         "CheckpointConformance",
+        "RoutingConformance",
     }
 
 

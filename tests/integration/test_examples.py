@@ -34,6 +34,15 @@ PROMISES = {
         "2 matches found 640 of 1280 tokens",
         "attention 'attention': reaches",
     ),
+    "16_route_requests.py": (
+        "2000 tokens: fast prefills from 0, home decodes",
+        "48000 tokens: fast prefills from 0, home decodes",
+        "fast is crowded, 2000 tokens: home prefills",
+        "s worse: waits for prefill",
+        "48000 tokens of which home has 40000",
+        "the link is down: home prefills",
+        "may only be seen by fast: nobody",
+    ),
     "17_profiles.py": (
         "Qwen3-235B (dense)",
         "refused: the curve falls",
