@@ -1,7 +1,8 @@
 """Seconds of one routing decision with 16 clusters: pytest-benchmark's figures, and the 99th percentile over many.
 
 `python -m pytest benchmarks/bench_routing.py --benchmark-only -s` prints the percentiles too. Decisions differ in load,
-prompt and caches, so that their spread is that of the work, each counted at its best of a few; explanations are not asked for, as in serving.
+prompt and caches, so that their spread is that of the work, each counted at its best of a few; explanations are not
+asked for, as in serving.
 """
 
 from __future__ import annotations
