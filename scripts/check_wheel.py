@@ -40,12 +40,17 @@ def check(version: str) -> None:
         assert load_profile(row.profile).name == row.profile, f"the profile {row.profile} is not in the wheel"
 
     from kvstore.paper.printed import printed_figures
-    from kvstore.scenario import read_scenario, scenario_names
+    from kvstore.scenario import Workload, read_scenario, scenario_names
+    from kvstore.simulate.workload import requests_of
 
     assert printed_figures(), "the paper's figures are not in the wheel"
     assert scenario_names(), "no scenario is in the wheel"
     for name in scenario_names():
         read_scenario(name)
+
+    for kind in ("mooncake", "agentic"):
+        assert next(requests_of(Workload(kind), block_tokens=512, seed=0)), f"the {kind} excerpt is not in the wheel"
+        assert package.joinpath(f"simulate/data/{kind}/LICENSE-APACHE").is_file(), "an excerpt lacks its licence"
 
     for group in ("kvstore.transports", "kvstore.codecs"):
         points = importlib.metadata.entry_points(group=group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from math import exp
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,3 +211,10 @@ def test_defaults_are_within_their_limits() -> None:
     for known in (LOGNORMAL, MULTITURN, BRANCHING):
         assert all(each.least <= each.default <= each.most for each in known.values())
     assert exp(LOGNORMAL["mu"].default) < LOGNORMAL["tokens_max"].default
+
+
+def test_the_page_lists_every_setting_as_it_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
+    for known in (LOGNORMAL, MULTITURN, BRANCHING):
+        for name, each in known.items():
+            assert f"| `{name}` | {each.default:g} | {each.least:g} | {each.most:g} | {each.text} |" in page
