@@ -364,6 +364,11 @@ ROUTING_CANDIDATES_MAX = 64
 ROUTING_STALE_S = 30.0
 """A cluster or link that nothing was heard of for so long is used only where nothing else serves."""
 
+# Simulation
+SIMULATED_RECORDS_MAX = 1 << 24
+"""Blocks and states in one tier of a simulated cache, about 200 bytes each: 150 TB of a model with 17 KB a token at
+blocks of 512 tokens."""
+
 # Traces
 TRACE_LINE_BYTES_MAX = 16 * MIB
 """One request of a trace: a million ids take about 10 MiB."""

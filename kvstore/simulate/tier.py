@@ -10,7 +10,7 @@ import numpy as np
 from kvstore._native import Needs, PrefixIndex
 from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
-from kvstore.limits import PROMPT_TOKENS_MAX
+from kvstore.limits import PROMPT_TOKENS_MAX, SIMULATED_RECORDS_MAX
 from kvstore.pool.index import ghosts_max_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class CountedTier:
             False, and nothing has changed, if there is no room for all of it.
 
         Raises:
-            SimulationError: the path contradicts what is here.
+            SimulationError: the path contradicts what is here, or there are too many records.
         """
         blocks = len(path[2]) // KEY_BYTES
         if blocks + len(state_blocks) > len(self._ready):
@@ -119,6 +119,11 @@ class CountedTier:
         missing = writes.missing()[0]
         if not len(missing):
             return True
+        if self._index.record_count + len(missing) > SIMULATED_RECORDS_MAX:
+            raise SimulationError(
+                f"a simulated cache of {self.capacity_bytes:g} bytes {self.name} would hold more than "
+                f"{SIMULATED_RECORDS_MAX} blocks; choose larger blocks or a smaller cache"
+            )
         slots, needed_bytes = self._slots(missing, len(state_blocks) if len(missing) == len(names) else None)
         if needed_bytes > self.capacity_bytes:
             return False

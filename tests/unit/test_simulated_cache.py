@@ -15,6 +15,7 @@ from kvstore.pool import LadderCheckpoints
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import CacheSize, Cluster
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED
+from kvstore.simulate import tier
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.request import Request
 from kvstore.store import open_store
@@ -228,6 +229,15 @@ def test_a_key_that_names_two_prefixes_is_an_error() -> None:
 def test_a_block_beyond_what_the_index_counts_is_an_error() -> None:
     with pytest.raises(SimulationError, match="choose smaller blocks"):
         cache_of(kv=KvSize(0.0, 1e6), block_tokens=1 << 13)
+
+
+def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier, "SIMULATED_RECORDS_MAX", 6)
+    cache = cache_of()
+    store(cache, request_of(range(4)))
+    with pytest.raises(SimulationError, match=r"more than 6 blocks; choose larger blocks"):
+        store(cache, request_of(range(10, 14)))
+    cache.check()
 
 
 @settings(max_examples=10, deadline=None)

@@ -8,7 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvstore import limits
 from kvstore.errors import TraceError
@@ -16,6 +19,7 @@ from kvstore.keys import KEY_BYTES
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.scenario import Arrivals, Workload
 from kvstore.schedule.deployment import CacheSize, Cluster
+from kvstore.simulate.block_keys import KeySpace, keys_of_ids
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.traces import agentic as agentic_module
 from kvstore.simulate.traces import bundled, mooncake, read_agentic, read_mooncake
@@ -64,6 +68,34 @@ def test_blocks_of_any_size_share_what_ids_share(tmp_path: Path, block_tokens: i
     assert len(one) == 2560 // block_tokens * KEY_BYTES
     assert shared_tokens(one, two, block_tokens) == 1536 // block_tokens * block_tokens
     assert len({one[at : at + KEY_BYTES] for at in range(0, len(one), KEY_BYTES)}) == 2560 // block_tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.lists(st.integers(1, 400), min_size=2, max_size=2),
+    st.integers(0, 12),
+)
+def test_two_prompts_share_what_their_ids_do_and_no_key_means_two_things(
+    id_tokens: int, block_tokens: int, lengths: list[int], common: int
+) -> None:
+    keys, ids = [], []
+    for number, tokens in enumerate(lengths):
+        count = -(-tokens // id_tokens)
+        ids.append([*range(min(common, count)), *(1000 * (number + 1) + each for each in range(common, count))])
+        values = np.array(ids[-1], np.uint64)
+        keys.append(keys_of_ids(KeySpace.MOONCAKE, 0, values, id_tokens, tokens, block_tokens))
+    for each, tokens in zip(keys, lengths, strict=True):
+        assert len(_split(each)) == len(set(_split(each))) == tokens // block_tokens
+    equal = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
+    both_reach = min(*lengths, equal * id_tokens)
+    assert shared_tokens(*keys, block_tokens) == both_reach // block_tokens * block_tokens
+    assert len({*_split(keys[0]), *_split(keys[1])}) == sum(map(len, map(_split, keys))) - both_reach // block_tokens
+
+
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
 def test_a_partial_block_has_keys_as_far_as_the_prompt_goes(tmp_path: Path) -> None:
