@@ -90,7 +90,7 @@ class ClusterCache:
             tier.asked_tokens += asked_tokens
             if tier.name == prefix.tier:
                 tier.hit_tokens += prefix.resume_tokens
-                break
+                asked_tokens -= prefix.resume_tokens
         if not prefix.resume_tokens:
             return
         blocks = prefix.resume_tokens // self._block_tokens

@@ -177,6 +177,15 @@ def test_what_memory_evicts_is_found_on_ssd_and_comes_back() -> None:
     cache.check()
 
 
+def test_ssd_is_asked_for_what_memory_has_not() -> None:
+    cache = cache_of(1e12, 1e12)
+    serve(cache, request_of(range(4)))
+    assert serve(cache, request_of([*range(4), 9])) == 64
+    dram, ssd = cache.counts()
+    assert (dram.asked_tokens, dram.hit_tokens) == (65 + 81, 64)
+    assert (ssd.asked_tokens, ssd.hit_tokens) == (65 + 81 - 64, 0)
+
+
 def test_only_what_memory_lacks_is_loaded() -> None:
     cache = cache_of(5 * BLOCK_BYTES + STATE_BYTES, 1e12)
     first = request_of(range(4))
