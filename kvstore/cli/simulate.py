@@ -11,11 +11,11 @@ from kvstore.cli.printing import print_table, printable
 from kvstore.cli.progress import PointsProgress, RunProgress
 from kvstore.errors import SimulationError
 from kvstore.scenario import scenario_table
-from kvstore.simulate.report.comparison import comparison_rows, write_comparison
+from kvstore.simulate.report.comparison import write_comparison
 from kvstore.simulate.report.figures import check_drawing
 from kvstore.simulate.report.files import summaries_document
 from kvstore.simulate.report.page import UNSTABLE, headline
-from kvstore.simulate.report.wording import percent, seconds, stability
+from kvstore.simulate.report.wording import percent, rate, seconds, stability
 from kvstore.simulate.sweep import Output, axis_of, named_apart, points_of, run_point, run_sweep
 
 if TYPE_CHECKING:
@@ -78,12 +78,40 @@ def _several(points: Sequence[Point], out: Path | None, *, has_page: bool, worke
         document["failed"] = [{"run": name, "error": error} for name, error in failures]
         print(json.dumps(document, indent=2, allow_nan=False))
     elif runs:
-        print_table(f"{len(runs)} of {len(points)} simulations", *comparison_rows(runs))
+        print_table(f"{len(runs)} of {len(points)} simulations", *_rows(runs))
         if out is not None:
             print(f"written to {out}")
     for name, error in failures:
         print(f"kvstore simulate: {name}: {printable(error)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _rows(runs: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns, and a row for each run: what fits a terminal, of settings just those that differ."""
+    settings = [dict(run.settings) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    varied = [key for key in keys if len({each.get(key) for each in settings}) > 1 and key != "policy.name"]
+    columns = (
+        "scenario", "policy", *(key.rpartition(".")[2] for key in varied), "", "offered", "goodput", "in SLO",
+        "TTFT P50", "P90", "TPOT P90", "Gbit/s",
+    )  # fmt: skip
+    rows = [
+        (
+            run.scenario,
+            run.policy,
+            *(each.get(key, "") for key in varied),
+            "" if run.is_stable else stability(run.is_stable),
+            rate(run.offered_per_s),
+            rate(run.goodput_per_s),
+            percent(run.good_share),
+            seconds(run.ttft.p50),
+            seconds(run.ttft.p90),
+            seconds(run.tpot.p90),
+            f"{run.egress_mean_bytes_per_s * 8 / 1e9:.3g}",
+        )
+        for run, each in zip(runs, settings, strict=True)
+    ]
+    return columns, rows
 
 
 def _print(summary: Summary) -> None:

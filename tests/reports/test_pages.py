@@ -110,6 +110,7 @@ def test_the_page_of_a_run(page: str) -> None:
     ):
         assert phrase in text, phrase
     assert "not stable" not in text
+    assert "mathdefault" not in text
 
 
 def test_equal_runs_give_equal_pages(page: str) -> None:

@@ -17,7 +17,9 @@ from kvstore.simulate.report.figures import (
     drawing,
     figure,
     finish,
+    legend_above,
     line_style,
+    logarithmic,
 )
 from kvstore.simulate.report.files import whole_file, write_summaries
 from kvstore.simulate.report.markup import alert, document, heading, picture, section, table
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
     from kvstore.simulate.report.values import Summary
 
+LOGARITHMIC_FROM = 10.0
+"""Times as large as the least that times to first token reach, for an axis to be logarithmic."""
 SEED, RATE = "seed", "rate_per_s"
 """Keys, and the last part of a key, that a comparison reads as repetitions and as load."""
 
@@ -179,12 +183,16 @@ def comparison_plots(runs: Sequence[Summary]) -> tuple[Plot, ...]:
             _draw(axis, lines, value)
             if name == "ttft" and len(limits) == 1:
                 axis.axhline(limits.copy().pop(), color=ALERT, linestyle="--", linewidth=1)
-            axis.set(xlabel=lines.axis, ylabel=label, ylim=(0, None))
+            axis.set(xlabel=lines.axis, ylabel=label)
+            found = [each for each in map(value, runs) if each]
+            # Times to first token below and beyond saturation differ by orders of magnitude.
+            if name == "ttft" and found and max(found) > LOGARITHMIC_FROM * min(found):
+                logarithmic(axis, is_upright=True)
+            else:
+                axis.set_ylim(0, None)
             if lines.ticks:
                 axis.set_xticks(range(len(lines.ticks)), list(lines.ticks), rotation=20, ha="right")
-        handles, labels = axes[0].get_legend_handles_labels()
-        if len(labels) > 1:
-            made.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+        legend_above(made, axes)
         plots.append(finish(made, _CAPTIONS[name]))
     return tuple(plots)
 

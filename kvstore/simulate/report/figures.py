@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -32,6 +32,7 @@ _VARIABLES = {
 }
 _COLOUR = re.compile("|".join(_VARIABLES))
 _STYLE: Any = {
+    "axes.axisbelow": True,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -114,6 +115,24 @@ def colour(number: int) -> str:
 def line_style(number: int) -> str:
     """Of a series, by its number from 0; it changes where colours begin again."""
     return LINE_STYLES[number // len(SERIES) % len(LINE_STYLES)]
+
+
+def legend_above(made: Figure, axes: Sequence[Axes]) -> None:
+    """One legend above the panels, with what any of them has."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if found:
+        made.legend(found.values(), found, loc="outside upper left", ncols=min(len(found), 6))
+
+
+def logarithmic(axes: Axes, *, is_upright: bool = False) -> None:
+    """A logarithmic axis with plain numbers: powers would be formulas, which text here never is."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    (axes.set_yscale if is_upright else axes.set_xscale)("log")
+    axis = axes.yaxis if is_upright else axes.xaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def finish(made: Figure, caption: str) -> Plot:

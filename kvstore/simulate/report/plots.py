@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore.simulate.report.figures import ALERT, Plot, colour, drawing, figure, finish, line_style
+from kvstore.simulate.report.figures import (
+    ALERT,
+    Plot,
+    colour,
+    drawing,
+    figure,
+    finish,
+    legend_above,
+    line_style,
+    logarithmic,
+)
 from kvstore.simulate.report.measured import measured
-from kvstore.simulate.result import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
     from kvstore.simulate.report.values import Summary
     from kvstore.simulate.result import SimulationResult
 
-POINTS = 300
+POINTS = 200
 """Of a line over time."""
 BINS = 60
 """Of requests, by time of arrival or by length."""
@@ -63,10 +72,12 @@ def latency_plot(result: SimulationResult, summary: Summary) -> Plot | None:
         if len(there):
             axis.plot(np.quantile(there, shares), shares, color=colour(0))
             if there.min() > 0 and there.max() > 30 * there.min():
-                axis.set_xscale("log")
-        axis.axvline(limit, color=ALERT, linestyle="--", label=f"limit {limit:g} s")
+                logarithmic(axis)
+            else:
+                axis.set_xlim(0, 1.05 * max(float(there.max()), limit))
+        axis.axvline(limit, color=ALERT, linestyle="--", linewidth=1, label="limit")
         axis.set(xlabel=label, ylim=(0, 1.02))
-        axis.legend(loc="lower right")
+    legend_above(made, axes)
     axes[0].set_ylabel("share of requests")
     return finish(
         made, "Share of the requests with a first token that had it, and its successors, within so many seconds."
@@ -94,7 +105,7 @@ def parts_plot(result: SimulationResult, summary: Summary) -> Plot | None:
     axis.set(xlabel="seconds, mean")
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
-    made.legend(loc="outside upper center", ncols=len(PARTS))
+    legend_above(made, [axis])
     return finish(made, "Where the time to first token went; routes are named by who prefilled and who decoded.")
 
 
@@ -112,7 +123,7 @@ def ttft_over_time_plot(result: SimulationResult, summary: Summary) -> Plot | No
     axis.axhline(summary.slo_ttft_s, color=ALERT, linestyle="--", linewidth=1, label="limit")
     _mark(axis, result)
     axis.set(xlabel="time of arrival, s", ylabel="time to first token, s", ylim=(0, None))
-    axis.legend(loc="upper left", ncols=3)
+    legend_above(made, [axis])
     return finish(
         made,
         "Time to first token by time of arrival. Dashed upright lines: faults, conversions and changes of mode, listed "
@@ -137,9 +148,9 @@ def ttft_by_length_plot(result: SimulationResult, summary: Summary) -> Plot | No
             if np.isfinite(values).any():
                 label = f"{cluster.name}, {'median' if share == 0.5 else 'P90'}"
                 axis.plot(at, values, color=colour(number), linestyle=style, marker=".", label=label)
-    axis.set(xscale="log", xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None))
-    if axis.lines:
-        axis.legend(loc="upper left")
+    logarithmic(axis)
+    axis.set(xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None))
+    legend_above(made, [axis])
     return finish(made, "Time to first token by prompt length, for each cluster that prefilled.")
 
 
@@ -181,7 +192,7 @@ def egress_plot(result: SimulationResult, summary: Summary) -> Plot | None:
         axis.plot(at_s, capacity, color=colour(number), linewidth=0.8, alpha=0.5, drawstyle="steps-post")
     _mark(axis, result)
     axis.set(xlabel="time, s", ylabel="Gbit/s", ylim=(0, None))
-    axis.legend(loc="upper left", ncols=2)
+    legend_above(made, [axis])
     return finish(made, "What each link delivered (strong) and could have carried (thin).")
 
 
@@ -238,8 +249,7 @@ def _over_time(
                 axis.plot(at_s, shown, color=colour(number), linestyle=line_style(number), label=cluster)
         _mark(axis, result)
         axis.set(title=title, xlabel="time, s", ylim=(0, None))
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(loc="upper left", ncols=2)
+    legend_above(made, axes)
     return finish(made, caption)
 
 
