@@ -195,3 +195,20 @@ def test_given_thresholds_are_the_only_ones() -> None:
     assert set(tried.plan.thresholds) <= {10_000.0, 30_000.0}
     assert tried.plan.bands[-1].upto_tokens == inf
     assert np.isfinite(tried.requests_per_s)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_what_bands_share_moves_thresholds(convention: Convention) -> None:
+    """Two prefill clusters send into one narrow ingress, which no band has for itself."""
+    deployment = Deployment(
+        (
+            Cluster("pd", H20, 8, 9, ingress_bytes_per_s=3 * GBIT),
+            Cluster("x", replace(H200, name="x"), 3, 0),
+            Cluster("y", replace(H200, name="y", prefill=PolynomialCurve((0.3, 0.05, 5e-4), 1000.0)), 1, 0),
+        ),
+        (Link("x", "pd", 100 * GBIT), Link("y", "pd", 100 * GBIT)),
+    )
+    traffic = Traffic(PointMasses([2e3, 6e3, 12e3, 20e3, 30e3, 50e3, 80e3, 120e3], [5, 8, 9, 8, 6, 4, 2, 1]), 1024)
+    best, tried = (search(deployment, traffic, convention) for search in (best_plan, exhaustive_plan))
+    assert "ingress of pd" in tried.binding
+    assert best.requests_per_s == pytest.approx(tried.requests_per_s, rel=1e-6)
