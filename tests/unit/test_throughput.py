@@ -235,3 +235,22 @@ def test_more_of_anything_never_serves_less(
     assert served(gbit, prefill, (decode[0], decode[1] + 1)) * slack >= base
     tripled = served(3 * gbit, (3 * prefill[0], 3 * prefill[1]), (3 * decode[0], 3 * decode[1]))
     assert tripled == pytest.approx(3 * base, rel=1e-6)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=2, max_size=3),
+    st.floats(0.1, 40.0),
+    st.lists(st.integers(200, 60_000), min_size=2, max_size=2, unique=True).map(sorted),
+)
+@settings(max_examples=60, deadline=None)
+def test_flows_serve_each_band_once(instances: list[tuple[int, int]], link_gbit: float, cuts: list[int]) -> None:
+    """What stays in a cluster costs a linear program nothing, so it might serve a band more than once."""
+    names = [f"c{number}" for number in range(len(instances))]
+    clusters = tuple(Cluster(name, H20, *each) for name, each in zip(names, instances, strict=True))
+    links = tuple(Link(a, b, link_gbit * GBIT) for a in names for b in names if a != b)
+    result = throughput(
+        Deployment(clusters, links), plan_of([[name] for name in names], cuts[: len(names) - 1]), TRAFFIC
+    )
+    for band, share in enumerate(result.shares):
+        served = sum(flow.requests_per_s for flow in result.flows if flow.band == band)
+        assert served == pytest.approx(result.requests_per_s * share, rel=1e-9)

@@ -170,10 +170,10 @@ def best_flows(capacity: Capacity, loads: Sequence[BandLoad]) -> tuple[float, tu
         if capacity.prefill_instances[prefill] > 0
         for decode in capacity.targets(prefill)
     ]
-    served = {number for number, _, _ in pairs}
-    if any(load.share > 0 and number not in served for number, load in enumerate(loads)):
+    bands = {number for number, _, _ in pairs}
+    if any(load.share > 0 and number not in bands for number, load in enumerate(loads)):
         return 0.0, ()
-    if len(pairs) == len(served):
+    if len(pairs) == len(bands):
         return _only_flows(capacity, loads, pairs)
     # Columns: the rate, the share that the busiest prefill is used, and the flow of each pair. Flows are counted in
     # units of a rate that nothing exceeds, so that entries are near 1.
@@ -184,8 +184,12 @@ def best_flows(capacity: Capacity, loads: Sequence[BandLoad]) -> tuple[float, tu
     sizes = np.abs(matrix).max(axis=1)
     solution = maximize(gain, matrix / sizes[:, None], limits / sizes) * unit
     rate = float(solution[0])
+    served = [0.0] * len(loads)
+    for (number, _, _), each in zip(pairs, solution[2:], strict=True):
+        served[number] += float(each)
+    # A row asks that a band is served, not that it is served just once: more may cost nothing where nothing crosses.
     flows = tuple(
-        FlowRate(*pair, float(each))
+        FlowRate(*pair, float(each) * min(rate * loads[pair[0]].share / served[pair[0]], 1.0))
         for pair, each in zip(pairs, solution[2:], strict=True)
         if each > _NOTHING * max(rate, _NOTHING)
     )
