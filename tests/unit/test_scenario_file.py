@@ -6,6 +6,7 @@ import copy
 import tomllib
 from contextlib import suppress
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import ScenarioError
+from kvstore.paper.case_study import TRAFFIC
 from kvstore.profiles import load_profile, write_profile
 from kvstore.scenario import (
     Arrivals,
@@ -28,6 +30,10 @@ from kvstore.scenario import (
 )
 from kvstore.scenario.scenario import Scenario as ScenarioValue
 from kvstore.schedule.deployment import CacheSize, Cluster, Link, Slo
+from kvstore.schedule.planning.plan import plan_of
+from kvstore.schedule.planning.throughput import throughput
+from kvstore.schedule.policies.table import routing_policy
+from kvstore.simulate.workload import requests_of
 
 FULL = """
 name = "everything"
@@ -290,3 +296,20 @@ def test_the_ready_made_ones_are_those_of_the_page() -> None:
     }  # fmt: skip
     for name in scenario_names():
         assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_ready_made_scenarios_name_what_exists(name: str) -> None:
+    """Policies and generators know their settings; the file's reader does not."""
+    scenario = read_scenario(name)
+    policy = routing_policy(scenario.policy.name, dict(scenario.policy.settings), scenario.deployment, scenario.slo)
+    assert policy.name == scenario.policy.name
+    requests = list(islice(requests_of(scenario.workload, block_tokens=scenario.block_tokens, seed=scenario.seed), 50))
+    assert len(requests) == 50
+
+
+def test_the_dense_model_is_too_large_for_its_link() -> None:
+    deployment = read_scenario("dense").deployment
+    result = throughput(deployment, plan_of((("pd",), ("prfaas",)), (19_400,)), TRAFFIC)
+    assert result.binding == ("link prfaas to pd",)
+    assert result.requests_per_s == pytest.approx(2.2, abs=0.05)
