@@ -192,6 +192,14 @@ def test_prices_by_elasticity_are_bounded_too() -> None:
     assert policy.numbers(memory)["prefill_price[fa]"] == pytest.approx(4.0)
 
 
+def test_the_price_of_a_link_is_bounded() -> None:
+    policy = routing_policy("adaptive", {}, PAIR, SLO)
+    memory = policy.begin()
+    for second in range(300):
+        memory = policy.observe(memory, look(float(second), share=1.0))
+    assert policy.numbers(memory)["link_price[fa, pd]"] == 4.0
+
+
 def test_batches_that_are_late_make_their_places_dearer() -> None:
     policy = routing_policy("adaptive", {}, PAIR, SLO)
     now = look()

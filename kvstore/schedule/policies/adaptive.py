@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _CHOICES = (("least seconds until the first token and of others' waiting", Rules(prefixes="fastest")),)
 _BUSY_SHARE_MAX = 0.8
+_PRICE_MAX = 4.0
+"""Of a second of anything: the price at that share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,16 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
         pricing = self._pricing.observe(memory.pricing, snapshot)
         found, scale = pricing.coefficients, self._price_scale
         if self._by_elasticity:
-            prefill = {name: scale * min(found.pressure[name].elasticity, _price(_BUSY_SHARE_MAX)) for name in shares}
+            prefill = {name: scale * min(found.pressure[name].elasticity, _PRICE_MAX) for name in shares}
         else:
             prefill = {name: scale * _price(min(share, _BUSY_SHARE_MAX)) for name, share in shares.items()}
         prices = Prices(
             prefill,
-            {between: scale * price for between, price in found.link.items()},
-            {name: scale * (price + self._late_share(snapshot.clusters[name])) for name, price in found.decode.items()},
+            {between: scale * min(price, _PRICE_MAX) for between, price in found.link.items()},
+            {
+                name: scale * min(price + self._late_share(snapshot.clusters[name]), _PRICE_MAX)
+                for name, price in found.decode.items()
+            },
         )
         return AdaptiveMemory(shares, pricing, prices)
 
