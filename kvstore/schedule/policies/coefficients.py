@@ -111,7 +111,7 @@ class PricingPolicy:
         PlanError: a number is out of its limits.
     """
 
-    smoothing_s: float = 30.0
+    smoothing_s: float = 60.0
     knee_every_s: float = 10.0
     leave_elasticity: float = 0.5
     detector: KneeDetector = _DETECTOR
@@ -207,11 +207,11 @@ def prefill_price(state: ClusterState, pressure: PrefillPressure) -> float:
 
     Work that joins a queue delays all who come before the queue is empty: with a backlog of W per instance that drains
     at 1 - u that is W / (1 - u), in which λ·W / (1 - u) = waiting / (1 - u) prompts come (Little), each of which waits
-    for its share among the instances. What comes while the new work itself is done is left out: behind an empty queue
-    the price is 0.
+    for its share among the instances. W is the mean over the last minute: the queue of this moment is in every estimate
+    anyway. What comes while the new work itself is done is left out: behind an empty queue the price is 0.
     """
     draining = 1 - min(pressure.utilisation, _PRICED_UTILISATION_MAX)
-    return state.prefill_waiting / state.prefill_instances / draining
+    return pressure.waiting / max(state.prefill_instances, 1) / draining
 
 
 def decode_price(state: ClusterState) -> float:

@@ -57,8 +57,7 @@ def test_the_price_is_what_others_wait_for_in_a_simulated_queue(utilisation: flo
     waiting = np.maximum(np.arange(count) - np.searchsorted(starts, arrivals, side="right"), 0)
     pressure = PrefillPressure(waiting=float(waiting.mean()), utilisation=utilisation_of_queue(waiting.mean(), 1))
     assert pressure.utilisation == pytest.approx(utilisation, rel=0.05)
-    state = [cluster_state(prefill=1, waiting=each) for each in range(int(waiting.max()) + 1)]
-    priced = float(np.mean([prefill_price(state[each], pressure) for each in waiting]))
+    priced = prefill_price(cluster_state(prefill=1), pressure)
     # The price leaves out those who come while the work itself is done: a factor of the utilisation.
     assert priced == pytest.approx(measured * utilisation, rel=0.15)
 
@@ -97,7 +96,9 @@ def test_prices_are_finite_and_grow_with_what_waits(
         assert isfinite(price)
         assert price >= 0
     assert 0 < found.affinity <= 1
-    by_waiting = [prefill_price(cluster_state(waiting=each), found.pressure["pd"]) for each in sorted(backlog)]
+    by_waiting = [
+        prefill_price(cluster_state(), PrefillPressure(each, utilisation_of_queue(each, 3))) for each in sorted(backlog)
+    ]
     assert all(a <= b for a, b in pairwise(by_waiting))
     by_running = [decode_price(cluster_state(running=each)) for each in (0, 50, 100)]
     assert all(a <= b for a, b in pairwise(by_running))
