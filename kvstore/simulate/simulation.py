@@ -31,7 +31,7 @@ def simulate(scenario: Scenario, *, progress: Callable[[float], None] | None = N
     Settings of the scenario's policy that begin with `admission` or `conversion` are not the router's: `admission = 1`
     turns requests away that would miss the limits (`admission_slack`, `admission_wait_share`), `conversion = 1`
     converts instances of clusters that are `convertible` and, with the policy `threshold`, moves its threshold
-    (`conversion_window_s`, `conversion_review_s`, `conversion_headroom`, `conversion_retune_gain`).
+    (`conversion_window_s`, `conversion_review_s`, `conversion_headroom`, `conversion_band`).
 
     Args:
         progress: told the time of the simulation now and then.
