@@ -127,8 +127,9 @@ class SimulationResult:
 
     Attributes:
         tiers: names that `RequestTable.tier` numbers.
-        is_stable: whether the backlog at the end is no more than what the last tenth of the time explains; where not,
-            percentiles describe the length of the run as much as the deployment, and reports say so.
+        is_stable: whether the backlog at the last arrival is no more than what the last tenth of the time explains, and
+            did not grow over the second half; where not, percentiles describe the length of the run as much as the
+            deployment, and reports say so.
         wall_s: how long the simulation took.
     """
 
