@@ -392,6 +392,14 @@ SWEEP_WORKERS_MAX = 256
 """Processes that simulate at once."""
 SWEEP_POINT_DEADLINE_S = 24 * 3600.0
 """For one simulation of a sweep."""
+SIMULATED_ATTEMPTS_MAX = 4
+"""Times that a simulated prompt is routed whose prefill instance fails; then it is given up."""
+SIMULATED_SAMPLES_MAX = 1 << 15
+"""Of a simulation over time; when there are as many, every other one goes and the step doubles."""
+SIMULATED_KEYS_MAX = 2_000_000
+"""Blocks that the simulator remembers to say what an unbounded cache would give, some 250 MB; beyond, it says less."""
+SIMULATED_DRAIN_S = 3600.0
+"""Behind the last arrival a simulation goes on for ten times the span of arrivals and this long, at most."""
 
 # vLLM
 VLLM_LOAD_THREADS = 2

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
+from kvstore.limits import SIMULATED_ATTEMPTS_MAX, SIMULATED_DRAIN_S
 from kvstore.schedule.policies.service import PrefillServiceModel
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
 from kvstore.simulate.coming import Coming
@@ -39,11 +40,8 @@ if TYPE_CHECKING:
     from kvstore.simulate.cache import ClusterCache
     from kvstore.simulate.request import Request
 
-ATTEMPTS_MAX = 4
-"""Times that a prompt is routed whose prefill instance fails; then it is given up."""
 DRAIN_FACTOR = 10.0
-DRAIN_S = 3600.0
-"""Behind the last arrival, time goes on for `DRAIN_FACTOR` times the span of arrivals and `DRAIN_S`, at most."""
+"""Behind the last arrival, time goes on for so many times the span of arrivals and `SIMULATED_DRAIN_S`, at most."""
 PROGRESS_EVERY_REQUESTS = 1000
 
 
@@ -136,7 +134,7 @@ class Simulation:
         """Until every request has ended, nothing can happen any more, or the time behind the last arrival is over."""
         begin = perf_counter()
         self._observe(None)
-        self._events.watch(DRAIN_S, self._cut_off)
+        self._events.watch(SIMULATED_DRAIN_S, self._cut_off)
         self._coming.pull()
         self._events.run(inf)
         end_s = self._events.now_s
@@ -159,7 +157,7 @@ class Simulation:
         )
 
     def _drained_s(self) -> float:
-        return self._coming.last_s * (1.0 + DRAIN_FACTOR) + DRAIN_S
+        return self._coming.last_s * (1.0 + DRAIN_FACTOR) + SIMULATED_DRAIN_S
 
     def _has_ended(self, number: int) -> bool:
         return self._recording.outcome[number] != Outcome.PENDING
@@ -353,7 +351,7 @@ class Simulation:
             self._links.cancel(job.flow)
             job.flow = None
         job.decode.decode.expected -= 1
-        if job.attempt >= ATTEMPTS_MAX:
+        if job.attempt >= SIMULATED_ATTEMPTS_MAX:
             self._end(job, Outcome.FAILED)
         else:
             self._route(job)
@@ -386,7 +384,7 @@ class Simulation:
             self._events.end()
         else:
             # Whoever arrives puts the end off.
-            self._events.watch(max(self._drained_s(), self._events.now_s + DRAIN_S), self._cut_off)
+            self._events.watch(max(self._drained_s(), self._events.now_s + SIMULATED_DRAIN_S), self._cut_off)
 
     def _tier_of(self, job: Job) -> int:
         if not job.resume_tokens:

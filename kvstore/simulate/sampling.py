@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvstore.limits import SIMULATED_SAMPLES_MAX
 from kvstore.simulate.result import Happening, Samples
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from kvstore.simulate.links import Line
     from kvstore.simulate.site import Site
 
-SAMPLES_MAX = 1 << 15
 _BY_CLUSTER = (
     "prefill_waiting",
     "prefill_busy",
@@ -28,7 +28,7 @@ _BY_CLUSTER = (
 
 
 class Sampler:
-    """Takes a sample at each step; when there are `SAMPLES_MAX`, every other goes and the step doubles."""
+    """Takes a sample at each step; when there are `SIMULATED_SAMPLES_MAX`, every other goes and the step doubles."""
 
     def __init__(self, sites: Iterable[Site], lines: Mapping[tuple[str, str], Line]) -> None:
         self._sites = tuple(sites)
@@ -66,7 +66,7 @@ class Sampler:
             flat += (line.delivered(now_s), line.bytes_per_s)
         self._links.append(flat)
         self._policy.append(numbers)
-        if len(self._at_s) >= SAMPLES_MAX:
+        if len(self._at_s) >= SIMULATED_SAMPLES_MAX:
             self._every *= 2
             # Those stay that the doubled step takes: every second one, ending with the last.
             for samples in (self._at_s, self._clusters, self._links, self._policy):

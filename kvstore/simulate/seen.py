@@ -5,14 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from kvstore.keys import KEY_BYTES
-
-SEEN_KEYS_MAX = 2_000_000
+from kvstore.limits import SIMULATED_KEYS_MAX
 
 
 class SeenKeys:
     """Keys of blocks that came before. Not thread-safe.
 
-    Beyond `SEEN_KEYS_MAX`, some 250 MB, no more are remembered: what it says of later prompts is a lower bound.
+    Beyond `SIMULATED_KEYS_MAX`, some 250 MB, no more are remembered: what it says of later prompts is a lower bound.
     """
 
     def __init__(self) -> None:
@@ -30,5 +29,5 @@ class SeenKeys:
 
     def add(self, keys: bytes) -> None:
         """From here on these have come."""
-        if len(self._seen) < SEEN_KEYS_MAX:
+        if len(self._seen) < SIMULATED_KEYS_MAX:
             self._seen.update([keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)])

@@ -86,7 +86,7 @@ def run(scene: tuple[Deployment, list[Request], tuple[LinkFault | NodeFault, ...
     return simulated(deployment, requests, Spread(), faults=faults, telemetry_s=0.5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(scenes())
 def test_every_request_ends_once_and_its_seconds_add_up(
     scene: tuple[Deployment, list[Request], tuple[LinkFault | NodeFault, ...]],
@@ -114,7 +114,7 @@ def test_every_request_ends_once_and_its_seconds_add_up(
             assert arrival_s >= table.finished_s[request.after] + request.arrival_s - 1e-9
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(scenes())
 def test_equal_runs_are_equal_bit_for_bit(
     scene: tuple[Deployment, list[Request], tuple[LinkFault | NodeFault, ...]],
@@ -129,7 +129,7 @@ def test_equal_runs_are_equal_bit_for_bit(
         assert delivered.tobytes() == second.samples.link_bytes[pair].tobytes()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(deployments(), workloads())
 def test_bytes_that_cross_are_those_of_the_requests(deployment: Deployment, requests: list[Request]) -> None:
     """Over links without a round trip, so that nothing is on its way when the last request ends."""
