@@ -92,7 +92,12 @@ def queue_row(name: str, servers: int, used: float, is_exponential: bool, reques
     means = []
     for seed in range(seeds):
         policy = routing_policy("local", {}, deployment, slo)
-        coming = _coming(np.random.default_rng(seed), used * servers, is_exponential, requests)
+        coming = _coming(
+            np.random.default_rng([seed, servers, round(100 * used), is_exponential]),
+            used * servers,
+            is_exponential,
+            requests,
+        )
         result = Simulation(scenario, coming, policy, {}).run()
         means.append(float(result.requests.parts[requests // 10 :, 0].mean()))
     closed = (mmc if is_exponential else mdc)(used * servers, 1.0, servers).mean_s
