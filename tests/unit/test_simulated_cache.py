@@ -249,7 +249,7 @@ def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.check()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_it_answers_as_a_store_does(seed: int) -> None:
     """The same prompts through a real pool, with the checkpoints that its matches suggest."""
