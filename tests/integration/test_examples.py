@@ -49,6 +49,7 @@ PROMISES = {
         "read back: my-model",
     ),
     "14_jax_mamba2.py": ("jax", "resumes at 130 of 150 tokens", "bit for bit", "lost conv or ssm state is noticed"),
+    "15_simulate_and_report.py": ("threshold: ", "adaptive: ", "prefill: ", "stable: True, True", "of 100 Gbit/s"),
     "04_read_record_with_pyarrow.py": ("kvstore.fingerprint", "layer 1, keys (bfloat16): [tokens 6, rows 2, dim0 4]"),
 }
 WITH_ENGINES = {

@@ -1,0 +1,176 @@
+"""`kvstore simulate` from a file to figures, tables and pages, with the real simulator."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+from typer.testing import CliRunner
+
+from kvstore.cli.main import app
+from kvstore.errors import KVStoreError
+
+ROOT = Path(__file__).parents[2]
+RATE = "workload.arrivals.rate_per_s"
+SCENARIO = """
+name = "small"
+warmup_s = 20.0
+duration_s = 120.0
+
+[slo]
+ttft_s = 15.0
+tpot_s = 0.026
+
+[policy]
+name = "threshold"
+settings = { threshold_tokens = 19400 }
+
+[[clusters]]
+name = "prfaas"
+profile = "paper-1t-h200"
+prefill_instances = 4
+decode_instances = 0
+
+[[clusters]]
+name = "pd"
+profile = "paper-1t-h20"
+prefill_instances = 3
+decode_instances = 5
+
+[[links]]
+source = "prfaas"
+target = "pd"
+bytes_per_s = 12.5e9
+round_trip_s = 0.01
+
+[workload]
+kind = "lognormal"
+requests_max = 5_000
+
+[workload.settings]
+mu = 9.9
+sigma = 1.0
+tokens_min = 128
+tokens_max = 131072
+output_tokens = 64
+
+[workload.arrivals]
+rate_per_s = 2.0
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> str:
+    path = tmp_path / "small.toml"
+    path.write_text(SCENARIO)
+    return str(path)
+
+
+def invoke(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["simulate", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_figures_on_the_terminal(scenario: str) -> None:
+    done = invoke(scenario)
+    assert done.exit_code == 0
+    for phrase in ("small: threshold, seed 0", "goodput of", "time to first token", "decode wait", "prfaas → pd"):
+        assert phrase in done.stdout, done.stdout
+
+
+def test_files_and_a_page(scenario: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    assert invoke(scenario, "--out", out, "--html").exit_code == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "summary.json", "requests.csv", "requests.parquet", "samples.csv", "samples.parquet", "report.html",
+    }  # fmt: skip
+    (run,) = json.loads((out / "summary.json").read_text())["runs"]
+    table = parquet.read_table(out / "requests.parquet").to_pylist()
+    measured = [row for row in table if row["is_measured"]]
+    assert len(measured) == run["requests"] > 100
+    assert run["done"] == run["requests"]
+    assert run["is_stable"]
+    # Generated prompts have nothing in common.
+    assert run["possible_share"] == run["hit_share"] == 0.0
+    far = [row for row in measured if row["prefill"] == "prfaas"]
+    assert far
+    assert all(row["prompt_tokens"] > 19400 and row["handover_bytes"] > 0 for row in far)
+    moved = sum(row["handover_bytes"] for row in table)
+    samples = parquet.read_table(out / "samples.parquet")
+    assert sum(samples["link_bytes:prfaas>pd"].to_pylist()) == pytest.approx(moved, rel=1e-6)
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") >= 6
+    assert "paper-1t-h20" in page
+
+
+def test_json_is_the_summary_and_equal_each_time(scenario: str) -> None:
+    first, second = (json.loads(invoke(scenario, "--json").stdout)["runs"][0] for _ in range(2))
+    assert first.pop("wall_s") > 0
+    second.pop("wall_s")
+    assert first == second
+    (other,) = json.loads(invoke(scenario, "--json", "--sweep", "seed=1").stdout)["runs"]
+    assert other["settings"] == {"seed": "1"}
+    assert other["ttft"] != first["ttft"]
+
+
+def test_a_sweep_over_processes(scenario: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    options = ("--sweep", f"{RATE}=1,2", "--sweep", "policy.name=threshold,none", "--workers", "2", "--html")
+    run = subprocess.run(
+        [sys.executable, "-m", "kvstore", "simulate", scenario, *options, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert run.returncode == 1
+    assert "there is no routing policy 'none'" in run.stderr
+    assert "4 of 4: " in run.stderr
+    assert "2 of 4 simulations" in run.stdout
+    document = json.loads((out / "comparison.json").read_text())
+    assert [each["settings"][RATE] for each in document["runs"]] == ["1", "2"]
+    assert {path.name for path in out.iterdir()} == {
+        "1-small", "3-small", "comparison.csv", "comparison.html", "comparison.json",
+    }  # fmt: skip
+    assert "there is no routing policy" in (out / "comparison.html").read_text()
+
+
+def test_pages_need_matplotlib_before_anything_is_simulated(
+    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "kvstore.simulate.simulation", None)
+    with pytest.raises(KVStoreError, match=r"kvstore\[report\]"):
+        invoke(scenario, "--out", tmp_path / "out", "--html")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--html"], "give --out DIR"),
+        (["--sweep", "seed"], "KEY=A,B,C"),
+        (["--sweep", "sed=1,2"], "sed"),
+        (["--sweep", "seed=1,2", "--workers", "0"], "0 workers"),
+    ],
+)
+def test_wrong_uses_are_named(scenario: str, arguments: list[str], message: str) -> None:
+    with pytest.raises(KVStoreError, match=message):
+        invoke(scenario, *arguments)
+
+
+def test_an_overload_is_labelled(scenario: str) -> None:
+    done = invoke(scenario, "--sweep", f"{RATE}=12")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("NOT STABLE: ")
+    (run,) = json.loads(invoke(scenario, "--json", "--sweep", f"{RATE}=12").stdout)["runs"]
+    assert not run["is_stable"]
+    assert not run["meets_slo"]
