@@ -115,7 +115,6 @@ def test_the_page_of_a_run(page: str) -> None:
 
 def test_equal_runs_give_equal_pages(page: str) -> None:
     assert run_page(drawn(1)) == page
-    assert run_page(drawn(2)) != page
 
 
 def test_an_unstable_run_says_so_first() -> None:
@@ -231,6 +230,3 @@ def test_the_page_of_a_comparison() -> None:
     for summary in summaries:
         assert f"{summary.ttft.p90:.3g} s" in text
     assert "naive" in text
-    assert comparison_page(loads(), title="policies at three loads") == comparison_page(
-        loads(), title="policies at three loads"
-    )

@@ -214,6 +214,7 @@ def _caches(summary: Summary) -> list[str]:
             f"{format_bytes(each.used_bytes)} of {format_bytes(each.capacity_bytes)}",
             percent(each.hit_tokens / each.asked_tokens if each.asked_tokens else None),
             format_bytes(each.evicted_bytes),
+            tokens(each.refused_tokens),
         )
         for each in summary.caches
     ]
@@ -225,7 +226,9 @@ def _caches(summary: Summary) -> list[str]:
             f"shared would give {percent(summary.possible_share)}.",
         ),
         table(
-            ("cache of", "tier", "holds", "hit rate", "evicted"), counts, note="Over the whole run, warm-up included."
+            ("cache of", "tier", "holds", "hit rate", "evicted", "not kept, tokens"),
+            counts,
+            note="Over the whole run, warm-up included; a slower tier is asked for what a faster one lacked.",
         ),
     ]
 
