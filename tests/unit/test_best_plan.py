@@ -116,6 +116,9 @@ def test_fast_finds_what_trying_all_finds(problem: tuple[Deployment, Traffic], c
     assert best.requests_per_s >= tried.requests_per_s * (1 - 1e-6)
     assert max(part.used_share for part in best.parts) <= 1 + 1e-6
     assert best.binding
+    for number, share in enumerate(best.shares):
+        coming = sum(flow.requests_per_s for flow in best.flows if flow.band == number)
+        assert coming == pytest.approx(best.requests_per_s * share, rel=1e-9)
 
 
 @settings(max_examples=30, deadline=None)

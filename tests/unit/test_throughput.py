@@ -137,6 +137,19 @@ def test_where_decode_ends_the_rate_prefill_shares_what_is_left() -> None:
     assert result.requests_per_s == pytest.approx(2 * H20.decode_requests_per_s(1024), rel=1e-9)
 
 
+def test_no_more_flows_than_come() -> None:
+    """Where one band ends the rate, another's clusters have room for more than there is."""
+    deployment = Deployment(
+        (Cluster("a", H20, 5, 9), Cluster("b", H20, 2, 9), Cluster("x", H200, 1, 0)),
+        (Link("x", "a", 50 * GBIT), Link("x", "b", 50 * GBIT)),
+    )
+    result = throughput(deployment, plan_of([["a", "b"], ["x"]], [10_000]), TRAFFIC)
+    assert result.binding == ("prefill of x",)
+    for number, share in enumerate(result.shares):
+        coming = sum(flow.requests_per_s for flow in result.flows if flow.band == number)
+        assert coming == pytest.approx(result.requests_per_s * share, rel=1e-12)
+
+
 def test_what_need_not_cross_does_not() -> None:
     """Two clusters that could decode for each other, and have no reason to."""
     deployment = Deployment(
