@@ -102,8 +102,14 @@ def queue_row(name: str, servers: int, used: float, is_exponential: bool, reques
         means.append(float(result.requests.parts[requests // 10 :, 0].mean()))
     closed = (mmc if is_exponential else mdc)(used * servers, 1.0, servers).mean_s
     mean = statistics.fmean(means)
-    confidence = 1.96 * statistics.stdev(means) / sqrt(seeds)
+    confidence = _student(seeds - 1) * statistics.stdev(means) / sqrt(seeds)
     return QueueRow(name, used, closed, mean, confidence, mean / closed - 1, requests * seeds)
+
+
+def _student(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's distribution, by the expansion of Cornish and Fisher."""
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _coming(rng: np.random.Generator, rate_per_s: float, is_exponential: bool, count: int) -> Iterator[Request]:
