@@ -189,7 +189,7 @@ def best_flows(capacity: Capacity, loads: Sequence[BandLoad]) -> tuple[float, tu
         served[number] += float(each)
     # A row asks that a band is served, not that it is served just once: more may cost nothing where nothing crosses.
     flows = tuple(
-        FlowRate(*pair, float(each) * min(rate * loads[pair[0]].share / served[pair[0]], 1.0))
+        FlowRate(*pair, float(each) * (rate * loads[pair[0]].share / served[pair[0]]))
         for pair, each in zip(pairs, solution[2:], strict=True)
         if each > _NOTHING * max(rate, _NOTHING)
     )
