@@ -143,7 +143,7 @@ class Simulation:
         for job in self._jobs.values():
             self._recording.ended(job, outcome, end_s, self._tier_of(job))
         requests = self._recording.table()
-        happened = [*self._faults.happenings, *self._conversions.happenings, *self._sampler.happenings]
+        happened = [*self._faults.happenings, *self._conversions.happenings]
         return SimulationResult(
             scenario=self._scenario,
             requests=requests,
@@ -410,7 +410,7 @@ class Simulation:
             self._converted = self._conversion.observe(self._converted, snapshot)
             self._convert(self._conversion, self._converted, snapshot)
         if passed_s > 0:
-            self._sampler.take(now_s, self._memory)
+            self._sampler.take(now_s, self._policy.numbers(self._memory))
         self._events.watch(max(now_s + self._scenario.telemetry_s, nextafter(now_s, inf)), self._observe)
 
     def _convert(self, policy: ConversionPolicy, memory: ConversionMemory, snapshot: Snapshot) -> None:

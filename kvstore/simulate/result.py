@@ -76,7 +76,7 @@ class Samples:
             `[samples]` each.
         link_bytes: delivered by each link since the sample before.
         link_capacity_bytes_per_s: what it could carry.
-        policy: numbers that the policy remembers (mode, coefficients), by name.
+        policy: numbers that the policy remembers (prices, scarce links), by name.
     """
 
     at_s: NDArray[np.float64]
@@ -93,7 +93,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Happening:
-    """Something worth a mark on the axis of time: a fault, a conversion, a change of mode."""
+    """Something worth a mark on the axis of time: a fault or a conversion."""
 
     at_s: float
     what: str

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvstore.limits import SIMULATED_SAMPLES_MAX
-from kvstore.simulate.result import Happening, Samples
+from kvstore.simulate.result import Samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,13 +36,14 @@ class Sampler:
         self._at_s: list[float] = []
         self._clusters: list[list[float]] = []
         self._links: list[list[float]] = []
-        self._policy: list[dict[str, float]] = []
-        self._texts: dict[str, str] = {}
-        self.happenings: list[Happening] = []
+        self._policy: list[Mapping[str, float]] = []
 
-    def take(self, now_s: float, memory: object) -> None:
-        """A sample, if it is time for one, and a happening for each text that the policy remembers differently."""
-        numbers = self._remembered(now_s, memory)
+    def take(self, now_s: float, numbers: Mapping[str, float]) -> None:
+        """A sample, if it is time for one.
+
+        Args:
+            numbers: of what the policy remembers, by name.
+        """
         self._steps += 1
         if self._steps % self._every:
             return
@@ -87,20 +86,3 @@ class Sampler:
             link_capacity_bytes_per_s={pair: links[:, at, 1] for at, pair in enumerate(self._lines)},
             policy={name: np.array([each.get(name, np.nan) for each in self._policy]) for name in names},
         )
-
-    def _remembered(self, now_s: float, memory: object) -> dict[str, float]:
-        numbers: dict[str, float] = {}
-        if not is_dataclass(memory) or isinstance(memory, type):
-            return numbers
-        for each in fields(memory):
-            value = getattr(memory, each.name)
-            if isinstance(value, (bool, int, float)) and not isinstance(value, Enum):
-                numbers[each.name] = float(value)
-            elif isinstance(value, (str, Enum)):
-                text = str(value.value) if isinstance(value, Enum) else value
-                if self._texts.get(each.name, text) != text:
-                    self.happenings.append(
-                        Happening(now_s, "policy", each.name, f"{each.name}: {self._texts[each.name]} to {text}")
-                    )
-                self._texts[each.name] = text
-        return numbers

@@ -11,11 +11,12 @@ import pytest
 
 from kvstore.errors import SimulationError
 from kvstore.profile import MeasuredCurve
-from kvstore.scenario import LinkFault, NodeFault
+from kvstore.scenario import Arrivals, LinkFault, NodeFault, read_scenario
 from kvstore.schedule.deployment import Cluster, Deployment
 from kvstore.simulate.request import Request
 from kvstore.simulate.result import PARTS, Outcome
 from kvstore.simulate.seen import SeenKeys
+from kvstore.simulate.simulation import simulate
 from tests.unit.simulated import Fixed, Spread, one_cluster, profile_of, requests_at, simulated, two_clusters
 
 if TYPE_CHECKING:
@@ -256,3 +257,15 @@ def test_a_policy_that_lies_is_found_out() -> None:
 def test_faults_of_what_is_not_there_are_refused(fault: LinkFault | NodeFault) -> None:
     with pytest.raises(SimulationError):
         simulated(two_clusters(), requests_at([0.0]), faults=(fault,))
+
+
+def test_prices_of_the_router_are_sampled() -> None:
+    scenario = read_scenario("paper-adaptive")
+    arrivals = Arrivals("poisson", 3.2)
+    workload = replace(scenario.workload, arrivals=arrivals)
+    samples = simulate(replace(scenario, workload=workload, duration_s=120.0)).samples
+    assert {"prefill_price[pd]", "prefill_price[prfaas]", "decode_price[pd]", "link_price[prfaas, pd]"} <= set(
+        samples.policy
+    )
+    prices = samples.policy["prefill_price[pd]"]
+    assert prices[-1] > prices[0] >= 0.0, "it becomes dearer as load sets in"

@@ -34,6 +34,10 @@ BINS = 60
 """Of requests, by time of arrival or by length."""
 BIN_REQUESTS_MIN = 5
 """Fewer have no quantile to speak of, and leave a gap."""
+PANELS_MAX = 4
+"""Of what a policy remembers, side by side."""
+LEGEND_MAX = 6
+"""Lines of one panel that have room for a legend."""
 MARKS_MAX = 24
 """Happenings that are drawn."""
 PART_NAMES = ("queue", "load", "prefix", "prefill", "transfer", "decode wait")
@@ -197,15 +201,30 @@ def egress_plot(result: SimulationResult, summary: Summary) -> Plot | None:
 
 
 def policy_plot(result: SimulationResult, summary: Summary) -> Plot | None:
-    """What the policy remembered, one panel a number."""
-    moving = {name: values for name, values in result.samples.policy.items() if np.isfinite(values).any()}
-    if not moving:
+    """What the policy remembered: a panel for each kind of number, a line for each cluster or link in brackets."""
+    panels: dict[str, list[tuple[str, NDArray[np.float64]]]] = {}
+    for name, values in result.samples.policy.items():
+        if np.isfinite(values).any():
+            kind, _, of_what = name.partition("[")
+            panels.setdefault(kind, []).append((of_what.rstrip("]"), values))
+    if not panels:
         return None
-    shown = list(moving.items())[:4]
-    made, axes = figure("policy", columns=len(shown), height_inches=2.2)
-    for axis, (name, values) in zip(axes, shown, strict=True):
-        axis.plot(*thinned(result.samples.at_s, values), color=colour(0), drawstyle="steps-post")
-        axis.set(title=name, xlabel="time, s")
+    shown = list(panels.items())[:PANELS_MAX]
+    made, axes = figure("policy", columns=len(shown), height_inches=2.6)
+    for axis, (kind, lines) in zip(axes, shown, strict=True):
+        for number, (of_what, values) in enumerate(lines):
+            at_s, drawn = thinned(result.samples.at_s, values)
+            axis.plot(
+                at_s,
+                drawn,
+                color=colour(number),
+                linestyle=line_style(number),
+                label=of_what or None,
+                drawstyle="steps-post",
+            )
+        axis.set(title=kind, xlabel="time, s")
+        if lines[0][0] and len(lines) <= LEGEND_MAX:
+            axis.legend(fontsize="x-small")
     return finish(made, "What the policy remembered over time.")
 
 
