@@ -109,6 +109,22 @@ def test_who_may_not_see_a_request_does_not() -> None:
     assert ("fa", "left out: may not see this request") in decision.explanation.inputs
 
 
+@pytest.mark.parametrize("name", [name for name in ROUTING_SETTINGS if name != "naive"])
+def test_what_nobody_heard_of_serves_only_when_nothing_else_does(name: str) -> None:
+    """The stale cluster looks idle and is the one that the rule prefers, the other one is busy."""
+    triple = Deployment((*PAIR.clusters, Cluster("near", SLOW, 1, 1)), PAIR.links)
+    policy = routing_policy(name, {"threshold_tokens": 10_000.0} if name == "threshold" else {}, triple, SLO)
+    pd = replace(look().clusters["pd"], age_s=100.0)
+    near = ClusterState(triple.clusters[2], 1, 0, 20.0, 1, 0, 0, 0.02)
+    for tokens in (100, 50_000):
+        for now_s in range(4):
+            decision = routed(policy, Snapshot(float(now_s), {"pd": pd, "near": near}, {}), tokens)
+            assert decision.route is not None
+            assert {decision.route.prefill, decision.route.decode} == {"near"}
+            assert ("pd", "left out: nothing was heard of it for 100 s") in decision.explanation.inputs
+        assert prefills(routed(policy, Snapshot(0.0, {"pd": pd}, {}), tokens)) == "pd"
+
+
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.tuples(st.floats(0.601, 0.799), st.floats(0, 0.499)), min_size=1, max_size=30),

@@ -93,35 +93,14 @@ def best_route(
     rules: Rules,
     prices: Prices = FREE,
     considered: list[Candidate] | None = None,
+    stale_s: float = ROUTING_STALE_S,
 ) -> Candidate | None:
     """The candidate with the lowest score; None where there is no way at all.
 
-    Clusters and links that nothing was heard of for `ROUTING_STALE_S` serve only where no others can.
-
     Args:
         considered: takes every candidate; without it, those that cannot win are not looked at.
+        stale_s: clusters and links that nothing was heard of for longer are left out.
     """
-    found = _search(snapshot, request, rules, prices, ROUTING_STALE_S, considered)
-    return found if found is not None else _search(snapshot, request, rules, prices, inf, considered)
-
-
-def reachable_tokens(name: str, snapshot: Snapshot, request: RoutingRequest, rules: Rules) -> int:
-    """The deepest length that prefill in this cluster can begin at; 0 where it does not prefill at all."""
-    state = snapshot.clusters.get(name)
-    if state is None or state.prefill_instances <= 0 or (request.allowed is not None and name not in request.allowed):
-        return 0
-    sources = _sources(snapshot, request, ROUTING_STALE_S) if rules.prefixes != "own" else []
-    return max(each[0] for each in _beginnings(name, snapshot, request, rules, FREE, sources, ROUTING_STALE_S, inf))
-
-
-def _search(
-    snapshot: Snapshot,
-    request: RoutingRequest,
-    rules: Rules,
-    prices: Prices,
-    stale_s: float,
-    considered: list[Candidate] | None,
-) -> Candidate | None:
     tokens, cached = request.prompt_tokens, request.cached
     permitted, prefill_prices = rules.prefill, prices.prefill
     decoders = _decoders(snapshot, request, prices, stale_s)
@@ -212,6 +191,15 @@ def _search(
                     if score < best_score:
                         best, best_score = candidate, score
     return best
+
+
+def reachable_tokens(name: str, snapshot: Snapshot, request: RoutingRequest, rules: Rules) -> int:
+    """The deepest length that prefill in this cluster can begin at; 0 where it does not prefill at all."""
+    state = snapshot.clusters.get(name)
+    if state is None or state.prefill_instances <= 0 or (request.allowed is not None and name not in request.allowed):
+        return 0
+    sources = _sources(snapshot, request, ROUTING_STALE_S) if rules.prefixes != "own" else []
+    return max(each[0] for each in _beginnings(name, snapshot, request, rules, FREE, sources, ROUTING_STALE_S, inf))
 
 
 class _PromptCost:
