@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from copy import deepcopy
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvstore.limits import ROUTING_STALE_S
 from kvstore.profile import KvSize, MeasuredCurve, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster, Deployment, Link, Slo
 from kvstore.schedule.policies.snapshot import CachedPrefix, ClusterState, LinkState, RoutingRequest, Snapshot
@@ -117,15 +119,20 @@ def check_decision(decision: Decision, snapshot: Snapshot, request: RoutingReque
     if decision.route is None:
         return
     check_route(decision.route, snapshot, request)
+    fresh = _fresh(snapshot)
+    if has_a_way(fresh, request):
+        check_route(decision.route, fresh, request)
     assert explanation.candidates, "what was decided was a candidate"
     first, *others = explanation.candidates
     assert first.route == decision.route, "the candidate that was taken comes first"
-    assert not first.against
+    assert not first.against, "nothing speaks against the candidate that was taken"
     assert all(each.against for each in others), "each candidate that was not taken says why not"
 
 
 def check_route(route: Route, snapshot: Snapshot, request: RoutingRequest) -> None:
     """Assert that a route uses only what works and is allowed, and that what it says of prefixes and bytes is so."""
+    for name in {route.prefill, route.decode} - set(snapshot.clusters):
+        raise AssertionError(f"nothing was heard of {name}, or not for {ROUTING_STALE_S:g} s, and others serve")
     prefill, decode = snapshot.clusters[route.prefill], snapshot.clusters[route.decode]
     assert prefill.prefill_instances > 0, f"nothing prefills in {route.prefill}"
     assert decode.decode_instances > 0, f"nothing decodes in {route.decode}"
@@ -135,22 +142,25 @@ def check_route(route: Route, snapshot: Snapshot, request: RoutingRequest) -> No
     )
     size = prefill.cluster.profile.kv
     if route.prefill == route.decode:
-        assert route.handover_bytes == 0
+        assert route.handover_bytes == 0, "nothing is handed over inside of a cluster"
     else:
         _check_link(snapshot, route.prefill, route.decode)
         there = request.cached.get(route.decode, CachedPrefix()).attention_tokens
-        assert route.handover_bytes == pytest.approx(size.missing_bytes(request.prompt_tokens, there))
+        missing_bytes = size.missing_bytes(request.prompt_tokens, there)
+        assert route.handover_bytes == pytest.approx(missing_bytes), f"{route.decode} lacks {missing_bytes:.0f} bytes"
     assert 0 <= route.resume_tokens < request.prompt_tokens, "one token at least is left to compute"
     if route.prefix_from is None:
         own = request.cached.get(route.prefill, CachedPrefix()).resume_tokens
         assert route.resume_tokens in (0, own), f"{route.prefill} has no resume point at {route.resume_tokens}"
-        assert route.prefix_bytes == 0
+        assert route.prefix_bytes == 0, "no prefix moves, and no bytes of one"
     else:
-        assert route.prefix_from != route.prefill
+        assert route.prefix_from != route.prefill, "a prefix moves to another cluster"
         _check_link(snapshot, route.prefix_from, route.prefill)
-        assert 0 < route.resume_tokens == request.cached[route.prefix_from].resume_tokens
+        has_tokens = request.cached.get(route.prefix_from, CachedPrefix()).resume_tokens
+        assert 0 < route.resume_tokens == has_tokens, f"{route.prefix_from} has a resume point at {has_tokens} tokens"
         there = request.cached.get(route.prefill, CachedPrefix()).attention_tokens
-        assert route.prefix_bytes == pytest.approx(size.missing_bytes(route.resume_tokens, there))
+        missing_bytes = size.missing_bytes(route.resume_tokens, there)
+        assert route.prefix_bytes == pytest.approx(missing_bytes), f"{route.prefill} lacks {missing_bytes:.0f} bytes"
     estimate = route.estimate
     parts = (
         estimate.queue_s,
@@ -167,6 +177,15 @@ def _check_link(snapshot: Snapshot, source: str, target: str) -> None:
     link = snapshot.links.get((source, target))
     assert link is not None, f"there is no link from {source} to {target}"
     assert link.bytes_per_s > 0, f"the link from {source} to {target} is down"
+
+
+def _fresh(snapshot: Snapshot) -> Snapshot:
+    """Without what nobody heard of for `ROUTING_STALE_S`."""
+    return replace(
+        snapshot,
+        clusters={name: each for name, each in snapshot.clusters.items() if each.age_s <= ROUTING_STALE_S},
+        links={between: each for between, each in snapshot.links.items() if each.age_s <= ROUTING_STALE_S},
+    )
 
 
 def has_a_way(snapshot: Snapshot, request: RoutingRequest) -> bool:
@@ -218,7 +237,7 @@ class RoutingConformance:
             check_decision(decision, snapshot, request)
             assert decision.explanation.policy == policy.name
             if not has_a_way(snapshot, request):
-                assert decision.route is None
+                assert decision.route is None, "there is no way"
             elif not self.may_turn_away:
                 assert decision.route is not None, f"turned away: {decision.explanation.rule}"
 
@@ -233,14 +252,17 @@ class RoutingConformance:
             assert policy.begin() == other.begin()
             earlier, snapshot = data.draw(snapshots(deployment)), data.draw(snapshots(deployment))
             request = data.draw(requests(deployment))
+            given_before = deepcopy((earlier, snapshot, request))
             memory = policy.observe(policy.begin(), earlier)
-            given_before = deepcopy((memory, snapshot, request))
+            remembered = deepcopy(memory)
             decision = policy.route(memory, snapshot, request)
             policy.observe(memory, snapshot)
             policy.route(memory, earlier, request)
-            assert (memory, snapshot, request) == given_before, "what a policy is given stays as it is"
+            assert (earlier, snapshot, request) == given_before, "what a policy is given stays as it is"
+            assert memory == remembered, "what a policy remembers is a value of its own"
             assert policy.route(memory, snapshot, request) == decision
-            assert other.route(other.observe(other.begin(), earlier), snapshot, request) == decision
+            assert other.observe(other.begin(), earlier) == memory
+            assert other.route(memory, snapshot, request) == decision
 
         run()
 
