@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore._version", "kvstore._native", "kvstore.errors", "kvstore.limits", "kvstore.units"),
     ("kvstore.clock", "kvstore.wire", "kvstore.profile"),
+    ("kvstore.schedule",),
     ("kvstore.handle",),
     ("kvstore.events", "kvstore.metrics"),
     ("kvstore.spec",),
@@ -26,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore.store", "kvstore.transfer"),
     ("kvstore.foreign",),
     ("kvstore",),
-    ("kvstore.profiles", "kvstore.schedule"),
+    ("kvstore.profiles",),
     ("kvstore.scenario", "kvstore.paper"),
     ("kvstore.simulate",),
     ("kvstore.bench", "kvstore.cluster"),
@@ -39,6 +40,12 @@ RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in pac
 
 # Implementations of a seam see the seam, and never each other or the library above it.
 TRANSPORTS_MAY_IMPORT = {"kvstore.abc", "kvstore.errors", "kvstore.limits", "kvstore.clock", "kvstore._native"}
+
+# Plans and policies are functions of their arguments: no I/O, clock, chance or threads, and nothing of the store.
+PURE_MAY_IMPORT = {"kvstore.schedule", "kvstore.profile", "kvstore.errors", "kvstore.limits"} | {
+    *("__future__", "abc", "bisect", "collections", "dataclasses", "functools", "itertools", "math", "operator"),
+    *("statistics", "struct", "typing", "zlib", "numpy"),
+}
 
 
 def package_of(module: str) -> str:
@@ -110,12 +117,29 @@ def test_transports_see_only_the_seam(path: Path) -> None:
             assert module.startswith(own) or module == "transports.buffers", f"{own} imports its neighbour {module}"
 
 
+def impurities(path: Path) -> set[str]:
+    """What a file imports or calls that a pure function needs not."""
+    modules = imports_of(path, top_level_only=False)
+    packages = {package_of(each) if each.split(".")[0] == "kvstore" else each.split(".")[0] for each in modules}
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    return (packages - PURE_MAY_IMPORT) | {each for each in calls if each in ("open", "print") or ".random." in each}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kvstore" / "schedule").rglob("*.py")), ids=module_of)
+def test_plans_and_policies_are_pure(path: Path) -> None:
+    assert not impurities(path), "what it needs comes as an argument"
+
+
 def test_a_wrong_import_is_noticed(tmp_path: Path) -> None:
     """The test above must be able to fail."""
     file = tmp_path / "wrong.py"
     file.write_text("from kvstore.store import Store\nif True:\n    import kvstore.cli.main\n")
     assert {"kvstore.store", "kvstore.cli.main"} <= imports_of(file, top_level_only=True)
     assert RANK["kvstore.store"] > RANK["kvstore.pool"]
+    file.write_text(
+        "def f():\n    import time\n    from kvstore.pool import Pool\n    np.random.default_rng()\n    open('a')\n"
+    )
+    assert impurities(file) == {"time", "kvstore.pool", "np.random.default_rng", "open"}
 
 
 def test_the_map_names_every_package() -> None:
