@@ -76,6 +76,11 @@ class DecodeInstances:
         return len(self._instances)
 
     @property
+    def queued(self) -> int:
+        """Requests that are here with their cache, and wait for a place."""
+        return len(self._waiting)
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for a place, or are on their way here."""
         return len(self._waiting) + self.expected

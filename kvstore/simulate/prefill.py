@@ -38,12 +38,22 @@ class PrefillInstances:
     @property
     def instances(self) -> int:
         """That work; those that leave when their prompt ends are left out."""
-        return len(self._idle) + len(self.busy) - len(self._leaving)
+        return self.present - len(self._leaving)
+
+    @property
+    def present(self) -> int:
+        """Instances that have a prompt or could take one, those included that leave."""
+        return len(self._idle) + len(self.busy)
 
     @property
     def idle(self) -> int:
         """Instances without a prompt."""
         return len(self._idle)
+
+    @property
+    def queued(self) -> int:
+        """Prompts that wait for an instance and for nothing else."""
+        return len(self._queue)
 
     @property
     def waiting(self) -> int:

@@ -52,12 +52,12 @@ class Sampler:
         for site in self._sites:
             prefill, decode = site.prefill, site.decode
             row += (
-                prefill.waiting,
+                prefill.queued,
                 len(prefill.busy),
-                prefill.instances,
+                prefill.present,
                 decode.running,
-                decode.waiting,
-                decode.instances,
+                decode.queued,
+                decode.present,
             )
         self._clusters.append(row)
         flat: list[float] = []

@@ -47,12 +47,12 @@ REQUEST_COLUMNS: dict[str, str] = {
 
 SAMPLE_COLUMNS: dict[str, str] = {
     "at_s": "end of the sample, since the start",
-    "prefill_waiting:CLUSTER": "prompts that wait for an instance",
+    "prefill_waiting:CLUSTER": "prompts that wait for an instance, and for nothing else",
     "prefill_busy:CLUSTER": "instances that prefill",
-    "prefill_instances:CLUSTER": "instances that could",
+    "prefill_instances:CLUSTER": "instances that could; one that is to change its role until its prompt ends",
     "decode_running:CLUSTER": "requests that are being decoded",
-    "decode_waiting:CLUSTER": "requests that wait for a place in a batch",
-    "decode_instances:CLUSTER": "instances that decode",
+    "decode_waiting:CLUSTER": "requests that are there with their cache, and wait for a place in a batch",
+    "decode_instances:CLUSTER": "instances that decode; one that is to change its role until its requests end",
     "link_bytes:SOURCE>TARGET": "delivered since the sample before",
     "link_capacity_bytes_per_s:SOURCE>TARGET": "what the link could carry",
     "policy:NAME": "a number that the policy remembers",
