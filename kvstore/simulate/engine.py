@@ -287,7 +287,8 @@ class Simulation:
             job.passed(LOAD, now_s)
         if job.decode is not job.prefill:
             tokens, kv = job.request.prompt_tokens, job.prefill.profile.kv
-            amount_bytes = job.handover_bytes = kv.missing_bytes(tokens, job.present_tokens)
+            amount_bytes = kv.missing_bytes(tokens, job.present_tokens)
+            job.handover_bytes += amount_bytes
             # In chunks, states are only final with the last one.
             early_bytes = amount_bytes
             if self._service.kind == "chunked":
@@ -348,7 +349,7 @@ class Simulation:
         job.attempt += 1
         job.passed(QUEUE, self._events.now_s)
         if job.flow is not None:
-            self._links.cancel(job.flow)
+            job.handover_bytes -= self._links.cancel(job.flow)
             job.flow = None
         job.decode.decode.expected -= 1
         if job.attempt >= SIMULATED_ATTEMPTS_MAX:

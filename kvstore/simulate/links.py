@@ -254,13 +254,18 @@ class Links:
             self._free(flow)
         self._set(line.group)
 
-    def cancel(self, flow: Flow) -> None:
-        """Whoever produced it is gone."""
+    def cancel(self, flow: Flow) -> float:
+        """Whoever produced it is gone.
+
+        Returns:
+            Bytes that had not crossed, and will not.
+        """
         line = flow.line
         self._settle(line.group)
         line.capped.remove(flow)
         line.accepted_bytes -= flow.remaining_bytes
         self._set(line.group)
+        return flow.remaining_bytes
 
     def set_share(self, source: str, target: str, share: float) -> None:
         """The link carries this share of what it carried; transfers on their way wait where it is 0."""

@@ -17,7 +17,8 @@ class Request:
         keys: prefix keys of the prompt's whole blocks, 32 bytes each, joined. Equal keys mean equal prefixes.
         end_keys: keys of the whole blocks of prompt and output together, where the workload knows them; else empty.
         after: the number of an earlier request before whose end this one does not come (turns of a session, calls of
-            an agent); None for one that comes by itself.
+            an agent); None for one that comes by itself. It stands behind the one that begins its session and before
+            the next that comes by itself: the workload is not read further ahead, and who is read late comes late.
         salt: isolates tenants.
     """
 

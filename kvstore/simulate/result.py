@@ -44,6 +44,7 @@ class RequestTable:
         ttft_s: until the decoding cluster has the cache and a place in a batch; the first token comes with it.
         tpot_s: per output token after the first.
         finished_s: since the start.
+        prefix_bytes, handover_bytes: that were sent for it over links, by attempts that failed too.
     """
 
     arrival_s: NDArray[np.float64]

@@ -200,6 +200,7 @@ def test_a_failed_producer_takes_its_bytes_back() -> None:
     assert result.requests.outcome.tolist() == [Outcome.DONE]
     assert result.requests.ttft_s == pytest.approx([2.0])
     assert sum(result.samples.link_bytes["far", "near"]) == pytest.approx(150_000, rel=1e-3)
+    assert result.requests.handover_bytes == pytest.approx([150_000])
 
 
 def test_nobody_can_serve_it() -> None:
