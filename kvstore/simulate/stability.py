@@ -20,7 +20,7 @@ def is_stable(requests: RequestTable) -> bool:
     Judged at the last arrival, since the backlog only falls behind it. Two things must hold: the backlog is no more
     than what came in the last tenth of the time; and over the second half it grew by no more than 2 % of what came in
     that half, or 4 standard deviations of a Poisson count, whichever is more. Requests turned away or lost are no
-    backlog.
+    backlog, and neither is one request.
     """
     waits = np.isin(requests.outcome, (0, 1)) | ~np.isnan(requests.ttft_s)
     arrival_s = requests.arrival_s[waits]
@@ -37,4 +37,4 @@ def is_stable(requests: RequestTable) -> bool:
     came_half = int(np.count_nonzero(arrival_s > middle_s))
     grown = backlog(end_s) - backlog(middle_s)
     allowed = max(_GROWTH_SHARE * came_half, _GROWTH_DEVIATIONS * sqrt(came_half))
-    return backlog(end_s) <= max(came_last, _GROWTH_DEVIATIONS * sqrt(came_half)) and grown <= allowed
+    return backlog(end_s) <= max(came_last, _GROWTH_DEVIATIONS * sqrt(came_half), 1) and grown <= allowed
