@@ -72,8 +72,10 @@ def scene(seed: int) -> tuple[Scenario, list[Request], ByLength]:
             share = float(rng.choice([0.0, 0.3, 0.5]))
             faults.append(LinkFault(link.source, link.target, from_s, until_s, share))
         else:
-            role = "prefill" if rng.random() < 0.7 else "decode"
-            faults.append(NodeFault(str(rng.choice(names)), role, 99, from_s, until_s))
+            cluster = clusters[rng.integers(len(clusters))]
+            # Several that come back at once would go on in step, and end their requests at one time.
+            role = "decode" if cluster.decode_instances == 1 and rng.random() < 0.5 else "prefill"
+            faults.append(NodeFault(cluster.name, role, 99, from_s, until_s))
     requests: list[Request] = []
     at_s, first = 0.0, 0
     for number in range(int(rng.integers(1, 30))):
