@@ -51,6 +51,7 @@ class Line:
     Attributes:
         share: of its capacity that faults leave.
         accepted_bytes, delivered_bytes: since the start; cancelled transfers are taken out of what was accepted.
+        limit_bytes_per_s: what its clusters may send and receive, whatever it carries.
         round_trip_s: as configured.
     """
 
@@ -63,6 +64,7 @@ class Line:
         "free_rate",
         "full_bytes_per_s",
         "group",
+        "limit_bytes_per_s",
         "link",
         "marks_sum",
         "rate",
@@ -72,8 +74,9 @@ class Line:
         "version",
     )
 
-    def __init__(self, link: Link, cross_share: float) -> None:
+    def __init__(self, link: Link, cross_share: float, limit_bytes_per_s: float) -> None:
         self.link = link
+        self.limit_bytes_per_s = limit_bytes_per_s
         self.round_trip_s = link.round_trip_s
         self.full_bytes_per_s = min(link.bytes_per_s * (1.0 - cross_share), loss_limited_bytes_per_s(link))
         self.share = 1.0
@@ -93,6 +96,11 @@ class Line:
     def bytes_per_s(self) -> float:
         """What it could carry at the moment, limits of clusters left out."""
         return self.full_bytes_per_s * self.share
+
+    @property
+    def delivers_bytes_per_s(self) -> float:
+        """What it would deliver at the moment if its clusters sent and received nothing else."""
+        return min(self.bytes_per_s, self.limit_bytes_per_s)
 
     def queued_bytes(self, now_s: float) -> float:
         """Accepted and not delivered."""
@@ -169,7 +177,14 @@ class Links:
                     "share in [0, 1)"
                 )
         self.lines: dict[tuple[str, str], Line] = {
-            (link.source, link.target): Line(link, crossing.get((link.source, link.target), 0.0))
+            (link.source, link.target): Line(
+                link,
+                crossing.get((link.source, link.target), 0.0),
+                min(
+                    deployment.cluster(link.source).egress_bytes_per_s or inf,
+                    deployment.cluster(link.target).ingress_bytes_per_s or inf,
+                ),
+            )
             for link in deployment.links
         }
         self._group(deployment)

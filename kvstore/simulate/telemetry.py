@@ -34,7 +34,24 @@ class Telemetry:
 
     def snapshot(self) -> Snapshot:
         """What a policy is shown at this moment."""
-        return Snapshot(self._events.now_s, {name: site.state() for name, site in self._sites.items()}, self._links)
+        now_s = self._events.now_s
+        age_s = now_s - self._measured_s
+        links = self._links
+        if age_s > 0:
+            links = {
+                pair: LinkState(
+                    each.source,
+                    each.target,
+                    each.bytes_per_s,
+                    each.queued_bytes,
+                    each.used_share,
+                    each.round_trip_s,
+                    each.retransmitted_share,
+                    age_s,
+                )
+                for pair, each in links.items()
+            }
+        return Snapshot(now_s, {name: site.state() for name, site in self._sites.items()}, links)
 
     def measure(self) -> float:
         """An interval ends.
@@ -51,7 +68,7 @@ class Telemetry:
         states = {}
         for pair, line in self._lines.items():
             delivered_bytes = line.delivered(now_s)
-            could_bytes = line.bytes_per_s * passed_s
+            could_bytes = line.delivers_bytes_per_s * passed_s
             before = self._links.get(pair)
             used_share = 0.0 if before is None else before.used_share
             if could_bytes > 0:
@@ -61,7 +78,7 @@ class Telemetry:
             states[pair] = LinkState(
                 pair[0],
                 pair[1],
-                line.bytes_per_s,
+                line.delivers_bytes_per_s,
                 line.queued_bytes(now_s),
                 used_share,
                 line.round_trip_s,

@@ -203,6 +203,32 @@ def test_a_failed_producer_takes_its_bytes_back() -> None:
     assert result.requests.handover_bytes == pytest.approx([150_000])
 
 
+def test_policies_see_what_links_deliver_and_how_old_that_is() -> None:
+    """The cluster may send 30 kB/s, over a link of 100 kB/s: a transfer of 100 kB is under way all the time."""
+    deployment = two_clusters(bytes_per_s=1e5)
+    far, near = deployment.clusters
+    deployment = Deployment((replace(far, egress_bytes_per_s=3e4), near), deployment.links)
+    seen = []
+
+    class Looking(Fixed):
+        def route(self, memory, snapshot, request):  # type: ignore[no-untyped-def]
+            seen.append(snapshot.links["far", "near"])
+            return super().route(memory, snapshot, request)
+
+    simulated(deployment, requests_at([0.0, 10.125, 20.25, 30.5]), Looking("far", "near"), telemetry_s=1.0)
+    assert [link.bytes_per_s for link in seen] == [3e4] * 4
+    assert [link.age_s for link in seen] == pytest.approx([0.0, 0.125, 0.25, 0.5])
+    busy: list[float] = []
+
+    class Watching(Fixed):
+        def observe(self, memory, snapshot):  # type: ignore[no-untyped-def]
+            busy.append(snapshot.links["far", "near"].used_share)
+            return memory
+
+    simulated(deployment, requests_at(np.arange(20.0)), Watching("far", "near"), telemetry_s=1.0)
+    assert max(busy) == pytest.approx(1.0, abs=0.02)
+
+
 def test_nobody_can_serve_it() -> None:
     fault = NodeFault("one", "decode", 1, 0.0, math.inf)
     result = simulated(one_cluster(), requests_at([1.0]), Spread(), faults=(fault,))
@@ -216,6 +242,7 @@ def test_too_much_is_labelled() -> None:
     busy = simulated(one_cluster(), requests_at(np.arange(500) * 0.5))
     assert not busy.is_stable
     assert busy.requests.outcome.tolist() == [Outcome.DONE] * 500
+    assert simulated(one_cluster(), requests_at([5.0])).is_stable, "one request is no backlog"
     slightly = simulated(one_cluster(), requests_at(np.arange(20_000) / 1.05), telemetry_s=10.0)
     assert not slightly.is_stable
 
