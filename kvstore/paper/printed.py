@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from decimal import Decimal
 from importlib import resources
 
 from kvstore.profiles import published_kv_throughput
@@ -45,10 +46,10 @@ def printed_figures() -> tuple[Printed, ...]:
         for number, row in enumerate(table["rows"]):
             for quantity, texts in table["quantities"].items():
                 if texts[number]:
-                    scale = table.get("scales", {}).get(quantity, 1)
-                    step = 0.0 if quantity in table.get("counts", ()) else step_of(texts[number]) * scale
+                    scale = Decimal(str(table.get("scales", {}).get(quantity, 1)))
+                    step = 0.0 if quantity in table.get("counts", ()) else step_of(texts[number]) * float(scale)
                     is_read_back = quantity in table.get("read_back", ())
-                    value = float(texts[number]) * scale
+                    value = float(Decimal(texts[number]) * scale)
                     found.append(Printed(table["name"], row, quantity, value, step, is_read_back))
     for published in published_kv_throughput():
         # All of this table is printed with two digits after the point; the profiles' prefill times are made of it.

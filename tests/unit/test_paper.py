@@ -52,6 +52,14 @@ def test_steps_of_printed_texts() -> None:
     assert [step_of(text) for text in ("44", "2.45", "190.8", "1.00")] == [1.0, 0.01, 0.1, 0.01]
 
 
+def test_printed_figures_are_the_nearest_numbers() -> None:
+    """As one would write them: a percentage by a hundredth is no sum of rounding errors."""
+    values = {each.quantity: each.value for each in printed_figures() if each.row == PRFAAS_PD}
+    assert values["share_above"] == 0.496
+    assert values["mean_above_tokens"] == 44_000
+    assert values["threshold_tokens"] == 19_400
+
+
 @given(st.floats(1, 1e4), st.sampled_from([0.01, 0.1, 1.0]), st.floats(-3, 3))
 def test_errors_begin_at_the_end_of_the_interval(value: float, step: float, steps_off: float) -> None:
     error = Printed("", "", "", value, step).relative_error(value + steps_off * step)
