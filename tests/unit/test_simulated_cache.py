@@ -18,8 +18,6 @@ from kvstore.schedule.policies.snapshot import NOTHING_CACHED
 from kvstore.simulate import tier
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.request import Request
-from kvstore.store import open_store
-from kvstore.testing.specs import hybrid, put_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -246,33 +244,6 @@ def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     store(cache, request_of(range(4)))
     with pytest.raises(SimulationError, match=r"more than 6 blocks; choose larger blocks"):
         store(cache, request_of(range(10, 14)))
-    cache.check()
-
-
-@settings(max_examples=5, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_it_answers_as_a_store_does(seed: int) -> None:
-    """The same prompts through a real pool, with the checkpoints that its matches suggest."""
-    rng = np.random.default_rng(seed)
-    cache = cache_of()
-    with open_store(hybrid(BLOCK), dram="256MiB") as real:
-        texts: list[list[int]] = []
-        for _ in range(12):
-            shared = texts[int(rng.integers(len(texts)))] if texts and rng.random() < 0.8 else []
-            cut = int(rng.integers(0, len(shared) + 1))
-            blocks = [*shared[:cut], *rng.integers(0, 1000, int(rng.integers(1, 50))).tolist()]
-            texts.append(blocks)
-            ids = [token for block in blocks for token in [block] * BLOCK] + [7]
-            request = request_of(blocks)
-            match = real.match(ids)
-            found = cache.find(request)
-            assert found.resume_tokens == match.tokens
-            suggested = [length for length in real.match(ids[:-1]).suggested if length > match.tokens]
-            with real.write(ids[:-1], resume_at=suggested) as writer:
-                put_all(writer)
-                writer.commit()
-            cache.used(request, found)
-            store(cache, request, found.resume_tokens)
     cache.check()
 
 
