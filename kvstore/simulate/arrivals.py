@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvstore.errors import SimulationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import numpy as np
 
@@ -52,25 +52,29 @@ def begin_times(arrivals: Arrivals, rate_per_s: float, rng: np.random.Generator)
     """
     if arrivals.kind == "trace":
         yield from (number / rate_per_s for number in count())
-    if arrivals.kind == "poisson":
-        at_s = 0.0
-        while True:
-            at_s += float(rng.exponential(1 / rate_per_s))
-            yield at_s
-    share = _share_at(arrivals)
     at_s = 0.0
-    highest_per_s = rate_per_s * arrivals.burst_factor
-    while True:  # thinning: candidates at the highest rate, of which each is kept by the share of it at its time
-        at_s += float(rng.exponential(1 / highest_per_s))
-        if float(rng.random()) * arrivals.burst_factor < share(at_s):
-            yield at_s
-
-
-def _share_at(arrivals: Arrivals) -> Callable[[float], float]:
-    """The rate over time, as a multiple of the mean."""
-    factor, period_s = arrivals.burst_factor, arrivals.period_s
     if arrivals.kind == "diurnal":
-        return lambda at_s: 1 + (factor - 1) * sin(2 * pi * at_s / period_s)
-    high = 1 / (2 * factor)
-    low_share = 0.5 / (1 - high)
-    return lambda at_s: factor if (at_s / period_s) % 1.0 >= 1 - high else low_share
+        highest_per_s = rate_per_s * arrivals.burst_factor
+        while True:  # thinning: candidates at the highest rate, of which each is kept by the share of it at its time
+            at_s += float(rng.exponential(1 / highest_per_s))
+            share = 1 + (arrivals.burst_factor - 1) * sin(2 * pi * at_s / arrivals.period_s)
+            if float(rng.random()) * arrivals.burst_factor < share:
+                yield at_s
+    even_s = 0.0
+    while True:
+        even_s += float(rng.exponential(1 / rate_per_s))
+        yield _burst_time_s(even_s, arrivals) if arrivals.kind == "burst" else even_s
+
+
+def _burst_time_s(even_s: float, arrivals: Arrivals) -> float:
+    """When a process in bursts has had as many requests as one of constant rate has after so long.
+
+    Thinning would throw away nearly all candidates of a short and high burst.
+    """
+    period_s = arrivals.period_s
+    burst_s = period_s / (2 * arrivals.burst_factor)
+    begin_s = even_s // period_s * period_s
+    had_s = even_s - begin_s
+    if had_s < period_s / 2:
+        return begin_s + had_s * (period_s - burst_s) / (period_s / 2)
+    return begin_s + period_s - (period_s - had_s) / arrivals.burst_factor

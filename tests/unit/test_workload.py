@@ -145,6 +145,20 @@ def test_bursts_bring_half_of_the_requests_in_a_share_of_the_time() -> None:
     assert is_burst.mean() == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_high_and_short_burst_costs_no_more_than_another() -> None:
+    """One draw for each request, whatever the factor: nothing is drawn to be thrown away."""
+    rng = np.random.default_rng(6)
+    arrivals = Arrivals("burst", 50.0, burst_factor=1e6, period_s=20.0)
+    times = np.array(list(islice(begin_times(arrivals, 50.0, rng), 4000)))
+    other = np.random.default_rng(6)
+    for _ in range(4000):
+        other.exponential(1 / 50.0)
+    assert rng.random() == other.random()
+    is_burst = times % 20.0 >= 20.0 * (1 - 1 / 2e6)
+    assert is_burst.mean() == pytest.approx(0.5, abs=0.05)
+    assert (np.diff(times) >= 0).all()
+
+
 def test_a_day_has_its_peak_in_its_first_half() -> None:
     arrivals = Arrivals("diurnal", 50.0, burst_factor=1.8, period_s=100.0)
     times = np.array(list(islice(begin_times(arrivals, 50.0, np.random.default_rng(5)), 40_000)))
