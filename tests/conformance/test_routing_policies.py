@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 REQUIRED = {"threshold": {"threshold_tokens": 20_000.0}}
 
 
-UNSHRUNK = settings(SETTINGS, phases=(Phase.generate,))
+UNSHRUNK = settings(SETTINGS, max_examples=1000, phases=(Phase.generate,))
 
 
 class _Named(RoutingConformance):
