@@ -14,7 +14,7 @@ from math import exp, isfinite, sqrt
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvstore.errors import PlanError
-from kvstore.schedule.policies.knee import Knee, KneeDetector, KneeMemory
+from kvstore.schedule.policies.knee import Knee, KneeDetector, KneeMemory, LoadCurve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -196,10 +196,7 @@ def utilisation_of_queue(waiting: float, servers: int) -> float:
 
 def queue_elasticity(utilisation: float, servers: int) -> float:
     """(dT/dλ)·λ/T of a queue with so many servers at this utilisation; utilisation / (1 - utilisation) of one."""
-    power = sqrt(2 * (servers + 1)) - 1
-    x = min(utilisation, 0.999)
-    wait = float(x**power) / (1 - x) / servers
-    return wait * (power + x / (1 - x)) / (1 + wait)
+    return LoadCurve.of_servers(1.0, servers).elasticity(utilisation * servers)
 
 
 def prefill_price(state: ClusterState, pressure: PrefillPressure) -> float:

@@ -72,8 +72,10 @@ def test_utilisation_and_waiting_are_two_names_of_one_thing(waiting: float, serv
 
 @given(st.floats(0.01, 0.99), st.integers(1, 256))
 def test_the_elasticity_of_a_queue_is_that_of_its_curve(utilisation: float, servers: int) -> None:
-    curve = LoadCurve.of_servers(1.0, servers)
-    assert queue_elasticity(utilisation, servers) == pytest.approx(curve.elasticity(utilisation * servers))
+    curve, load, step = LoadCurve.of_servers(1.0, servers), utilisation * servers, 1e-5
+    slope = (curve.latency_s(load * (1 + step)) / curve.latency_s(load * (1 - step)) - 1) / (2 * step)
+    assert queue_elasticity(utilisation, servers) == pytest.approx(slope, rel=1e-2, abs=1e-4)
+    assert queue_elasticity(utilisation, 1) == pytest.approx(utilisation / (1 - utilisation))
 
 
 @given(
