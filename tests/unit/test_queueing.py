@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import PlanError
-from kvstore.schedule.planning.queueing import Waiting, md1, mdc, mg1, mgc, mm1, mmc
+from kvstore.schedule.planning.queueing import Waiting, mdc, mg1, mgc, mmc
 
 
-def test_mm1_and_md1_are_the_textbook() -> None:
-    assert mm1(0.8, 1.0) == Waiting(pytest.approx(0.8), pytest.approx(4.0), 0.8)  # type: ignore[arg-type]
-    assert md1(0.8, 1.0) == Waiting(pytest.approx(0.8), pytest.approx(2.0), 0.8)  # type: ignore[arg-type]
+def test_one_server_is_the_textbook() -> None:
+    assert mmc(0.8, 1.0, 1) == Waiting(pytest.approx(0.8), pytest.approx(4.0), 0.8)  # type: ignore[arg-type]
+    assert mdc(0.8, 1.0, 1) == Waiting(pytest.approx(0.8), pytest.approx(2.0), 0.8)  # type: ignore[arg-type]
 
 
 def test_erlang_c_is_its_sum() -> None:
@@ -91,20 +91,11 @@ def test_forms_agree_with_one_another(servers: int, used: float, service_s: floa
     assert 0 <= general.waits_share <= 1
     assert general.mean_s >= 0
     if servers == 1:
-        assert general.mean_s == pytest.approx((1 + variation) / 2 * mm1(rate, service_s).mean_s, abs=slack)
+        assert general.mean_s == pytest.approx((1 + variation) / 2 * mmc(rate, service_s, 1).mean_s, abs=slack)
     assert mgc(rate, service_s, service_s**2, servers).mean_s == pytest.approx(regular.mean_s, abs=slack)
     assert mgc(rate, service_s, 2 * service_s**2, servers).mean_s == pytest.approx(random.mean_s, abs=slack)
     # Two halves of the time are one queue in other units.
     assert mdc(2 * rate, service_s / 2, servers).mean_s == pytest.approx(regular.mean_s / 2, rel=1e-9, abs=slack)
-
-
-@given(share=st.floats(0, 0.999), used=st.floats(0.05, 0.99))
-def test_a_quantile_is_where_the_tail_says(share: float, used: float) -> None:
-    waiting = mmc(4 * used, 1.0, 4)
-    wait = waiting.quantile_s(share)
-    assert waiting.share_above(wait) <= (1 - share) * (1 + 1e-9)
-    if wait > 0:
-        assert waiting.share_above(wait) == pytest.approx(1 - share)
 
 
 @pytest.mark.parametrize("rate", [5.0, 6.0])
@@ -117,12 +108,10 @@ def test_an_unstable_load_is_an_error(rate: float) -> None:
 def test_numbers_out_of_their_limits_are_errors() -> None:
     for rate, service in ((-1.0, 1.0), (1.0, 0.0), (nan, 1.0), (1.0, inf)):
         with pytest.raises(PlanError, match="needs a rate and a service time"):
-            mm1(rate, service)
+            mmc(rate, service, 1)
     with pytest.raises(PlanError, match="servers, not 0"):
         mmc(1.0, 0.1, 0)
     with pytest.raises(PlanError, match="below the square"):
         mg1(0.5, 1.0, 0.5)
-    with pytest.raises(PlanError, match="below 1, not 1"):
-        mm1(0.5, 1.0).quantile_s(1.0)
     assert mdc(0.0, 1.0, 3) == Waiting(0.0, 0.0, 0.0)
-    assert mm1(0.0, 1.0).quantile_s(0.99) == 0.0
+    assert mmc(0.0, 1.0, 1).share_above(0.0) == 0.0

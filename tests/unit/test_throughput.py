@@ -15,7 +15,7 @@ from kvstore.schedule.deployment import Cluster, Deployment, Link
 from kvstore.schedule.link_rate import loss_limited_bytes_per_s
 from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
 from kvstore.schedule.planning.plan import CONVENTIONS, Band, Plan, PrefixMove, Split, Traffic, divided, plan_of
-from kvstore.schedule.planning.throughput import egress_needed_bytes_per_s, throughput
+from kvstore.schedule.planning.throughput import throughput
 
 GBIT = 1e9 / 8
 KV = KvSize(state_bytes=173.92 * 2**20, token_bytes=17_280)
@@ -208,14 +208,6 @@ def test_a_split_must_add_up() -> None:
     assert divided(paper(), [Split("pd", 4, 4)]).cluster("pd").prefill_instances == 4
     with pytest.raises(PlanError, match="2 groups of clusters need 1 threshold"):
         plan_of([["a"], ["b"]], [])
-
-
-def test_what_a_busy_cluster_sends() -> None:
-    """B_out = N * S / T, here at 32K: 4 instances of 3.2 Gbit/s."""
-    traffic = Traffic(PointMasses([32768.0]), 1024)
-    cluster = paper().cluster("prfaas")
-    expected = 4 * KV.total_bytes(32768) / 1.84
-    assert egress_needed_bytes_per_s(cluster, traffic) == pytest.approx(expected)
 
 
 @settings(max_examples=60, deadline=None)

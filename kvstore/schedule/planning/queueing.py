@@ -8,7 +8,7 @@ M/G/c, and the tails of what is not M/M/c.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, isfinite, log, pi
+from math import exp, isfinite, pi
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,30 +44,13 @@ class Waiting:
             return 0.0
         return self.waits_share * exp(-wait_s * self.waits_share / self.mean_s)
 
-    def quantile_s(self, share: float) -> float:
-        """The wait that this share of the requests does not exceed, by the same tail.
 
-        Raises:
-            PlanError: the share is not within 0 and 1, 1 excluded.
-        """
-        if not 0 <= share < 1:
-            raise PlanError(f"a quantile of waiting is asked for by a share from 0 to below 1, not {share}")
-        if self.mean_s <= 0 or 1 - share >= self.waits_share:
-            return 0.0
-        return self.mean_s / self.waits_share * log(self.waits_share / (1 - share))
-
-
-def mm1(rate_per_s: float, service_s: float) -> Waiting:
-    """M/M/1: W = rho / (1 - rho) * E[S].
+def mmc(rate_per_s: float, service_s: float, servers: int) -> Waiting:
+    """M/M/c: Erlang's C formula; with one server rho / (1 - rho) service times.
 
     Raises:
         PlanError: the load is unstable, or a number is out of its limits; so do all others here.
     """
-    return mmc(rate_per_s, service_s, 1)
-
-
-def mmc(rate_per_s: float, service_s: float, servers: int) -> Waiting:
-    """M/M/c: Erlang's C formula."""
     offered = _offered(rate_per_s, service_s, servers)
     blocked = 1.0
     for server in range(1, servers + 1):
@@ -75,11 +58,6 @@ def mmc(rate_per_s: float, service_s: float, servers: int) -> Waiting:
     used = offered / servers
     waits = blocked / (1 - used * (1 - blocked))
     return Waiting(waits, waits * service_s / (servers - offered), used)
-
-
-def md1(rate_per_s: float, service_s: float) -> Waiting:
-    """M/D/1: half of M/M/1."""
-    return mdc(rate_per_s, service_s, 1)
 
 
 def mdc(rate_per_s: float, service_s: float, servers: int) -> Waiting:

@@ -12,7 +12,7 @@ from kvstore.schedule.planning.plan import divided
 
 if TYPE_CHECKING:
     from kvstore.profile import KvSize, Profile
-    from kvstore.schedule.deployment import Cluster, Deployment
+    from kvstore.schedule.deployment import Deployment
     from kvstore.schedule.planning.plan import Band, Convention, Plan, Traffic
 
 _BINDS = 1 - 1e-9
@@ -166,18 +166,6 @@ def band_bytes(kv: KvSize, traffic: Traffic, above: float, upto: float, conventi
     if convention == "at-mean":
         return kv.total_bytes(traffic.lengths.mean(above, upto))
     return traffic.lengths.expected(kv.many, above, upto)
-
-
-def egress_needed_bytes_per_s(
-    cluster: Cluster, traffic: Traffic, above: float = 0.0, upto: float = inf, convention: Convention = "at-mean"
-) -> float:
-    """B_out = N * S_kv / T_prefill: what a cluster sends whose instances all prefill such requests for others.
-
-    Raises:
-        PlanError: no request is in the range.
-    """
-    prefill_s = band_prefill_s(cluster.profile, traffic, above, upto, convention)
-    return cluster.prefill_instances * band_bytes(cluster.profile.kv, traffic, above, upto, convention) / prefill_s
 
 
 def _band_load(deployment: Deployment, band: Band, share: float, traffic: Traffic, convention: Convention) -> BandLoad:

@@ -43,15 +43,6 @@ class PrefillService:
     decode_step_s: float
     states_from_s: float
 
-    @property
-    def overhead_s(self) -> float:
-        """What cutting and sharing add to the time of one piece alone."""
-        return self.prefill_s - self.whole_s
-
-    def decode_slowdown(self, profile: Profile, decode_batch: int) -> float:
-        """How many times longer a decode step takes beside this prefill than without it; 1 without decodes."""
-        return self.decode_step_s / profile.decode_step(decode_batch) if decode_batch > 0 else 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class PrefillServiceModel:
