@@ -11,6 +11,7 @@ import numpy as np
 from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
 from kvstore.limits import SIMULATED_ATTEMPTS_MAX, SIMULATED_DRAIN_S
+from kvstore.schedule.policies.answers import ExpectedAnswer
 from kvstore.schedule.policies.service import PrefillServiceModel
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
 from kvstore.simulate.coming import Coming
@@ -116,6 +117,7 @@ class Simulation:
         )
         self._recording = Recording()
         self._seen = SeenKeys()
+        self._answer = ExpectedAnswer()
         self._sampler = Sampler(self._sites.values(), self._links.lines)
         self._tiers: dict[str, int] = {}
         self._jobs: dict[int, Job] = {}
@@ -184,7 +186,7 @@ class Simulation:
                 if prefix is not NOTHING_CACHED:
                     cached[name] = prefix
         snapshot = self._telemetry.snapshot()
-        asked = RoutingRequest(request.prompt_tokens, request.output_tokens, cached)
+        asked = RoutingRequest(request.prompt_tokens, self._answer.tokens, cached)
         route = self._policy.route(self._memory, snapshot, asked).route
         if not job.attempt:
             route = self._let_in(snapshot, asked, route)
@@ -333,6 +335,7 @@ class Simulation:
 
     def _finished(self, job: Job) -> None:
         request = job.request
+        self._answer = self._answer.ended(request.output_tokens)
         if request.end_keys:
             tokens = request.prompt_tokens + request.output_tokens
             self._store(job.decode, job, request.end_keys, tokens, request.prompt_tokens)

@@ -57,6 +57,20 @@ def test_whoever_would_be_late_is_turned_away_and_nobody_else() -> None:
     assert not everybody.is_stable
 
 
+def test_policies_are_told_what_a_server_could_know_of_an_answer() -> None:
+    told = []
+
+    class Listening(Estimating):
+        def route(self, memory: int, snapshot: Snapshot, request: RoutingRequest) -> Decision:
+            told.append(request.output_tokens)
+            return super().route(memory, snapshot, request)
+
+    requests = requests_at([0.0, 100.0, 200.0], 100, output_tokens=1000)
+    scenario = Scenario("test", one_cluster(), Workload(), Slo(5.0, 1.0))
+    Simulation(scenario, requests, Listening("one", "one"), {}).run()
+    assert told == [256.0, 628.0, 752.0], "a prior, and then the mean of the prior and those that ended"
+
+
 def test_instances_move_to_where_the_work_is() -> None:
     """Prefill can do 2/s and 3/s come; decode has many times what it needs. Instances change, one after another."""
     profile = profile_of(decode_step_s=0.01, batch=4)

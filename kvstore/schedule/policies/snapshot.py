@@ -108,7 +108,7 @@ class RoutingRequest:
 
     Attributes:
         prompt_tokens: all of them.
-        output_tokens: expected.
+        output_tokens: expected, such as the mean of those that ended (`kvstore.schedule.policies.answers`).
         cached: what clusters have of it, by name; a missing one has nothing.
         allowed: clusters that may see it (privacy, residency); None for all.
     """
