@@ -82,8 +82,8 @@ class DecodeInstances:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a place, or are on their way here."""
-        return len(self._waiting) + self.expected
+        """Requests that wait for a place."""
+        return len(self._waiting)
 
     def tpot_s(self) -> float:
         """Seconds per token at the mean batch."""

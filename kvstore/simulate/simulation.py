@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.schedule.policies.policy import RoutingPolicy
     from kvstore.simulate.result import SimulationResult
 
-ADMISSION_SETTINGS = ("slack", "wait_share")
+ADMISSION_SETTINGS = ("slack",)
 CONVERSION_SETTINGS = tuple(each.name for each in fields(ConversionPolicy) if each.name != "deployment")
 
 
@@ -29,7 +29,7 @@ def simulate(scenario: Scenario, *, progress: Callable[[float], None] | None = N
     """Simulate a scenario. Equal scenarios give equal results, but for `wall_s`.
 
     Settings of the scenario's policy that begin with `admission` or `conversion` are not the router's: `admission = 1`
-    turns requests away that would miss the limits (`admission_slack`, `admission_wait_share`), `conversion = 1`
+    turns requests away that would miss the limits (`admission_slack`), `conversion = 1`
     converts instances of clusters that are `convertible` and, with the policy `threshold`, moves its threshold
     (`conversion_window_s`, `conversion_review_s`, `conversion_headroom`, `conversion_band`).
 

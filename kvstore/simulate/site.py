@@ -76,4 +76,5 @@ class Site:
             decode.tpot_s(),
             0.0,
             *self._measured,
+            decode.expected,
         )

@@ -94,7 +94,7 @@ def scores(
                 batch_max = to.cluster.profile.decode_batch_max
                 places = to.decode_instances * batch_max
                 held_s = request.output_tokens * to.cluster.profile.decode_step(batch_max)
-                wait_s = max(to.decode_running + to.decode_waiting + 1 - places, 0) * held_s / places
+                wait_s = max(to.decode_running + to.decode_waiting + to.decode_coming + 1 - places, 0) * held_s / places
                 yield max(ready_s, wait_s) + price + prices.decode.get(d, 0.0) * held_s
 
 

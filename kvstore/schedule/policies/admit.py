@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from dataclasses import dataclass, field, replace
-from math import ceil, isfinite
+from functools import cached_property
+from math import ceil, exp, floor, isfinite, sqrt
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvstore.errors import PlanError
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     from kvstore.schedule.policies.snapshot import ClusterState, RoutingRequest, Snapshot
 
 LoadKind: TypeAlias = Literal["predicted", "present"]
+_MEMORY_S = 60.0
+"""Time constant of how many are admitted, and of how far plans were off."""
+_SHARE_MAX = 0.999
+"""Nobody could be admitted for certain."""
+_LEADS_MAX = 64
+"""Latest admissions that tell how many will overtake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,8 @@ class AdmissionExplanation:
         decode_requests: that will decode with it then, itself included.
         decode_places: in all batches of the cluster.
         ttft_s, ttft_limit_s: with the wait for a place; and the limit.
+        ttft_most_s: what it stays under with the probability that the objective asks for, by how far off
+            plans were of late.
         tpot_s, tpot_limit_s: of a batch of that size; and the limit.
     """
 
@@ -47,6 +57,7 @@ class AdmissionExplanation:
     decode_requests: float
     decode_places: int
     ttft_s: float
+    ttft_most_s: float
     ttft_limit_s: float
     tpot_s: float
     tpot_limit_s: float
@@ -65,33 +76,58 @@ class _Decoding:
     """What one cluster has to decode, as it was planned, and how far the plan was off.
 
     Attributes:
-        begins_s, ends_s: of all that were admitted and have not ended by plan, ascending; as many of each.
+        ready_s: when the caches are there of all that were admitted and have not ended by plan, ascending.
+        ends_s: when they end, ascending; as many.
         offset: how many more (or fewer) there were at `offset_s` than by plan, those unknown to the plan included.
         holding_s: mean time that a request keeps its place, of the latest ones.
+        leads_s: from admission until the cache is there, of the latest ones.
+        admitted: since `offset_s`.
+        admitted_per_s: mean of the last minute.
+        error_per_s: variance by which `offset` moved in a second.
     """
 
-    begins_s: tuple[float, ...] = ()
+    ready_s: tuple[float, ...] = ()
     ends_s: tuple[float, ...] = ()
     offset: float = 0.0
     offset_s: float = 0.0
     holding_s: float = 0.0
+    leads_s: tuple[float, ...] = ()
+    admitted: int = 0
+    admitted_per_s: float = 0.0
+    error_per_s: float = 0.0
 
-    def load(self, at_s: float) -> float:
-        """How many will decode, or wait for a place, at this moment."""
-        # All that have not begun end later, so those that have begun less those that have ended are there.
-        planned = bisect_right(self.begins_s, at_s) - bisect_right(self.ends_s, at_s)
-        # Those whom the plan did not know leave as evenly as all others.
-        left = max(0.0, 1 - (at_s - self.offset_s) / self.holding_s) if self.holding_s > 0 else 0.0
-        return max(0.0, planned + self.offset * left)
+    def load(self, at_s: float, places: int, now_s: float) -> float:
+        """How many will decode or wait for a place at this moment, as whoever is asked about now will find them."""
+        # All that are not ready end later, so those that are ready less those that have ended are there.
+        planned = bisect_right(self.ready_s, at_s) - bisect_right(self.ends_s, at_s)
+        load = planned + self.offset + self.overtaking(at_s - now_s)
+        if load < places and self.offset > 0:
+            # While places are full who ends late makes all others late. Else those beyond the plan leave evenly.
+            left = max(0.0, 1 - (at_s - self.offset_s) / self.holding_s) if self.holding_s > 0 else 0.0
+            load -= self.offset * (1 - left)
+        return max(0.0, load)
 
-    def first_below(self, places: float, from_s: float) -> float:
-        """The first moment from `from_s` on at which fewer than `places` are there."""
-        if self.load(from_s) < places:
-            return from_s
-        for end_s in self.ends_s[bisect_right(self.ends_s, from_s) :]:
-            if self.load(end_s) < places:
-                return end_s
-        return max(from_s, self.offset_s + self.holding_s)
+    def overtaking(self, lead_s: float) -> float:
+        """How many that are still to be admitted will be ready before somebody who needs so long, and be there."""
+        if not self.leads_s or self.admitted_per_s <= 0:
+            return 0.0
+        ahead_s = sum(min(max(lead_s - each_s, 0.0), self.holding_s) for each_s in self.leads_s)
+        return self.admitted_per_s * ahead_s / len(self.leads_s)
+
+    def place_s(self, load: float, places: int, ready_s: float) -> float:
+        """When whoever is ready then gets a place: first come, first served, so those who come later do not count.
+
+        Args:
+            load: at `ready_s`.
+        """
+        if load < places:
+            return ready_s
+        ended = bisect_right(self.ends_s, ready_s)
+        must_end = floor(load - places) + 1
+        # Who is ready later ends later, and those that the plan does not know end at the pace of all.
+        known = min(must_end, bisect_right(self.ready_s, ready_s) - ended)
+        known_s = self.ends_s[ended + known - 1] if known > 0 else ready_s
+        return known_s + (must_end - known) * self.holding_s / places
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +146,6 @@ class AdmissionPolicy:
     Attributes:
         load: `present` judges by the decode load of the snapshot, as a baseline: it swings.
         slack: limits are this many times those of the service-level objective; above 1 admits what may just miss.
-        wait_share: of the limit of the time to first token, that may be planned as a wait for a place. In a lasting
-            overload the wait is as long as it may be; were that all of the limit, any error would make everybody late.
 
     Raises:
         PlanError: a number is out of its limits.
@@ -120,15 +154,16 @@ class AdmissionPolicy:
     slo: Slo
     load: LoadKind = "predicted"
     slack: float = 1.0
-    wait_share: float = 0.1
 
     def __post_init__(self) -> None:
         if self.load not in ("predicted", "present"):
             raise PlanError(f"admission by {self.load!r} load is unknown; use 'predicted' or 'present'")
         if not (isfinite(self.slack) and self.slack > 0):
             raise PlanError(f"slack={self.slack} must be positive; 1 admits just what meets the limits")
-        if not 0 <= self.wait_share <= 1:
-            raise PlanError(f"wait_share={self.wait_share} must be a share of the limit, 0 to 1")
+
+    @cached_property
+    def _deviations(self) -> float:
+        return NormalDist().inv_cdf(min(max(self.slo.share, 0.5), _SHARE_MAX))
 
     def begin(self) -> AdmissionMemory:
         return AdmissionMemory()
@@ -141,12 +176,21 @@ class AdmissionPolicy:
                 continue
             plan = memory.decoding.get(name, _Decoding())
             ended = bisect_right(plan.ends_s, snapshot.now_s)
-            # As many begins go as ends: which begin belongs to which end does not matter to how many are there.
-            begins_s, ends_s = plan.begins_s[ended:], plan.ends_s[ended:]
-            planned = bisect_right(begins_s, snapshot.now_s)
+            # As many go of either: which belong together does not matter to how many are there.
+            ready_s, ends_s = plan.ready_s[ended:], plan.ends_s[ended:]
+            planned = bisect_right(ready_s, snapshot.now_s)
             holding_s = plan.holding_s or _guessed_holding_s(state)
-            offset = float(_decoding_at_present(state) - planned)
-            decoding[name] = _Decoding(begins_s, ends_s, offset, snapshot.now_s, holding_s)
+            offset = float(state.decode_running + state.decode_waiting - planned)
+            passed_s = snapshot.now_s - plan.offset_s if name in memory.decoding else 0.0
+            per_s, error_per_s, admitted = plan.admitted_per_s, plan.error_per_s, plan.admitted
+            if passed_s > 0:
+                fresh = 1 - exp(-passed_s / _MEMORY_S)
+                per_s += (admitted / passed_s - per_s) * fresh
+                error_per_s += ((offset - plan.offset) ** 2 / passed_s - error_per_s) * fresh
+                admitted = 0
+            decoding[name] = _Decoding(
+                ready_s, ends_s, offset, snapshot.now_s, holding_s, plan.leads_s, admitted, per_s, error_per_s
+            )
         return AdmissionMemory(decoding)
 
     def decide(self, memory: AdmissionMemory, snapshot: Snapshot, request: RoutingRequest, route: Route) -> Admission:
@@ -157,24 +201,26 @@ class AdmissionPolicy:
         places = instances * profile.decode_batch_max
         before_s = route.estimate.ttft_s - route.estimate.decode_wait_s
         decode_from_s = snapshot.now_s + before_s
-        wait_s = route.estimate.decode_wait_s
+        wait_s = wait_most_s = route.estimate.decode_wait_s
         if self.load == "predicted":
             plan = memory.decoding.get(route.decode, _Decoding())
-            others = plan.load(decode_from_s)
-            wait_s = plan.first_below(places, decode_from_s) - decode_from_s
+            others = plan.load(decode_from_s, places, snapshot.now_s)
+            wait_s = plan.place_s(others, places, decode_from_s) - decode_from_s
+            more = self._deviations * sqrt(plan.error_per_s * (decode_from_s - plan.offset_s))
+            wait_most_s = plan.place_s(others + more, places, decode_from_s) - decode_from_s
         else:
-            others = float(_decoding_at_present(state))
+            others = float(state.decode_running + state.decode_waiting)
         batch = min(ceil((others + 1) / instances), profile.decode_batch_max)
         tpot_s = profile.decode_step(batch)
-        ttft_s = before_s + wait_s
+        ttft_s, ttft_most_s = before_s + wait_s, before_s + wait_most_s
         ttft_limit_s, tpot_limit_s = self.slo.ttft_s * self.slack, self.slo.tpot_s * self.slack
         rule, is_admitted = "meets both limits", True
         if state.decode_instances == 0:
             rule, is_admitted = f"cluster {route.decode!r} has no instance that decodes", False
         elif ttft_s > ttft_limit_s:
             rule, is_admitted = f"time to first token {ttft_s:.3g} s is over {ttft_limit_s:.3g} s", False
-        elif wait_s > ttft_limit_s * self.wait_share:
-            rule = f"no place for {wait_s:.3g} s after prefill, more than {self.wait_share:.0%} of {ttft_limit_s:.3g} s"
+        elif ttft_most_s > ttft_limit_s:
+            rule = f"time to first token {ttft_s:.3g} s may become {ttft_most_s:.3g} s, over {ttft_limit_s:.3g} s"
             is_admitted = False
         elif tpot_s > tpot_limit_s * (1 + 1e-9):
             rule, is_admitted = f"time per output token {tpot_s:.3g} s is over {tpot_limit_s:.3g} s", False
@@ -183,7 +229,16 @@ class AdmissionPolicy:
         return Admission(
             is_admitted,
             AdmissionExplanation(
-                rule, self.load, decode_from_s, others + 1, places, ttft_s, ttft_limit_s, tpot_s, tpot_limit_s
+                rule,
+                self.load,
+                decode_from_s,
+                others + 1,
+                places,
+                ttft_s,
+                ttft_most_s,
+                ttft_limit_s,
+                tpot_s,
+                tpot_limit_s,
             ),
         )
 
@@ -192,24 +247,24 @@ class AdmissionPolicy:
     ) -> AdmissionMemory:
         """What to remember of a request that goes this way."""
         found = admission.explanation
-        begin_s = snapshot.now_s + found.ttft_s
         holding_s = max(request.output_tokens - 1, 0.0) * found.tpot_s
         plan = memory.decoding.get(route.decode, _Decoding(offset_s=snapshot.now_s))
         if len(plan.ends_s) >= ADMITTED_MAX:
             return memory
-        begins_s, ends_s = list(plan.begins_s), list(plan.ends_s)
-        insort(begins_s, begin_s)
-        insort(ends_s, begin_s + holding_s)
+        ready_s, ends_s = list(plan.ready_s), list(plan.ends_s)
+        insort(ready_s, found.decode_from_s)
+        insort(ends_s, snapshot.now_s + found.ttft_s + holding_s)
         # A mean over the latest twenty or so.
         mean_s = plan.holding_s + (holding_s - plan.holding_s) / 20 if plan.holding_s > 0 else holding_s
-        plan = replace(plan, begins_s=tuple(begins_s), ends_s=tuple(ends_s), holding_s=mean_s)
+        plan = replace(
+            plan,
+            ready_s=tuple(ready_s),
+            ends_s=tuple(ends_s),
+            holding_s=mean_s,
+            leads_s=(*plan.leads_s[1 - _LEADS_MAX :], found.decode_from_s - snapshot.now_s),
+            admitted=plan.admitted + 1,
+        )
         return AdmissionMemory({**memory.decoding, route.decode: plan})
-
-
-def _decoding_at_present(state: ClusterState) -> int:
-    """Who decodes or waits for a place; while there are places, those who wait are hand-overs that are under way."""
-    places = state.decode_instances * state.cluster.profile.decode_batch_max
-    return state.decode_running + (state.decode_waiting if state.decode_running >= places else 0)
 
 
 def _guessed_holding_s(state: ClusterState) -> float:

@@ -236,7 +236,7 @@ def _decoders(
             continue
         profile = state.cluster.profile
         places = state.decode_instances * profile.decode_batch_max
-        before = state.decode_running + state.decode_waiting + 1 - places
+        before = state.decode_running + state.decode_waiting + state.decode_coming + 1 - places
         price = prices.decode.get(name, 0.0)
         place_s = place_price = 0.0
         if before > 0 or price > 0:

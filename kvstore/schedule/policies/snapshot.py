@@ -22,11 +22,12 @@ class ClusterState:
         prefill_wait_s: until an instance is free for a prompt that comes last, as the prompts before it are estimated.
         decode_instances: that work at the moment.
         decode_running: requests that are being decoded.
-        decode_waiting: requests that wait for a place in a batch, or whose hand-over is on its way.
+        decode_waiting: requests whose cache is there, and that wait for a place in a batch.
         tpot_s: time per output token that the running requests get.
         age_s: how old this is.
         prefills_per_s: that ended, per second since the snapshot before; 0 where nobody measures it.
         prefill_latency_s: mean of those, from asking for an instance to the last token.
+        decode_coming: requests that are to decode here, and whose prefill or hand-over has not ended.
     """
 
     cluster: Cluster
@@ -40,6 +41,7 @@ class ClusterState:
     age_s: float = 0.0
     prefills_per_s: float = 0.0
     prefill_latency_s: float = 0.0
+    decode_coming: int = 0
 
 
 @dataclass(frozen=True, slots=True)

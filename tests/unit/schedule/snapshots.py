@@ -27,6 +27,7 @@ def cluster_state(
     wait_s: float = 0.0,
     running: int = 0,
     decode_waiting: int = 0,
+    decode_coming: int = 0,
     served_per_s: float = 0.0,
     latency_s: float = 0.0,
     convertible: bool = False,
@@ -43,6 +44,7 @@ def cluster_state(
         tpot_s=PROFILE.decode_step(max(running / max(decode, 1), 1.0)),
         prefills_per_s=served_per_s,
         prefill_latency_s=latency_s,
+        decode_coming=decode_coming,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,7 +88,7 @@ def test_prediction_does_not_swing_where_the_present_load_does() -> None:
     present, predicted = overload("present"), overload("predicted")
     assert present.decoding.min() < 10, "admitting by the present load lets decode run empty between its peaks"
     assert present.late > 1, "and lets in who comes to a full house"
-    assert predicted.decoding.min() > 35
+    assert predicted.decoding.min() > 25
     assert predicted.decoding.std() < present.decoding.std() / 4
     assert predicted.late < 0.1
     assert predicted.met > 0.95 * 4.0, "nearly all that 40 places of 10 s can serve"
@@ -153,7 +155,7 @@ def test_a_hand_over_under_way_is_not_counted_twice() -> None:
     look = snapshot(0.0, cluster_state(decode=1))
     memory = policy.observe(policy.begin(), look)
     memory = policy.admitted(memory, look, REQUEST, route(5.0), policy.decide(memory, look, REQUEST, route(5.0)))
-    look = snapshot(4.0, cluster_state(decode=1, decode_waiting=1))
+    look = snapshot(4.0, cluster_state(decode=1, decode_coming=1))
     memory = policy.observe(memory, look)
     assert policy.decide(memory, look, REQUEST, route(2.0)).explanation.decode_requests == 2
 
@@ -194,16 +196,16 @@ def test_predictions_stay_within_what_was_admitted_and_seen(
         seen = max(seen, running)
         request = replace(REQUEST, output_tokens=output_tokens)
         found = policy.decide(memory, look, request, route(prefill_s))
-        assert 1 <= found.explanation.decode_requests <= admitted + seen + 1
+        # Over a minute's mean, 20 s let a third of those who came overtake.
+        assert 1 <= found.explanation.decode_requests <= admitted * 4 / 3 + seen + 1
         assert found.explanation.ttft_s >= prefill_s
         assert found == policy.decide(memory, look, request, route(prefill_s)), "deciding changes nothing"
-        meets = found.explanation.ttft_s <= 30.0 and found.explanation.ttft_s - prefill_s <= 3.0 + 1e-9
-        assert found.is_admitted == meets
+        assert found.is_admitted == (found.explanation.ttft_most_s <= 30.0)
         if found.is_admitted:
             memory = policy.admitted(memory, look, request, route(prefill_s), found)
             admitted += 1
     plan = memory.decoding.get("pd")
-    assert plan is None or len(plan.begins_s) == len(plan.ends_s) <= admitted
+    assert plan is None or len(plan.ready_s) == len(plan.ends_s) <= admitted
 
 
 def test_a_profile_whose_step_is_just_the_limit_is_admitted() -> None:
@@ -215,9 +217,55 @@ def test_a_profile_whose_step_is_just_the_limit_is_admitted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "slack", "wait_share", "message"),
-    [("past", 1.0, 0.1, "unknown"), ("present", 0.0, 0.1, "positive"), ("predicted", 1.0, 1.1, "share")],
+    ("load", "slack", "message"),
+    [("past", 1.0, "unknown"), ("present", 0.0, "positive"), ("predicted", inf, "positive")],
 )
-def test_bad_settings_are_refused(load: LoadKind, slack: float, wait_share: float, message: str) -> None:
+def test_bad_settings_are_refused(load: LoadKind, slack: float, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        AdmissionPolicy(SLO, load, slack, wait_share)
+        AdmissionPolicy(SLO, load, slack)
+
+
+def test_a_full_house_is_not_fuller_by_those_whose_prefill_has_not_ended() -> None:
+    """Those who are planned for later are counted when they are ready, and once."""
+    policy = AdmissionPolicy(Slo(ttft_s=10.0, tpot_s=0.025))
+    look = snapshot(0.0, cluster_state(decode=1, running=20, decode_waiting=0))
+    memory = policy.observe(policy.begin(), look)
+    for _ in range(15):
+        memory = policy.admitted(memory, look, REQUEST, route(9.0), policy.decide(memory, look, REQUEST, route(9.0)))
+    look = snapshot(1.0, cluster_state(decode=1, running=20, decode_coming=15))
+    memory = policy.observe(memory, look)
+    assert policy.decide(memory, look, REQUEST, route(0.5)).explanation.decode_requests == 21
+
+
+def test_whoever_is_ready_first_is_served_first() -> None:
+    """Short prompts that come during a long one's prefill are ready before it, and are expected as they came so far."""
+    policy = AdmissionPolicy(Slo(ttft_s=60.0, tpot_s=0.025))
+    memory, now_s = policy.begin(), 0.0
+    for step in range(1200):
+        now_s = step / 4
+        look = snapshot(now_s, cluster_state(decode=5, running=50))
+        short = policy.decide(memory, look, REQUEST, route(1.0))
+        memory = policy.admitted(policy.observe(memory, look), look, REQUEST, route(1.0), short)
+    plan = memory.decoding["pd"]
+    assert plan.overtaking(1.0) == 0.0
+    assert plan.overtaking(3.0) == pytest.approx(4 * 2.0, rel=0.05), "four a second for two seconds more"
+    busy = replace(plan, offset=0.0)
+    assert busy.load(now_s + 3.0, 1, now_s) == pytest.approx(
+        bisect_right(plan.ready_s, now_s + 3.0) - bisect_right(plan.ends_s, now_s + 3.0) + plan.overtaking(3.0)
+    )
+
+
+def test_who_may_be_late_is_turned_away_the_more_plans_were_off() -> None:
+    policy = AdmissionPolicy(Slo(ttft_s=10.0, tpot_s=0.025, share=0.9))
+    most_s = []
+    for swing in (0, 6):
+        memory = policy.begin()
+        for second in range(120):
+            look = snapshot(float(second), cluster_state(decode=1, running=20, decode_waiting=4 + swing * (second % 2)))
+            memory = policy.observe(memory, look)
+        found = policy.decide(memory, look, REQUEST, route(1.0)).explanation
+        most_s.append(found.ttft_most_s - found.ttft_s)
+    assert most_s[0] == pytest.approx(0.0, abs=0.1)
+    assert most_s[1] > 1.0
+    even = AdmissionPolicy(Slo(ttft_s=10.0, tpot_s=0.025, share=0.5)).decide(memory, look, REQUEST, route(1.0))
+    assert even.explanation.ttft_most_s == pytest.approx(even.explanation.ttft_s), "half of them may be late"
