@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import SimulationError
-from kvstore.profile import MeasuredCurve
+from kvstore.profile import MeasuredCurve, PolynomialCurve
 from kvstore.scenario import Arrivals, LinkFault, NodeFault, read_scenario
 from kvstore.schedule.deployment import Cluster, Deployment
 from kvstore.simulate.request import Request
@@ -63,6 +63,17 @@ def test_states_of_a_chunked_prefill_leave_last() -> None:
     )
     assert parts_of(whole)["transfer_s"] == pytest.approx(0, abs=1e-6) if "transfer_s" in parts_of(whole) else True
     assert parts_of(chunked)["transfer_s"] == pytest.approx(50_000 / 2e5)
+
+
+def test_layered_prefill_takes_as_long_as_whole_and_chunks_take_longer() -> None:
+    """On instances that only prefill; T has a fixed part, so each chunk of 2,048 tokens costs it again."""
+    profile = replace(profile_of(), prefill=PolynomialCurve((0.5, 1e-3)))
+    ttft_s = {
+        kind: simulated(one_cluster(profile=profile), requests_at([0.0], 4096), prefill_service=kind).requests.ttft_s[0]
+        for kind in ("whole", "layered", "chunked")
+    }
+    assert ttft_s["whole"] == ttft_s["layered"] == pytest.approx(0.5 + 4.096)
+    assert ttft_s["chunked"] == pytest.approx(2 * (0.5 + 2.048))
 
 
 def test_a_full_batch_makes_the_next_one_wait_for_a_place() -> None:
