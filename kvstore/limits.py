@@ -333,6 +333,10 @@ PROFILE_DECODE_STEPS_MAX = 1024
 PROFILE_DEADLINE_S = 86_400.0
 """For all of one measurement."""
 CLUSTERS_MAX = 64
+BYTES_PER_S_MIN = 1.0
+BYTES_PER_S_MAX = 1e15
+"""Of a link, and of what may leave or enter a cluster: far beyond any, and so that sums and ratios stay finite."""
+ROUND_TRIP_S_MAX = 3600.0
 INSTANCES_MAX = 65_536
 """Of one kind in one cluster."""
 LENGTHS_MAX = 1 << 20
@@ -343,6 +347,13 @@ SCENARIO_ENTRIES_MAX = 4096
 """Clusters, links or faults in a scenario's file; of clusters there are fewer."""
 SCENARIO_TEXT_CHARACTERS_MAX = 4096
 """A name or a path in a scenario's file."""
+SCENARIO_NUMBER_MIN = 1e-12
+SCENARIO_NUMBER_MAX = 1e18
+"""Sizes of the numbers in a scenario's file that are not 0: what lies outside is a slip, and would overflow later."""
+SCENARIO_LINK_BYTES_PER_S_MIN = 1e5
+"""Of links, egress and ingress in a scenario's file; with less than a megabit a second somebody has meant gigabits."""
+SCENARIO_TELEMETRY_S_MIN = 1e-3
+"""Each observation is an event of the simulation."""
 SCENARIO_REQUESTS_MAX = 1_000_000_000
 SCENARIO_BLOCK_TOKENS_MAX = 1 << 16
 PREFILL_PIECE_TOKENS_MIN = 16

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvstore.limits import INSTANCES_MAX
+from kvstore.limits import BYTES_PER_S_MAX, INSTANCES_MAX, ROUND_TRIP_S_MAX, SCENARIO_LINK_BYTES_PER_S_MIN
 from kvstore.profiles import load_profile
+from kvstore.scenario.table import REQUIRED
 from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link
 
 if TYPE_CHECKING:
@@ -39,14 +40,22 @@ def _cluster(table: Table, base: Path) -> Cluster:
             profile=profile,
             prefill_instances=table.whole("prefill_instances", least=0, most=INSTANCES_MAX),
             decode_instances=table.whole("decode_instances", least=0, most=INSTANCES_MAX),
-            egress_bytes_per_s=table.number("egress_bytes_per_s", None, above=0),
-            ingress_bytes_per_s=table.number("ingress_bytes_per_s", None, above=0),
+            egress_bytes_per_s=_bytes_per_s(table, "egress_bytes_per_s", None),
+            ingress_bytes_per_s=_bytes_per_s(table, "ingress_bytes_per_s", None),
             cache=_cache(table.table("cache")),
             convertible=table.flag("convertible", False),
             conversion_s=table.number("conversion_s", 60.0, least=0),
         )
     table.end()
     return cluster
+
+
+def _bytes_per_s(table: Table, name: str, default: Any = REQUIRED) -> Any:
+    value = table.number(name, default)
+    if value is not default and not SCENARIO_LINK_BYTES_PER_S_MIN <= value <= BYTES_PER_S_MAX:
+        limits = f"{SCENARIO_LINK_BYTES_PER_S_MIN:g} to {BYTES_PER_S_MAX:g}"
+        raise table.wrong(name, value, f"a number of bytes per second from {limits}; 100 Gbps are 12.5e9")
+    return value
 
 
 def _profile(table: Table, base: Path) -> Profile:
@@ -72,8 +81,8 @@ def _link(table: Table) -> Link:
         link = Link(
             source=table.text("source"),
             target=table.text("target"),
-            bytes_per_s=table.number("bytes_per_s", above=0),
-            round_trip_s=table.number("round_trip_s", 0.0, least=0),
+            bytes_per_s=_bytes_per_s(table, "bytes_per_s"),
+            round_trip_s=table.number("round_trip_s", 0.0, least=0, most=ROUND_TRIP_S_MAX),
             loss=table.number("loss", 0.0, least=0, below=1),
         )
     table.end()

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from kvstore.errors import ScenarioError
-from kvstore.limits import SCENARIO_BLOCK_TOKENS_MAX, SCENARIO_BYTES_MAX, SCENARIO_REQUESTS_MAX
+from kvstore.limits import (
+    SCENARIO_BLOCK_TOKENS_MAX,
+    SCENARIO_BYTES_MAX,
+    SCENARIO_REQUESTS_MAX,
+    SCENARIO_TELEMETRY_S_MIN,
+)
 from kvstore.scenario.clusters import deployment_of
 from kvstore.scenario.scenario import Arrivals, LinkFault, NodeFault, PolicyChoice, Scenario, Workload
 from kvstore.scenario.table import REQUIRED, Table
@@ -92,7 +97,7 @@ def scenario_of(
         policy=_policy(top.table("policy")),
         faults=(*_link_faults(top, deployment), *_node_faults(top, deployment)),
         cross_traffic=_cross_traffic(top, deployment),
-        telemetry_s=top.number("telemetry_s", 1.0, above=0),
+        telemetry_s=top.number("telemetry_s", 1.0, least=SCENARIO_TELEMETRY_S_MIN),
         warmup_s=top.number("warmup_s", 0.0, least=0),
         duration_s=top.number("duration_s", None, above=0),
         block_tokens=top.whole("block_tokens", 512, least=1, most=SCENARIO_BLOCK_TOKENS_MAX),

@@ -8,7 +8,12 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from kvstore.errors import DeploymentError, ProfileError, ScenarioError
-from kvstore.limits import SCENARIO_ENTRIES_MAX, SCENARIO_TEXT_CHARACTERS_MAX
+from kvstore.limits import (
+    SCENARIO_ENTRIES_MAX,
+    SCENARIO_NUMBER_MAX,
+    SCENARIO_NUMBER_MIN,
+    SCENARIO_TEXT_CHARACTERS_MAX,
+)
 from kvstore.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -69,6 +74,10 @@ class Table:
         is_number = type(value) in (int, float) and _is_finite(value)
         if not is_number or not (least <= value <= most and above < value < below):
             raise self.wrong(name, value, f"a number {_limits(least, above, most, below)}".rstrip())
+        if value and not SCENARIO_NUMBER_MIN <= abs(value) <= SCENARIO_NUMBER_MAX:
+            raise self.wrong(
+                name, value, f"a number from {SCENARIO_NUMBER_MIN:g} to {SCENARIO_NUMBER_MAX:g} in size, or 0"
+            )
         return float(value)
 
     def whole(self, name: str, default: Any = REQUIRED, *, least: int, most: int) -> Any:

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 from kvstore.errors import DeploymentError
-from kvstore.limits import CLUSTERS_MAX, INSTANCES_MAX
+from kvstore.limits import BYTES_PER_S_MAX, BYTES_PER_S_MIN, CLUSTERS_MAX, INSTANCES_MAX, ROUND_TRIP_S_MAX
 
 if TYPE_CHECKING:
     from kvstore.profile import Profile
@@ -64,9 +64,10 @@ class Cluster:
             raise DeploymentError(f"cluster {self.name!r} has no instances; leave it out, or give it some")
         for what in ("egress_bytes_per_s", "ingress_bytes_per_s"):
             value = getattr(self, what)
-            if value is not None and not (isfinite(value) and value > 0):
+            if value is not None and not BYTES_PER_S_MIN <= value <= BYTES_PER_S_MAX:
                 raise DeploymentError(
-                    f"cluster {self.name!r}: {what}={value} must be positive, or left out for no limit"
+                    f"cluster {self.name!r}: {what}={value} is outside {BYTES_PER_S_MIN:g} to {BYTES_PER_S_MAX:g}; "
+                    "leave it out for no limit"
                 )
 
     @property
@@ -99,11 +100,15 @@ class Link:
 
     def __post_init__(self) -> None:
         name = f"link {self.source!r} to {self.target!r}"
-        if not (isfinite(self.bytes_per_s) and self.bytes_per_s > 0):
-            raise DeploymentError(f"{name}: bytes_per_s={self.bytes_per_s} must be positive; leave a dead link out")
-        if not (isfinite(self.round_trip_s) and self.round_trip_s >= 0 and 0 <= self.loss < 1):
+        if not BYTES_PER_S_MIN <= self.bytes_per_s <= BYTES_PER_S_MAX:
             raise DeploymentError(
-                f"{name}: round_trip_s={self.round_trip_s} must not be negative, loss={self.loss} be in [0, 1)"
+                f"{name}: bytes_per_s={self.bytes_per_s} is outside {BYTES_PER_S_MIN:g} to {BYTES_PER_S_MAX:g}; leave "
+                "a dead link out"
+            )
+        if not (0 <= self.round_trip_s <= ROUND_TRIP_S_MAX and 0 <= self.loss < 1):
+            raise DeploymentError(
+                f"{name}: round_trip_s={self.round_trip_s} must be from 0 to {ROUND_TRIP_S_MAX:g}, loss={self.loss} be "
+                "in [0, 1)"
             )
 
 
@@ -167,8 +172,19 @@ class Slo:
         ttft_s: time to first token, at most.
         tpot_s: time per output token after the first, at most.
         share: of the requests that must meet both.
+
+    Raises:
+        DeploymentError: a limit is not positive and finite, or the share not in (0, 1].
     """
 
     ttft_s: float
     tpot_s: float
     share: float = 0.9
+
+    def __post_init__(self) -> None:
+        for what in ("ttft_s", "tpot_s"):
+            value = getattr(self, what)
+            if not (isfinite(value) and value > 0):
+                raise DeploymentError(f"the limit {what}={value} must be positive; it is in seconds")
+        if not 0 < self.share <= 1:
+            raise DeploymentError(f"share={self.share} of the requests must be in (0, 1], such as 0.9 for 90 %")

@@ -21,7 +21,7 @@ def loss_limited_bytes_per_s(link: Link, connections: int = LINK_CONNECTIONS) ->
     Without loss, or without a round trip, it is the capacity. Congestion control that is not driven by loss (BBR) does
     better than this.
     """
-    if link.loss <= 0 or link.round_trip_s <= 0:
+    slowing_s = link.round_trip_s * sqrt(link.loss)
+    if connections * SEGMENT_BYTES * _MATHIS >= link.bytes_per_s * slowing_s:
         return link.bytes_per_s
-    each = SEGMENT_BYTES * _MATHIS / (link.round_trip_s * sqrt(link.loss))
-    return min(link.bytes_per_s, connections * each)
+    return connections * SEGMENT_BYTES * _MATHIS / slowing_s

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.errors import DeploymentError, PlanError
 from kvstore.profile import KvSize, MeasuredCurve, PolynomialCurve, Profile
-from kvstore.schedule.deployment import Cluster, Deployment, Link
+from kvstore.schedule.deployment import Cluster, Deployment, Link, Slo
 from kvstore.schedule.link_rate import loss_limited_bytes_per_s
 from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
 from kvstore.schedule.planning.plan import CONVENTIONS, Band, Plan, PrefixMove, Split, Traffic, divided, plan_of
@@ -259,3 +259,29 @@ def test_flows_serve_each_band_once(instances: list[tuple[int, int]], link_gbit:
     for band, share in enumerate(result.shares):
         served = sum(flow.requests_per_s for flow in result.flows if flow.band == band)
         assert served == pytest.approx(result.requests_per_s * share, rel=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), inf, 1.7e308, 5e-324])
+def test_rates_that_no_link_has_are_refused(value: float) -> None:
+    with pytest.raises(DeploymentError, match="leave a dead link out"):
+        Link("a", "b", value)
+    for side in ("egress_bytes_per_s", "ingress_bytes_per_s"):
+        with pytest.raises(DeploymentError, match=f"{side}=.* leave it out for no limit"):
+            Cluster("a", H20, 1, 1, **{side: value})
+
+
+def test_a_hardly_measurable_round_trip_limits_nothing() -> None:
+    assert loss_limited_bytes_per_s(Link("a", "b", 1e9, 5e-324, 1e-7)) == 1e9
+    with pytest.raises(DeploymentError, match=r"round_trip_s=1.7e\+308 must be from 0 to 3600"):
+        Link("a", "b", 1e9, 1.7e308)
+
+
+@pytest.mark.parametrize(("limits", "message"), [
+    ((0.0, 0.03), "ttft_s=0.0 must be positive"),
+    ((10.0, float("nan")), "tpot_s=nan must be positive"),
+    ((inf, 0.03), "ttft_s=inf must be positive"),
+    ((10.0, 0.03, 90.0), "share=90.0 of the requests must be in"),
+])  # fmt: skip
+def test_limits_that_say_nothing_are_refused(limits: tuple[float, ...], message: str) -> None:
+    with pytest.raises(DeploymentError, match=message):
+        Slo(*limits)

@@ -56,7 +56,7 @@ class DecodeLoad:
         leaving = number / (steps_s * output_tokens)
         if rate_per_s == 0:
             return cls(0.0, 0.0, 0.0, 0.0, np.array([1.0]), steps_s[:1])
-        weights = np.concatenate(([0.0], np.cumsum(np.log(rate_per_s / leaving))))
+        weights = np.concatenate(([0.0], np.cumsum(np.log(rate_per_s) - np.log(leaving))))
         chance = np.exp(weights - weights.max())
         used = rate_per_s / limit
         # All places taken: the number who wait besides falls by `used` with each.
