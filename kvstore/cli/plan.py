@@ -118,6 +118,7 @@ def _document(planned: _Planned) -> dict[str, object]:
         "convention": throughput.convention,
         "lengths": "uncached" if planned.is_cached else "whole",
         "requests_per_s": throughput.requests_per_s,
+        "note": throughput.note,
         "binding": list(throughput.binding),
         "bands": [
             {
@@ -187,7 +188,7 @@ def _print(planned: _Planned) -> None:
     throughput, slo, deployment = planned.throughput, planned.scenario.slo, planned.scenario.deployment
     print(
         f"{printable(planned.scenario.name)}: {throughput.requests_per_s:.3g} requests/s at most, ended by "
-        f"{printable(', '.join(throughput.binding))}\n"
+        f"{printable(', '.join(throughput.binding))}" + (f" ({throughput.note})" if throughput.note else "") + "\n"
     )
     flows = throughput.flows
     print_table(

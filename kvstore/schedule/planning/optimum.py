@@ -7,7 +7,7 @@ and where it ends the rate the thresholds are moved until nothing is better.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import inf
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from kvstore.schedule.planning.candidates import (
     free_clusters,
     is_possible,
     members_of,
+    orders_count,
     planned,
 )
 from kvstore.schedule.planning.capacity import Capacity, best_flows
@@ -67,7 +68,8 @@ def best_plan(
 
     `exhaustive_plan` finds the same on small problems, given the same thresholds to choose from. With more than three
     clusters that prefill, orders are limited to those in which a cluster whose service time grows less with length gets
-    the longer prompts; with many divisions it climbs from several beginnings, and may end below the top.
+    the longer prompts; with many divisions it climbs from several beginnings, and may end below the top. The result's
+    `note` says where that was so.
 
     Args:
         free: names of the clusters whose instances may be divided; None: those that are convertible.
@@ -78,7 +80,8 @@ def best_plan(
         PlanError: no plan serves anything.
     """
     is_free = free_clusters(deployment, free)
-    orders = _orders(deployment, traffic, members_of(deployment, is_free))
+    members = members_of(deployment, is_free)
+    orders = _orders(deployment, traffic, members)
     thresholds = candidate_thresholds(traffic.lengths, thresholds_max)
     found = _Search(deployment, traffic, convention, thresholds, orders).best(is_free)
     for _ in range(_ROUNDS):
@@ -90,7 +93,8 @@ def best_plan(
         if again is not None and again.score.is_better_than(found.score):
             found = again
     plan = planned(deployment, is_free, found.division, found.order, found.ends)
-    return throughput(deployment, plan, traffic, convention)
+    note = _untried(divisions_count(deployment, is_free), len(members), len(orders))
+    return replace(throughput(deployment, plan, traffic, convention), note=note)
 
 
 class _Search:
@@ -302,6 +306,18 @@ def _orders(deployment: Deployment, traffic: Traffic, members: Sequence[int]) ->
         (*groups[:at], tuple(sorted(groups[at] + groups[at + 1])), *groups[at + 2 :]) for at in range(len(groups) - 1)
     ]
     return list(dict.fromkeys(orders))
+
+
+def _untried(divisions: int, members: int, orders: int) -> str:
+    """What a search left out; empty where it looked at everything."""
+    left_out = []
+    if divisions > _DIVISIONS_MAX:
+        left_out.append(f"{divisions:,} divisions of the instances were climbed, not all tried")
+    if members > _ORDERS_OF_MEMBERS_MAX:
+        left_out.append(
+            f"of {orders_count(members):,} orders of the {members} clusters that prefill {orders} were tried"
+        )
+    return f"a better plan may exist: {'; '.join(left_out)}" if left_out else ""
 
 
 def _closer(traffic: Traffic, thresholds: Sequence[float], ends: Sequence[float]) -> tuple[float, ...]:

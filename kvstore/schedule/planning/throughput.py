@@ -72,6 +72,7 @@ class Throughput:
         flows: how the requests then divide.
         shares: of the requests, by band.
         mean_tokens: E[L | band], by band; 0 where no request is in it.
+        note: what the rate does not say: that the search for the plan left some untried, and a better one may exist.
     """
 
     plan: Plan
@@ -81,6 +82,7 @@ class Throughput:
     flows: tuple[Flow, ...]
     shares: tuple[float, ...]
     mean_tokens: tuple[float, ...]
+    note: str = ""
 
     @property
     def binding(self) -> tuple[str, ...]:
