@@ -47,7 +47,7 @@ def print_cells(cells: Sequence[Cell], *, as_json: bool) -> None:
     )
     print(
         "predicted: from printed inputs alone. inferred: through inputs that were inferred from the paper's own\n"
-        "tables, so agreement shows the arithmetic, not the model. read back: a profile was made of this figure."
+        "tables, so agreement shows the arithmetic, not the model."
     )
 
 
@@ -64,10 +64,7 @@ def _document(cell: Cell) -> dict[str, object]:
 
 
 def _row(cell: Cell) -> tuple[str, ...]:
-    if cell.printed.is_read_back:
-        error = "read back"
-    else:
-        error = f"{cell.relative_error:.2%}" if cell.relative_error else "within rounding"
+    error = f"{cell.relative_error:.2%}" if cell.relative_error else "within rounding"
     ours, paper = _shown(cell.ours), _shown(cell.printed.value)
     return cell.printed.row, cell.printed.quantity, paper, ours, error, _joined(cell.inferred_inputs)
 

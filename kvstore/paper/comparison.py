@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvstore.paper.case_study import Figure, inferred
-from kvstore.paper.printed import KV_THROUGHPUT, Printed, printed_figures, throughput_quantity
-from kvstore.profiles import load_profile, published_kv_throughput
+from kvstore.paper.printed import Printed, printed_figures
+from kvstore.profiles import load_profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvstore.paper.case_study import CaseStudy
-    from kvstore.profile import Profile
 
-Basis: TypeAlias = Literal["predicted", "inferred", "read back"]
+Basis: TypeAlias = Literal["predicted", "inferred"]
 """What agreement shows. `predicted`: computed from printed inputs alone. `inferred`: through inputs that were
-themselves inferred from the paper's tables, so that it shows the arithmetic rather than the model. `read back`: a
-profile was made of this very figure, so that it shows that it was copied rightly."""
-BASES: tuple[Basis, ...] = ("predicted", "inferred", "read back")
+themselves inferred from the paper's tables, so that it shows the arithmetic rather than the model."""
+BASES: tuple[Basis, ...] = ("predicted", "inferred")
 _LENGTHS = {"1K": 1024, "8K": 8 * 1024, "32K": 32 * 1024, "128K": 128 * 1024}
 _MIB = 1 << 20
 
@@ -39,8 +37,6 @@ class Cell:
 
     @property
     def basis(self) -> Basis:
-        if self.printed.is_read_back:
-            return "read back"
         return "inferred" if self.inferred_inputs else "predicted"
 
 
@@ -62,7 +58,7 @@ def compared(study: CaseStudy) -> tuple[Cell, ...]:
     Args:
         study: `case_study()`, or one under other profiles or another convention.
     """
-    figures = {**study.figures(), **_model_figures(), **_throughput_figures()}
+    figures = {**study.figures(), **_model_figures()}
     cells = []
     for printed in printed_figures():
         figure = figures[printed.table, printed.row, printed.quantity]
@@ -71,7 +67,7 @@ def compared(study: CaseStudy) -> tuple[Cell, ...]:
 
 
 def summaries(cells: Iterable[Cell]) -> tuple[Summary, ...]:
-    """One for each basis that occurs: predicted, inferred and read-back cells are never counted together."""
+    """One for each basis that occurs: predicted and inferred cells are never counted together."""
     by_basis: dict[Basis, list[Cell]] = {basis: [] for basis in BASES}
     for cell in cells:
         by_basis[cell.basis].append(cell)
@@ -95,23 +91,7 @@ def _model_figures() -> dict[tuple[str, str, str], Figure]:
     found = {}
     for row, tokens in _LENGTHS.items():
         kv, prefill = inferred(profile, "kv"), inferred(profile, "prefill")
+        kv_gbps = profile.kv_throughput_bytes_per_s(tokens) * 8 / 1e9
         found["1T model", row, "kv_mib"] = Figure(profile.kv.total_bytes(tokens) / _MIB, kv)
-        found["1T model", row, "prefill_s"] = Figure(profile.prefill(tokens), prefill)
-        found["1T model", row, "kv_gbps"] = Figure(_gbps(profile, tokens), (*prefill, *kv))
+        found["1T model", row, "kv_gbps"] = Figure(kv_gbps, (*prefill, *kv))
     return found
-
-
-def _throughput_figures() -> dict[tuple[str, str, str], Figure]:
-    """Of the table of KV throughput of six models."""
-    found = {}
-    for published in published_kv_throughput():
-        profile = load_profile(published.profile)
-        inputs = inferred(profile, "prefill", "kv")
-        for tokens, _ in published.gbps:
-            place = KV_THROUGHPUT, published.model, throughput_quantity(tokens)
-            found[place] = Figure(_gbps(profile, tokens), inputs)
-    return found
-
-
-def _gbps(profile: Profile, tokens: float) -> float:
-    return profile.kv_throughput_bytes_per_s(tokens) * 8 / 1e9
