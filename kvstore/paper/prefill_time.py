@@ -1,4 +1,5 @@
-"""How long prefill takes over all requests of a plan, without queueing: what the paper's TTFT columns are."""
+"""How long prefill takes over all requests of a plan, without queueing: what the paper's TTFT
+columns are, as their numbers say; the paper does not."""
 
 from __future__ import annotations
 
