@@ -1,5 +1,7 @@
-"""How long prefill takes over all requests of a plan, without queueing: what the paper's TTFT
-columns are, as their numbers say; the paper does not."""
+"""How long prefill takes over all requests of a plan, without queueing.
+
+What the paper's TTFT columns are, as their numbers say; the paper does not.
+"""
 
 from __future__ import annotations
 
