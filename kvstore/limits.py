@@ -324,6 +324,8 @@ PROFILE_FILE_BYTES_MAX = 1 * MIB
 """A profile's file. One with 256 points in each curve takes 30 KiB."""
 PROFILE_TEXT_CHARACTERS_MAX = 4096
 """Of a name, a source or a note in a profile's file."""
+PROFILE_NUMBER_MAX = 1e18
+"""Of any number in a profile, and of seconds at both ends of its curves; its reciprocal bounds these from below."""
 PROFILE_ROUNDS_MAX = 1000
 """Of one measurement; each goes over all lengths and batches."""
 PROFILE_BATCH_MAX = 65_536

@@ -9,13 +9,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import exp, isfinite, log
+from math import exp, inf, isfinite, log
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
 from kvstore.errors import ProfileError
-from kvstore.limits import PROFILE_POINTS_MAX
+from kvstore.limits import PROFILE_NUMBER_MAX, PROFILE_POINTS_MAX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -223,11 +223,29 @@ class Profile:
         for what in ("decode_batch_max", "accelerators", "tokens_max"):
             if getattr(self, what) < 1:
                 raise ProfileError(f"profile {self.name!r}: {what} must be at least 1, not {getattr(self, what)}")
+        for curve, what, most in (
+            (self.prefill, "prefill of {} tokens", self.tokens_max),
+            (self.decode_step, "a decode step of {} requests", self.decode_batch_max),
+        ):
+            for amount in (1, most):
+                self._check_seconds(curve, what.format(amount), amount)
         for what, _ in self.inferred:
             if what not in INFERABLE:
                 raise ProfileError(
                     f"profile {self.name!r}: {what!r} cannot be inferred; what can is {', '.join(INFERABLE)}"
                 )
+
+    def _check_seconds(self, curve: Curve, what: str, amount: int) -> None:
+        """Beyond its points a steep curve goes on until float64 has no such number."""
+        try:
+            seconds = curve(amount)
+        except OverflowError:
+            seconds = inf
+        if not 1 / PROFILE_NUMBER_MAX <= seconds <= PROFILE_NUMBER_MAX:
+            raise ProfileError(
+                f"profile {self.name!r}: {what} would take {seconds:g} s, outside {1 / PROFILE_NUMBER_MAX:g} to "
+                f"{PROFILE_NUMBER_MAX:g}; check its unit, or measure points nearer to this amount"
+            )
 
     def prefill_s(self, tokens: float, present_tokens: float = 0.0) -> float:
         """Seconds to prefill the tokens behind a prefix that is there.

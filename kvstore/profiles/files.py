@@ -6,12 +6,11 @@ import json
 import os
 import re
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.errors import ProfileError
-from kvstore.limits import PROFILE_FILE_BYTES_MAX, PROFILE_TEXT_CHARACTERS_MAX
+from kvstore.limits import PROFILE_FILE_BYTES_MAX, PROFILE_NUMBER_MAX, PROFILE_TEXT_CHARACTERS_MAX
 from kvstore.profile import INFERABLE, Curve, KvSize, MeasuredCurve, PolynomialCurve, Profile
 from kvstore.units import format_bytes
 
@@ -219,8 +218,8 @@ class _Table:
 
     def whole(self, entry: str, default: int | None = None) -> int:
         value = self.entries.get(entry, default)
-        if type(value) is not int:
-            raise self._wrong(entry, value, "a whole number")
+        if type(value) is not int or abs(value) > PROFILE_NUMBER_MAX:
+            raise self._wrong(entry, value, f"a whole number of at most {PROFILE_NUMBER_MAX:g}")
         return value
 
     def number(self, entry: str, default: float | None = None) -> float:
@@ -249,8 +248,8 @@ class _Table:
             raise ProfileError(where + str(error)) from error
 
     def _number(self, entry: str, value: Any) -> float:
-        if type(value) not in (int, float) or abs(value) > _NUMBER_MAX or not isfinite(value):
-            raise self._wrong(entry, value, "a finite number")
+        if type(value) not in (int, float) or not abs(value) <= PROFILE_NUMBER_MAX:
+            raise self._wrong(entry, value, f"a number of at most {PROFILE_NUMBER_MAX:g}")
         return float(value)
 
     def _wrong(self, entry: str, value: Any, wanted: str) -> ProfileError:
@@ -264,8 +263,6 @@ class _Table:
 
 _LIST_OF_NUMBERS = re.compile(r"\[\n((?:\s+[-+.0-9e]+,?\n)+)\s+\]")
 """As `json` indents it; a text has no line breaks there."""
-_NUMBER_MAX = 1e300
-"""JSON has integers that no float64 holds."""
 _SHOWN_CHARACTERS = 60
 
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvstore.errors import ProfileError
-from kvstore.limits import PROFILE_POINTS_MAX
+from kvstore.limits import PROFILE_NUMBER_MAX, PROFILE_POINTS_MAX
 from kvstore.profile import Curve, Interpolation, KvSize, MeasuredCurve, PolynomialCurve, Profile
 
 ROUNDING = 1e-12
@@ -28,14 +28,24 @@ def measured_curves(draw: st.DrawFn) -> MeasuredCurve:
     xs = sorted(draw(st.lists(st.integers(1, 1_000_000), min_size=1, max_size=8, unique=True)))
     assume(all(x1 - x0 > 1e-5 * x1 for x0, x1 in pairwise(xs)))
     ys = sorted(draw(st.lists(st.floats(1e-3, 1e3), min_size=len(xs), max_size=len(xs))))
-    return MeasuredCurve(tuple(map(float, xs)), tuple(ys), draw(interpolations))
+    curve = MeasuredCurve(tuple(map(float, xs)), tuple(ys), draw(interpolations))
+    assume(has_seconds(curve))
+    return curve
+
+
+def has_seconds(curve: MeasuredCurve) -> bool:
+    """Whether a profile can have it: steep pieces between near points go on to where float64 has no number."""
+    try:
+        return curve(1) >= 1 / PROFILE_NUMBER_MAX and curve(131_072) <= PROFILE_NUMBER_MAX
+    except OverflowError:
+        return False
 
 
 @st.composite
 def polynomials(draw: st.DrawFn) -> PolynomialCurve:
     coefficients = draw(st.lists(st.floats(0, 100), min_size=1, max_size=4))
     assume(max(coefficients) > 1e-6)
-    return PolynomialCurve(tuple(coefficients), unit=draw(st.floats(0.1, 1e4)))
+    return PolynomialCurve(tuple(coefficients), unit=draw(st.floats(1, 1e4)))
 
 
 curves: st.SearchStrategy[Curve] = st.one_of(measured_curves(), polynomials())
@@ -211,6 +221,22 @@ def test_counts_are_at_least_one(what: str) -> None:
     values: dict[str, Any] = {"decode_batch_max": 1, "accelerators": 1, "tokens_max": 1, what: 0}
     with pytest.raises(ProfileError, match=what):
         Profile(name="x", source="y", prefill=PolynomialCurve((1.0,)), kv=KvSize(1, 1), decode_step=MEMO, **values)
+
+
+@pytest.mark.parametrize(
+    ("curve", "message"),
+    [
+        (MeasuredCurve((1.0, 1.01), (1e-3, 10.0)), "131072 tokens would take inf s"),
+        (MeasuredCurve((100_000.0, 100_001.0), (1e-3, 10.0)), "1 tokens would take 0 s"),
+        (PolynomialCurve((0.5, 1.0), unit=1e-300), "1 tokens would take 1e[+]300 s"),
+        (PolynomialCurve((0.0, 0.0, 1.0), unit=1e20), "1 tokens would take 1e-40 s"),
+    ],
+)
+def test_curves_that_go_on_to_nothing_or_for_ever_are_refused(curve: Curve, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        profile(curve)
+    with pytest.raises(ProfileError, match="a decode step of"):
+        Profile("x", "a test", PolynomialCurve((1.0,)), KvSize(1e6, 1e4), curve, 131_072, 8, 131_072)
 
 
 def test_only_what_a_profile_has_is_inferred() -> None:
