@@ -20,7 +20,7 @@ from kvstore.schedule.deployment import Cluster, Deployment, Link
 from kvstore.simulate.report.comparison import comparison_page
 from kvstore.simulate.report.figures import check_drawing
 from kvstore.simulate.report.page import run_page
-from kvstore.simulate.report.plots import POINTS, binned_quantile, thinned
+from kvstore.simulate.report.plots import POINTS, binned_quantile, run_plots, thinned
 from kvstore.simulate.report.summary import summarise
 from kvstore.simulate.result import Happening
 from tests.reports.results import PROFILE, drawn, result, samples
@@ -230,3 +230,36 @@ def test_the_page_of_a_comparison() -> None:
     for summary in summaries:
         assert f"{summary.ttft.p90:.3g} s" in text
     assert "naive" in text
+
+
+def test_many_clusters_and_links_have_room(recwarn: pytest.WarningsRecorder) -> None:
+    """Of what is too much for a picture the largest are drawn, and the caption says what is left out."""
+    made = drawn(1)
+    names = [f"cluster-{number}" for number in range(12)]
+    clusters = tuple(replace(made.scenario.deployment.clusters[1], name=name) for name in names)
+    pairs = [(source, target) for source in names for target in names if source != target]
+    deployment = replace(made.scenario.deployment, clusters=clusters, links=())
+    steps = np.arange(len(made.samples.at_s), dtype=float)
+    by_cluster = {name: steps * number for number, name in enumerate(names)}
+    kinds = ("prefill_waiting", "prefill_busy", "prefill_instances", "decode_running", "decode_waiting")
+    samples = replace(
+        made.samples,
+        **{kind: by_cluster for kind in (*kinds, "decode_instances")},
+        link_bytes={pair: steps * number for number, pair in enumerate(pairs)},
+        link_capacity_bytes_per_s={pair: steps for pair in pairs},
+        policy={f"price[{name}]": steps for name in names},
+    )
+    made = replace(made, scenario=replace(made.scenario, deployment=deployment), samples=samples)
+    captions = {plot.svg.split('id="')[1].split("-figure")[0]: plot for plot in run_plots(made, summarise(made))}
+    assert not recwarn.list
+    egress = captions["egress"]
+    assert f"{len(pairs) - 8} more are left out" in egress.caption
+    assert "cluster-11 → cluster-10" in egress.svg
+    assert "cluster-0 → cluster-1" not in egress.svg
+    for name in ("queues", "use", "policy"):
+        assert "4 more are left out" in captions[name].caption
+        assert captions[name].svg.count(">cluster-") == 8
+    text = captions["queues"].svg
+    assert ">cluster-11<" in text
+    assert ">cluster-0<" not in text
+    assert "left out" not in run_plots(drawn(1), summarise(drawn(1)))[4].caption

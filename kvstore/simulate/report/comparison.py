@@ -17,6 +17,7 @@ from kvstore.simulate.report.figures import (
     drawing,
     figure,
     finish,
+    from_zero,
     legend_above,
     line_style,
     logarithmic,
@@ -189,7 +190,7 @@ def comparison_plots(runs: Sequence[Summary]) -> tuple[Plot, ...]:
             if name == "ttft" and found and max(found) > LOGARITHMIC_FROM * min(found):
                 logarithmic(axis, is_upright=True)
             else:
-                axis.set_ylim(0, None)
+                from_zero(axis, max(found, default=0.0))
             if lines.ticks:
                 axis.set_xticks(range(len(lines.ticks)), list(lines.ticks), rotation=20, ha="right")
         legend_above(made, axes)
@@ -257,12 +258,14 @@ def _draw(axis: Axes, lines: Lines, value: Value) -> None:
         xs = [point.x for point, _ in there]
         ys = [fmean(values) for _, values in there]
         marker = MARKERS[number % len(MARKERS)]
-        axis.plot(xs, ys, color=colour(number), linestyle=line_style(number), marker=marker, label=name)
+        axis.plot(xs, ys, color=colour(number), linestyle=line_style(number), marker=marker, clip_on=False, label=name)
         for (point, values), y in zip(there, ys, strict=True):
             if len(values) > 1:
                 axis.vlines(point.x, min(values), max(values), color=colour(number), linewidth=1)
             if not all(run.is_stable for run in point.runs):
-                axis.plot([point.x], [y], marker=marker, color=colour(number), markerfacecolor=PAPER, zorder=3)
+                axis.plot(
+                    [point.x], [y], marker=marker, color=colour(number), markerfacecolor=PAPER, clip_on=False, zorder=3
+                )
 
 
 def _is_number(text: str) -> bool:

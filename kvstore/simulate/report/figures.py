@@ -20,6 +20,10 @@ SERIES = tuple(f"#0000{number:02x}" for number in range(1, 9))
 """Colours that stand for the page's `--series-1` to `--series-8`; more series begin again, with another line style."""
 INK, GRID, PAPER, ALERT = "#000100", "#000200", "#000300", "#000400"
 """Stand for the page's text, grid, background, and for limits and faults."""
+LINES_MAX = 8
+"""In one panel of a run; captions say how many more there are."""
+LEGEND_HANDLE_INCHES, LEGEND_LETTER_INCHES, LEGEND_ROW_INCHES = 0.6, 0.07, 0.2
+"""What an entry of a legend takes besides its text, a letter of it, and a row."""
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -118,10 +122,19 @@ def line_style(number: int) -> str:
 
 
 def legend_above(made: Figure, axes: Sequence[Axes]) -> None:
-    """One legend above the panels, with what any of them has."""
+    """One legend above the panels, with what any of them has; the figure grows by its rows after the first."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if found:
-        made.legend(found.values(), found, loc="outside upper left", ncols=min(len(found), 6))
+        widest_inches = LEGEND_HANDLE_INCHES + LEGEND_LETTER_INCHES * max(map(len, found))
+        columns = max(1, min(len(found), int(made.get_figwidth() / widest_inches)))
+        rows = -(-len(found) // columns)
+        made.set_figheight(made.get_figheight() + LEGEND_ROW_INCHES * (rows - 1))
+        made.legend(found.values(), found, loc="outside upper left", ncols=columns)
+
+
+def from_zero(axes: Axes, maximum: float) -> None:
+    """An upright axis from 0, with room for marks at its top; up to 1 where all there is are zeros."""
+    axes.set_ylim(0, 1.06 * maximum if maximum > 0 else 1.0)
 
 
 def logarithmic(axes: Axes, *, is_upright: bool = False) -> None:

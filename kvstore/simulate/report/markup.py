@@ -27,7 +27,7 @@ h1 { font-size: 26px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 10px; }
 h3 { font-size: 15px; margin: 22px 0 6px; }
 .under, figcaption, footer, .note { color: var(--quiet); font-size: 13.5px; }
 .alert { background: var(--alert-paper); border-left: 4px solid var(--alert); margin: 18px 0; padding: 10px 14px; }
-.cards { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 20px 0; }
+.cards { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); margin: 20px 0; }
 .card { background: var(--card); border-radius: 6px; padding: 10px 12px; }
 .card b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .card span { color: var(--quiet); font-size: 13px; }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from kvstore.simulate.report.figures import (
     ALERT,
+    LINES_MAX,
     Plot,
     colour,
     drawing,
     figure,
     finish,
+    from_zero,
     legend_above,
     line_style,
     logarithmic,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from kvstore.simulate.report.values import Summary
     from kvstore.simulate.result import SimulationResult
 
+NameT = TypeVar("NameT")
+
 POINTS = 200
 """Of a line over time."""
 BINS = 60
@@ -36,8 +40,8 @@ BIN_REQUESTS_MIN = 5
 """Fewer have no quantile to speak of, and leave a gap."""
 PANELS_MAX = 4
 """Of what a policy remembers, side by side."""
-LEGEND_MAX = 6
-"""Lines of one panel that have room for a legend."""
+ROUTES_MAX = 12
+"""That have a bar of their own."""
 MARKS_MAX = 24
 """Happenings that are drawn."""
 PART_NAMES = ("queue", "load", "prefix", "prefill", "transfer", "decode wait")
@@ -96,7 +100,8 @@ def parts_plot(result: SimulationResult, summary: Summary) -> Plot | None:
         ("all requests", [part.mean_s for part in summary.parts]),
         ("slowest tenth", [part.slowest_mean_s for part in summary.parts]),
     ]
-    for route in summary.routes[:12]:
+    routes = sorted(summary.routes, key=lambda route: -route.requests)
+    for route in routes[:ROUTES_MAX]:
         if route.parts_mean_s:
             bars.append((f"{route.prefill} → {route.decode} ({route.share:.0%})", route.parts_mean_s))
     made, (axis,) = figure("parts", height_inches=1.2 + 0.34 * len(bars))
@@ -110,7 +115,8 @@ def parts_plot(result: SimulationResult, summary: Summary) -> Plot | None:
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     legend_above(made, [axis])
-    return finish(made, "Where the time to first token went; routes are named by who prefilled and who decoded.")
+    caption = "Where the time to first token went; routes are named by who prefilled and who decoded."
+    return finish(made, caption + _left_out(len(routes) - ROUTES_MAX, "routes with the most requests"))
 
 
 def ttft_over_time_plot(result: SimulationResult, summary: Summary) -> Plot | None:
@@ -144,18 +150,22 @@ def ttft_by_length_plot(result: SimulationResult, summary: Summary) -> Plot | No
     lengths = table.prompt_tokens[rows].astype(np.float64)
     edges = np.geomspace(max(lengths.min(), 1.0), lengths.max() + 1, BINS // 2 + 1)
     made, (axis,) = figure("ttft-by-length")
-    for number, cluster in enumerate(result.scenario.deployment.clusters):
-        here = rows & (table.prefill == number)
+    clusters = result.scenario.deployment.clusters
+    prefilled = {number: int((rows & (table.prefill == number)).sum()) for number in range(len(clusters))}
+    shown, left_out = _largest(prefilled)
+    for number, at in enumerate(shown):
+        cluster, here = clusters[at], rows & (table.prefill == at)
         for share, style in ((0.5, "-"), (0.9, "--")):
             tokens = table.prompt_tokens[here].astype(np.float64)
-            at, values = binned_quantile(tokens, table.ttft_s[here], edges, share)
+            middles, values = binned_quantile(tokens, table.ttft_s[here], edges, share)
             if np.isfinite(values).any():
                 label = f"{cluster.name}, {'median' if share == 0.5 else 'P90'}"
-                axis.plot(at, values, color=colour(number), linestyle=style, marker=".", label=label)
+                axis.plot(middles, values, color=colour(number), linestyle=style, marker=".", label=label)
     logarithmic(axis)
     axis.set(xlabel="prompt tokens", ylabel="time to first token, s", ylim=(0, None))
     legend_above(made, [axis])
-    return finish(made, "Time to first token by prompt length, for each cluster that prefilled.")
+    caption = "Time to first token by prompt length, for each cluster that prefilled."
+    return finish(made, caption + _left_out(left_out, "clusters that prefilled the most"))
 
 
 def queues_plot(result: SimulationResult, summary: Summary) -> Plot | None:
@@ -188,16 +198,19 @@ def egress_plot(result: SimulationResult, summary: Summary) -> Plot | None:
     if not samples.link_bytes or not len(samples.at_s):
         return None
     made, (axis,) = figure("egress")
-    for number, ((source, target), delivered) in enumerate(samples.link_bytes.items()):
+    shown, left_out = _largest({pair: float(delivered.sum()) for pair, delivered in samples.link_bytes.items()})
+    for number, (source, target) in enumerate(shown):
+        delivered = samples.link_bytes[source, target]
         at_s, gbits_per_s = thinned(samples.at_s, _ratio(delivered, part.steps_s * GBIT_BYTES))
         axis.plot(at_s, gbits_per_s, color=colour(number), linestyle=line_style(number), label=f"{source} → {target}")
         capacity = samples.link_capacity_bytes_per_s[source, target] / GBIT_BYTES
         at_s, capacity = thinned(samples.at_s, capacity)
-        axis.plot(at_s, capacity, color=colour(number), linewidth=0.8, alpha=0.5, drawstyle="steps-post")
+        axis.plot(at_s, capacity, color=colour(number), linewidth=0.8, alpha=0.5, drawstyle="steps-pre")
     _mark(axis, result)
-    axis.set(xlabel="time, s", ylabel="Gbit/s", ylim=(0, None))
+    axis.set(xlabel="time, s", ylabel="Gbit/s", xlim=(0, samples.at_s[-1]), ylim=(0, None))
     legend_above(made, [axis])
-    return finish(made, "What each link delivered (strong) and could have carried (thin).")
+    caption = "What each link delivered (strong) and could have carried (thin)."
+    return finish(made, caption + _left_out(left_out, "links that delivered the most"))
 
 
 def policy_plot(result: SimulationResult, summary: Summary) -> Plot | None:
@@ -211,9 +224,13 @@ def policy_plot(result: SimulationResult, summary: Summary) -> Plot | None:
         return None
     shown = list(panels.items())[:PANELS_MAX]
     made, axes = figure("policy", columns=len(shown), height_inches=2.6)
+    missing = 0
     for axis, (kind, lines) in zip(axes, shown, strict=True):
-        for number, (of_what, values) in enumerate(lines):
-            at_s, drawn = thinned(result.samples.at_s, values)
+        by_name = dict(lines)
+        largest, left_out = _largest({of_what: float(np.nanmax(values)) for of_what, values in lines})
+        missing += left_out
+        for number, of_what in enumerate(largest):
+            at_s, drawn = thinned(result.samples.at_s, by_name[of_what])
             axis.plot(
                 at_s,
                 drawn,
@@ -223,9 +240,11 @@ def policy_plot(result: SimulationResult, summary: Summary) -> Plot | None:
                 drawstyle="steps-post",
             )
         axis.set(title=kind, xlabel="time, s")
-        if lines[0][0] and len(lines) <= LEGEND_MAX:
+        if lines[0][0]:
             axis.legend(fontsize="x-small")
-    return finish(made, "What the policy remembered over time.")
+        if all(np.nanmin(values) >= 0 for _, values in lines):
+            from_zero(axis, max(float(np.nanmax(values)) for _, values in lines))
+    return finish(made, "What the policy remembered over time." + _left_out(missing, "largest numbers"))
 
 
 def binned_quantile(
@@ -238,11 +257,13 @@ def binned_quantile(
     return (edges[1:] + edges[:-1]) / 2, np.array(found)
 
 
-def thinned(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most `POINTS` points: each is the mean of what it stands for, at its end."""
-    if len(at_s) <= POINTS:
+def thinned(
+    at_s: NDArray[np.float64], values: NDArray[np.float64], points: int = POINTS
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most so many points: each is the mean of what it stands for, at its end."""
+    if len(at_s) <= points:
         return at_s, values
-    parts = np.array_split(np.arange(len(at_s)), POINTS)
+    parts = np.array_split(np.arange(len(at_s)), points)
     return np.array([at_s[part[-1]] for part in parts]), np.array([values[part].mean() for part in parts])
 
 
@@ -261,15 +282,31 @@ def _over_time(
     if not len(result.samples.at_s):
         return None
     made, axes = figure(name, columns=len(kinds))
+    totals = [{cluster: float(np.nansum(values)) for cluster, values in by_cluster.items()} for _, by_cluster in kinds]
+    # A cluster has one colour in all panels.
+    shown, left_out = _largest({cluster: max(each[cluster] for each in totals) for cluster in totals[0]})
     for axis, (title, by_cluster) in zip(axes, kinds, strict=True):
-        for number, (cluster, values) in enumerate(by_cluster.items()):
-            if np.nan_to_num(values).any():
-                at_s, shown = thinned(result.samples.at_s, values)
-                axis.plot(at_s, shown, color=colour(number), linestyle=line_style(number), label=cluster)
+        highest = 0.0
+        for number, cluster in enumerate(shown):
+            at_s, values = thinned(result.samples.at_s, by_cluster[cluster], POINTS // 2)
+            if np.isfinite(values).any():
+                highest = max(highest, float(np.nanmax(values)))
+                axis.plot(at_s, values, color=colour(number), linestyle=line_style(number), label=cluster)
         _mark(axis, result)
-        axis.set(title=title, xlabel="time, s", ylim=(0, None))
+        axis.set(title=title, xlabel="time, s", xlim=(0, result.samples.at_s[-1]))
+        from_zero(axis, highest)
     legend_above(made, axes)
-    return finish(made, caption)
+    return finish(made, caption + _left_out(left_out, "clusters with the most"))
+
+
+def _largest(totals: Mapping[NameT, float]) -> tuple[list[NameT], int]:
+    """At most `LINES_MAX` of the names, the largest, in their order; and how many are left out."""
+    ranked = sorted(totals, key=lambda name: -totals[name])[:LINES_MAX]
+    return [name for name in totals if name in ranked], len(totals) - len(ranked)
+
+
+def _left_out(count: int, shown: str) -> str:
+    return f" Drawn are the {shown}; {count} more are left out." if count > 0 else ""
 
 
 def _mark(axis: Axes, result: SimulationResult) -> None:
