@@ -13,7 +13,7 @@ from kvstore.errors import SimulationError
 from kvstore.scenario import scenario_table
 from kvstore.simulate.report.comparison import write_comparison
 from kvstore.simulate.report.figures import check_drawing
-from kvstore.simulate.report.files import summaries_document
+from kvstore.simulate.report.files import check_directory, summaries_document
 from kvstore.simulate.report.page import UNSTABLE, headline
 from kvstore.simulate.report.wording import percent, rate, seconds, stability
 from kvstore.simulate.sweep import Output, axis_of, named_apart, points_of, run_point, run_sweep
@@ -46,6 +46,8 @@ def run_simulate(
     for name in scenarios:
         table, base_directory, file = scenario_table(name)
         points += points_of(table, base_directory, axes, file=file)
+    if out is not None:
+        check_directory(out)
     if len(points) == 1:
         return _one(points[0], out, has_page=has_page, as_json=as_json)
     count = len(os.sched_getaffinity(0)) if workers is None else workers

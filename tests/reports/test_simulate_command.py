@@ -153,6 +153,15 @@ def test_pages_need_matplotlib_before_anything_is_simulated(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_shows_before_anything_is_simulated(
+    scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kvstore.simulate.simulation", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KVStoreError, match=r"file/out cannot be written \(Not a directory\)"):
+        invoke(scenario, "--out", tmp_path / "file" / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

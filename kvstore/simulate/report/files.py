@@ -7,6 +7,7 @@ import io
 import json
 import os
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
@@ -79,6 +80,20 @@ def summaries_document(summaries: Sequence[Summary]) -> dict[str, Any]:
     return {"version": 1, "kvstore": __version__, "runs": [summary.to_document() for summary in summaries]}
 
 
+def check_directory(directory: Path) -> None:
+    """Find out whether files can be written there, before anything is simulated for them; it is made if need be.
+
+    Raises:
+        SimulationError: they cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that replaces `path` at the end, whole or not at all; its directory is made if need be.
@@ -96,8 +111,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise SimulationError(f"{path} cannot be written ({reason}); give a directory that can, with room") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> SimulationError:
+    reason = error.strerror or str(error)
+    return SimulationError(f"{path} cannot be written ({reason}); give a directory that can, with room")
 
 
 def _without_dictionaries(table: pa.Table) -> pa.Table:
