@@ -18,6 +18,7 @@ from kvstore.simulate.report.figures import check_drawing
 from kvstore.simulate.report.files import write_result
 from kvstore.simulate.report.page import write_page
 from kvstore.simulate.report.summary import summarise
+from kvstore.simulate.report.wording import gbits
 from kvstore.simulate.simulation import simulate
 
 if TYPE_CHECKING:
@@ -59,9 +60,7 @@ runs = [run(each, directory) for each in (paper, replace(paper, policy=PolicyCho
 threshold, adaptive = runs
 print(f"stable: {threshold.is_stable}, {adaptive.is_stable}")
 (link,) = [each for each in threshold.links if each.source == "prfaas"]
-print(
-    f"the link carried {link.mean_bytes_per_s * 8 / 1e9:.0f} of {link.capacity_mean_bytes_per_s * 8 / 1e9:.0f} Gbit/s"
-)
+print(f"the link carried {gbits(link.mean_bytes_per_s)} of {gbits(link.capacity_mean_bytes_per_s)}")
 if directory is not None:
     written = write_comparison(runs, directory, has_page=pages_can_be_drawn())
     print("written:", ", ".join(path.name for path in written))

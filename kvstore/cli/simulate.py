@@ -15,7 +15,7 @@ from kvstore.simulate.report.comparison import write_comparison
 from kvstore.simulate.report.figures import check_drawing
 from kvstore.simulate.report.files import check_directory, summaries_document
 from kvstore.simulate.report.page import UNSTABLE, headline
-from kvstore.simulate.report.wording import percent, rate, seconds, stability
+from kvstore.simulate.report.wording import gbits, percent, rate, seconds, stability
 from kvstore.simulate.sweep import Output, axis_of, named_apart, points_of, run_point, run_sweep
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _rows(runs: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...
     varied = [key for key in keys if len({each.get(key) for each in settings}) > 1 and key != "policy.name"]
     columns = (
         "scenario", "policy", *(key.rpartition(".")[2] for key in varied), "", "offered", "goodput", "in SLO",
-        "TTFT P50", "P90", "TPOT P90", "Gbit/s",
+        "TTFT P50", "P90", "TPOT P90", "links",
     )  # fmt: skip
     rows = [
         (
@@ -109,7 +109,7 @@ def _rows(runs: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...
             seconds(run.ttft.p50),
             seconds(run.ttft.p90),
             seconds(run.tpot.p90),
-            f"{run.egress_mean_bytes_per_s * 8 / 1e9:.3g}",
+            gbits(run.egress_mean_bytes_per_s),
         )
         for run, each in zip(runs, settings, strict=True)
     ]

@@ -123,6 +123,19 @@ def test_links_and_clusters() -> None:
     assert (far.decode_full_share, near.decode_full_share) == (None, 0.5)
 
 
+def test_figures_of_samples_that_were_not_taken_are_missing() -> None:
+    """A run shorter than a telemetry interval moved bytes that nobody sampled: not none of them."""
+    summary = summarise(result([{"arrival_s": 0.0}, {"arrival_s": 5.0}], samples(1, step_s=60.0)))
+    assert summary.goodput_per_s == pytest.approx(0.4)
+    assert summary.egress_mean_bytes_per_s is None
+    (link,) = summary.links
+    assert (link.delivered_bytes, link.mean_bytes_per_s, link.peak_bytes_per_s, link.used_share) == (None,) * 4
+    for cluster in summary.clusters:
+        assert cluster.prefill_waiting_mean is None
+        assert cluster.decode_waiting_max is None
+        assert cluster.egress_peak_bytes_per_s is None
+
+
 def test_a_run_without_anything_has_no_figures_and_no_nan() -> None:
     summary = summarise(result([], samples(0), scenario=scenario(warmup_s=3.0)))
     assert summary.offered_per_s is summary.goodput_per_s is summary.good_share is summary.hit_share is None

@@ -69,12 +69,18 @@ class Lines:
 
 
 Value = Callable[["Summary"], float | None]
+
+
+def _egress_gbits_per_s(run: Summary) -> float | None:
+    return None if run.egress_mean_bytes_per_s is None else run.egress_mean_bytes_per_s * 8 / 1e9
+
+
 PANELS: tuple[tuple[str, str, Value], ...] = (
     ("ttft", "time to first token, P90, s", lambda run: run.ttft.p90),
     ("ttft", "time to first token, median, s", lambda run: run.ttft.p50),
     ("goodput", "goodput, requests/s", lambda run: run.goodput_per_s),
     ("goodput", "share within the SLO", lambda run: run.good_share),
-    ("rest", "over all links, Gbit/s", lambda run: run.egress_mean_bytes_per_s * 8 / 1e9),
+    ("rest", "over all links, Gbit/s", _egress_gbits_per_s),
     ("rest", "prompt tokens from caches, share", lambda run: run.hit_share),
 )
 

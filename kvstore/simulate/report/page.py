@@ -28,7 +28,7 @@ from kvstore.simulate.report.markup import (
 )
 from kvstore.simulate.report.plots import run_plots
 from kvstore.simulate.report.summary import summarise
-from kvstore.simulate.report.wording import gbits, number, percent, rate, seconds, stability, tokens
+from kvstore.simulate.report.wording import MISSING, gbits, number, percent, rate, seconds, stability, tokens
 from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _tables(result: SimulationResult, summary: Summary) -> list[str]:
         rows = [
             (
                 f"{link.source} → {link.target}",
-                format_bytes(link.delivered_bytes),
+                MISSING if link.delivered_bytes is None else format_bytes(link.delivered_bytes),
                 gbits(link.mean_bytes_per_s),
                 gbits(link.peak_bytes_per_s),
                 gbits(link.capacity_mean_bytes_per_s),

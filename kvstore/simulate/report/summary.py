@@ -78,7 +78,7 @@ def summarise(result: SimulationResult, *, settings: Iterable[tuple[str, object]
         hit_share=_share(int(table.cached_tokens[rows & (table.prefill >= 0)].sum()), asked_tokens),
         possible_share=_share(int(table.possible_tokens[rows & (table.prefill >= 0)].sum()), asked_tokens),
         caches=result.caches,
-        egress_mean_bytes_per_s=sum(link.mean_bytes_per_s for link in links),
+        egress_mean_bytes_per_s=_per_second(sum(link.delivered_bytes or 0.0 for link in links), part),
         happenings=len(result.happenings),
         is_stable=result.is_stable,
         wall_s=result.wall_s,
@@ -147,15 +147,14 @@ def _links(result: SimulationResult, part: Measured) -> tuple[LinkSummary, ...]:
     for (source, target), delivered in samples.link_bytes.items():
         moved = delivered[part.samples]
         could_bytes = float((samples.link_capacity_bytes_per_s[source, target][part.samples] * steps_s).sum())
-        whole_s = float(steps_s.sum())
         found.append(
             LinkSummary(
                 source=source,
                 target=target,
-                delivered_bytes=float(moved.sum()),
-                mean_bytes_per_s=float(moved.sum()) / whole_s if whole_s else 0.0,
-                peak_bytes_per_s=float((moved / steps_s).max()) if len(moved) else 0.0,
-                capacity_mean_bytes_per_s=could_bytes / whole_s if whole_s else 0.0,
+                delivered_bytes=float(moved.sum()) if len(moved) else None,
+                mean_bytes_per_s=_per_second(float(moved.sum()), part),
+                peak_bytes_per_s=_max(moved / steps_s),
+                capacity_mean_bytes_per_s=_per_second(could_bytes, part),
                 used_share=_share(float(moved.sum()), could_bytes),
             )
         )
@@ -164,7 +163,6 @@ def _links(result: SimulationResult, part: Measured) -> tuple[LinkSummary, ...]:
 
 def _clusters(result: SimulationResult, part: Measured) -> tuple[ClusterSummary, ...]:
     samples, steps_s = result.samples, part.steps_s[part.samples]
-    whole_s = float(steps_s.sum())
     found: list[ClusterSummary] = []
     for cluster in result.scenario.deployment.clusters:
         name = cluster.name
@@ -181,20 +179,30 @@ def _clusters(result: SimulationResult, part: Measured) -> tuple[ClusterSummary,
                 name=name,
                 prefill_busy_share=_share(float(samples.prefill_busy[name][part.samples].sum()), prefill_instances),
                 prefill_waiting_mean=_mean(prefill_waiting),
-                prefill_waiting_max=float(prefill_waiting.max(initial=0.0)),
+                prefill_waiting_max=_max(prefill_waiting),
                 decode_full_share=_share(float(samples.decode_running[name][part.samples].sum()), decode_places),
                 decode_waiting_mean=_mean(decode_waiting),
-                decode_waiting_max=float(decode_waiting.max(initial=0.0)),
-                egress_mean_bytes_per_s=float(leaving.sum()) / whole_s if whole_s else 0.0,
-                egress_peak_bytes_per_s=float((leaving / steps_s).max(initial=0.0)),
-                ingress_mean_bytes_per_s=float(entering.sum()) / whole_s if whole_s else 0.0,
+                decode_waiting_max=_max(decode_waiting),
+                egress_mean_bytes_per_s=_per_second(float(leaving.sum()), part),
+                egress_peak_bytes_per_s=_max(leaving / steps_s),
+                ingress_mean_bytes_per_s=_per_second(float(entering.sum()), part),
             )
         )
     return tuple(found)
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(values.mean()) if len(values) else 0.0
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _max(values: NDArray[np.float64]) -> float | None:
+    return float(values.max()) if len(values) else None
+
+
+def _per_second(whole: float, part: Measured) -> float | None:
+    """Over the time that the measured samples speak for."""
+    sampled_s = float(part.steps_s[part.samples].sum())
+    return whole / sampled_s if sampled_s > 0 else None
 
 
 def _hits(result: SimulationResult, rows: NDArray[np.bool_]) -> tuple[HitSummary, ...]:

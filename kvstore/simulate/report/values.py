@@ -73,7 +73,7 @@ class RouteSummary:
 
 @dataclass(frozen=True)
 class ClusterSummary:
-    """One cluster, over the samples of the measured time.
+    """One cluster, over the samples of the measured time; None where there are none.
 
     Attributes:
         prefill_busy_share: of the instances that worked as prefill; None where none did.
@@ -84,19 +84,19 @@ class ClusterSummary:
 
     name: str
     prefill_busy_share: float | None
-    prefill_waiting_mean: float
-    prefill_waiting_max: float
+    prefill_waiting_mean: float | None
+    prefill_waiting_max: float | None
     decode_full_share: float | None
-    decode_waiting_mean: float
-    decode_waiting_max: float
-    egress_mean_bytes_per_s: float
-    egress_peak_bytes_per_s: float
-    ingress_mean_bytes_per_s: float
+    decode_waiting_mean: float | None
+    decode_waiting_max: float | None
+    egress_mean_bytes_per_s: float | None
+    egress_peak_bytes_per_s: float | None
+    ingress_mean_bytes_per_s: float | None
 
 
 @dataclass(frozen=True)
 class LinkSummary:
-    """One direction between two clusters, over the samples of the measured time.
+    """One direction between two clusters, over the samples of the measured time; None where there are none.
 
     Attributes:
         used_share: of what it could carry.
@@ -104,10 +104,10 @@ class LinkSummary:
 
     source: str
     target: str
-    delivered_bytes: float
-    mean_bytes_per_s: float
-    peak_bytes_per_s: float
-    capacity_mean_bytes_per_s: float
+    delivered_bytes: float | None
+    mean_bytes_per_s: float | None
+    peak_bytes_per_s: float | None
+    capacity_mean_bytes_per_s: float | None
     used_share: float | None
 
 
@@ -147,7 +147,7 @@ class Summary:
         meets_slo: whether that share is what the SLO asks for, and the run is stable.
         hit_share: prompt tokens that were resumed from, of all that were asked for.
         possible_share: the same of an unbounded cache that all clusters shared.
-        egress_mean_bytes_per_s: over all links.
+        egress_mean_bytes_per_s: over all links; None where no sample was taken in the measured time.
         is_stable: see `SimulationResult`; where not, percentiles describe the length of the run as much as the system.
     """
 
@@ -181,7 +181,7 @@ class Summary:
     hit_share: float | None
     possible_share: float | None
     caches: tuple[CacheCounts, ...]
-    egress_mean_bytes_per_s: float
+    egress_mean_bytes_per_s: float | None
     happenings: int
     is_stable: bool
     wall_s: float

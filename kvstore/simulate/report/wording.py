@@ -29,7 +29,9 @@ def tokens(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
+    if value is None:
+        return MISSING
     return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
