@@ -30,6 +30,9 @@ _GENERATORS = {
 _PILOT_SESSIONS = 512
 """Sessions from which a generator's mean of calls is taken, so that sessions begin at a rate that gives the calls'."""
 
+_PILOT_CALLS = 1 << 17
+"""No further session is drawn behind so many calls, which say as much."""
+
 _NO_KEYS = 2 * PROMPT_TOKENS_MAX
 """Tokens of a block that no prompt fills, for those who only count."""
 
@@ -87,10 +90,21 @@ def _generated(
     if rate_per_s is None:
         raise SimulationError(f"a workload {workload.kind!r} has no times of its own; give its arrivals a rate_per_s")
     make = _GENERATORS[workload.kind]
-    pilot = islice(make(workload.settings, _NO_KEYS, np.random.default_rng(pilot_seed)), _PILOT_SESSIONS)
-    calls_mean = 1.0 if workload.kind == "lognormal" else sum(map(len, pilot)) / _PILOT_SESSIONS
+    pilot = make(workload.settings, _NO_KEYS, np.random.default_rng(pilot_seed))
+    calls_mean = 1.0 if workload.kind == "lognormal" else _calls_mean(pilot)
     sessions = make(workload.settings, block_tokens, np.random.default_rng(content_seed))
     return zip(begin_times(workload.arrivals, rate_per_s / calls_mean, arrival_rng), sessions, strict=False)
+
+
+def _calls_mean(sessions: Iterator[Session]) -> float:
+    """Calls of a session, of the first few."""
+    count = calls = 0
+    for session in islice(sessions, _PILOT_SESSIONS):
+        count += 1
+        calls += len(session)
+        if calls >= _PILOT_CALLS:
+            break
+    return calls / count
 
 
 def _mooncake(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, islice
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,14 @@ from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
 from kvstore.scenario import Arrivals, Workload
 from kvstore.schedule.planning.lengths import TruncatedLogNormal
+from kvstore.simulate import workload as workload_module
 from kvstore.simulate.arrivals import begin_times
 from kvstore.simulate.generators import BRANCHING, LOGNORMAL, MULTITURN
 from kvstore.simulate.workload import requests_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvstore.simulate.request import Request
 
 KINDS = ("lognormal", "multiturn", "branching")
@@ -174,6 +177,19 @@ def test_the_rate_counts_calls_and_not_sessions(kind: str) -> None:
     begins = [each.arrival_s for each in requests if each.after is None]
     assert len(begins) < 2000
     assert 4000 / begins[-1] == pytest.approx(10.0, rel=0.15)
+
+
+def test_what_is_drawn_to_know_the_rate_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def sessions(*_: object) -> Iterator[tuple[None, ...]]:
+        for number in count():
+            drawn.append(number)
+            yield (None,) * 50_000
+
+    monkeypatch.setitem(workload_module._GENERATORS, "branching", sessions)
+    requests_of(Workload("branching", arrivals=Arrivals("poisson", 1.0)), block_tokens=16, seed=0)
+    assert len(drawn) == 3
 
 
 def test_a_million_requests_are_made_as_they_are_taken() -> None:
