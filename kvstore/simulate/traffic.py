@@ -6,11 +6,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from kvstore.errors import SimulationError
-from kvstore.keys import KEY_BYTES
 from kvstore.schedule.planning.lengths import PointMasses
 from kvstore.schedule.planning.plan import Traffic
 from kvstore.simulate.generators.lognormal import LOGNORMAL
 from kvstore.simulate.generators.settings import prompt_lengths, settings_of
+from kvstore.simulate.seen import SeenKeys
 from kvstore.simulate.workload import requests_of
 
 if TYPE_CHECKING:
@@ -45,27 +45,20 @@ def traffic_of(workload: Workload, *, block_tokens: int, seed: int, is_cached: b
 def traffic_of_requests(requests: Iterable[Request], *, block_tokens: int, is_cached: bool) -> Traffic:
     """The traffic of these requests, each with the same weight.
 
+    Blocks count as cached as long as `SeenKeys` remembers them; what is new to a full memory counts as whole.
+
     Raises:
         SimulationError: there is no request.
     """
-    seen: set[tuple[bytes, bytes]] = set()
+    seen = SeenKeys()
     lengths: list[int] = []
     output_tokens = 0
     for request in requests:
-        present = _leading(seen, request) * block_tokens if is_cached else 0
-        lengths.append(request.prompt_tokens - min(present, request.prompt_tokens - 1))
+        present_tokens = seen.blocks(request.keys) * block_tokens if is_cached else 0
+        lengths.append(request.prompt_tokens - min(present_tokens, request.prompt_tokens - 1))
         output_tokens += request.output_tokens
         if is_cached:
-            keys = request.end_keys or request.keys
-            seen.update((request.salt, keys[at : at + KEY_BYTES]) for at in range(0, len(keys), KEY_BYTES))
+            seen.add(request.end_keys or request.keys)
     if not lengths:
         raise SimulationError("the workload has no request; there is nothing to plan for")
     return Traffic(PointMasses(lengths), output_tokens / len(lengths))
-
-
-def _leading(seen: set[tuple[bytes, bytes]], request: Request) -> int:
-    """How many of the prompt's first blocks came before."""
-    for number, at in enumerate(range(0, len(request.keys), KEY_BYTES)):
-        if (request.salt, request.keys[at : at + KEY_BYTES]) not in seen:
-            return number
-    return len(request.keys) // KEY_BYTES

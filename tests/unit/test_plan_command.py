@@ -13,6 +13,7 @@ from kvstore.errors import KVStoreError, PlanError
 from kvstore.keys import KEY_BYTES
 from kvstore.scenario import Arrivals, Workload, scenario_names
 from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
+from kvstore.simulate import seen
 from kvstore.simulate.request import Request
 from kvstore.simulate.traffic import traffic_of, traffic_of_requests
 
@@ -132,17 +133,25 @@ def key(text: str) -> bytes:
     return text.encode().ljust(KEY_BYTES, b".")
 
 
-def test_what_came_before_need_not_be_prefilled() -> None:
+def test_what_came_before_need_not_be_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
     first = Request(0, 0.0, 250, 60, key("a") + key("ab"), key("a") + key("ab") + key("abc"))
     again = Request(1, 1.0, 330, 20, key("a") + key("ab") + key("abc"))
     exact = Request(2, 2.0, 200, 10, key("a") + key("ab"))
-    other = Request(3, 3.0, 200, 10, key("a") + key("ab"), salt=b"tenant")
+    other = Request(3, 3.0, 200, 10, key("x") + key("xb"))
     requests = [first, again, exact, other]
     cached = traffic_of_requests(requests, block_tokens=100, is_cached=True)
     assert isinstance(cached.lengths, PointMasses)
-    # 250 - 0; 330 - 300; one token at least is computed; another tenant's blocks are not there.
+    # 250 - 0; 330 - 300; one token at least is computed; the last shares nothing.
     assert cached.lengths.lengths == (1.0, 30.0, 200.0, 250.0)
     assert cached.output_tokens == 25
+    monkeypatch.setattr(seen, "SIMULATED_KEYS_MAX", 2)  # the first prompt's keys still come in, none behind them
+    bounded = traffic_of_requests(requests, block_tokens=100, is_cached=True)
+    assert isinstance(bounded.lengths, PointMasses)
+    assert bounded.lengths.lengths == (1.0, 30.0, 200.0, 250.0)
+    monkeypatch.setattr(seen, "SIMULATED_KEYS_MAX", 0)
+    forgetful = traffic_of_requests(requests, block_tokens=100, is_cached=True)
+    assert isinstance(forgetful.lengths, PointMasses)
+    assert forgetful.lengths.lengths == (200.0, 250.0, 330.0)
     whole = traffic_of_requests(requests, block_tokens=100, is_cached=False)
     assert isinstance(whole.lengths, PointMasses)
     assert whole.lengths.lengths == (200.0, 250.0, 330.0)
