@@ -118,6 +118,24 @@ def test_turns_hold_all_that_was_said() -> None:
         assert each.prompt_tokens + each.output_tokens <= 2000
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_prompt_is_longer_than_it_may_be(seed: int) -> None:
+    """The first of a session, which has what is shared, included."""
+    talk = (("mu", 8.0), ("tokens_max", 4000.0), ("shared_tokens", 3000.0))
+    assert max(each.prompt_tokens for each in taken("multiturn", settings=talk, seed=seed)) <= 4000
+    work = (("shared_tokens", 3000.0), ("task_tokens", 2000.0), ("output_tokens", 500.0), ("tokens_max", 4000.0))
+    calls = taken("branching", settings=work, seed=seed)
+    assert max(each.prompt_tokens + each.output_tokens for each in calls) <= 4000
+    assert min(min(each.prompt_tokens - 3000, each.output_tokens) for each in calls) > 0
+
+
+def test_what_is_shared_leaves_room() -> None:
+    for kind, tokens_max in (("multiturn", 1100.0), ("branching", 1025.0)):
+        settings = (("shared_tokens", 1024.0), ("tokens_max", tokens_max))
+        with pytest.raises(SimulationError, match=r"shared_tokens=1024 leaves no room .* tokens_max=1"):
+            taken(kind, settings=settings)
+
+
 def test_agents_fork_from_one_context() -> None:
     requests = taken("branching")
     children: dict[int, list[Request]] = {}

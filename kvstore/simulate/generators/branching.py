@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING
 
+from kvstore.errors import SimulationError
 from kvstore.limits import SESSION_CALLS_MAX
 from kvstore.simulate.block_keys import Text
 from kvstore.simulate.generators.settings import Setting, settings_of, tokens
@@ -34,13 +35,20 @@ def branching_sessions(
 ) -> Iterator[Session]:
     """Sessions, without end. An agent ends early when its next prompt and output would not fit into `tokens_max`.
 
+    A first task that does not fit is cut.
+
     After a fork the agent goes on when that one of the forked which makes the most calls has ended; what they have
     found enters its context as a tool's result.
 
     Raises:
-        SimulationError: a setting is unknown or out of its limits.
+        SimulationError: a setting is unknown or out of its limits, or two contradict each other.
     """
     values = settings_of("branching", BRANCHING, given)
+    if values["shared_tokens"] > values["tokens_max"] - 2:
+        raise SimulationError(
+            f"the workload 'branching': shared_tokens={values['shared_tokens']:g} leaves no room for a task within "
+            f"tokens_max={values['tokens_max']:g}"
+        )
     shared = Text(0, block_tokens)
     shared.grow(round(values["shared_tokens"]))
     # Texts are numbered from 1. A session has one, one for each forked agent that makes a call, and one in vain at most
@@ -95,6 +103,9 @@ class _Session:
         is_too_long = prompt_tokens + output_tokens > self._values["tokens_max"]
         if self._calls and (is_too_long or len(self._calls) >= SESSION_CALLS_MAX):
             return None
+        if is_too_long:  # a session makes a call in any case
+            prompt_tokens = min(prompt_tokens, int(self._values["tokens_max"]) - 1)
+            output_tokens = min(output_tokens, int(self._values["tokens_max"]) - prompt_tokens)
         text.grow(prompt_tokens - text.tokens)
         keys = text.keys
         text.grow(output_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING
 
+from kvstore.errors import SimulationError
 from kvstore.limits import SESSION_CALLS_MAX
 from kvstore.simulate.block_keys import Text
 from kvstore.simulate.generators.settings import FIRST_PROMPT, Setting, prompt_lengths, settings_of, tokens
@@ -34,10 +35,17 @@ def multiturn_sessions(
     """Conversations, without end. One ends early when its next prompt and answer would not fit into `tokens_max`.
 
     Raises:
-        SimulationError: a setting is unknown or out of its limits.
+        SimulationError: a setting is unknown or out of its limits, or two contradict each other.
     """
     values = settings_of("multiturn", MULTITURN, given)
-    lengths = prompt_lengths("multiturn", values)
+    # The first prompt has the system prompt, too, and is no longer than the others may be.
+    first = {**values, "tokens_max": values["tokens_max"] - values["shared_tokens"]}
+    if first["tokens_max"] < values["tokens_min"]:
+        raise SimulationError(
+            f"the workload 'multiturn': shared_tokens={values['shared_tokens']:g} leaves no room for a message of "
+            f"tokens_min={values['tokens_min']:g} within tokens_max={values['tokens_max']:g}"
+        )
+    lengths = prompt_lengths("multiturn", first)
     shared = Text(0, block_tokens)
     shared.grow(round(values["shared_tokens"]))
     return (_session(rng, values, lengths, shared.fork(number)) for number in count(1))
