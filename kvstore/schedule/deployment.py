@@ -19,11 +19,22 @@ class CacheSize:
 
     Attributes:
         ssd_read_bytes_per_s: at which a prefix comes from SSD.
+
+    Raises:
+        DeploymentError: a size is negative or not finite, or nothing would ever come from SSD.
     """
 
     dram_bytes: float = 0.0
     ssd_bytes: float = 0.0
     ssd_read_bytes_per_s: float = 2e9
+
+    def __post_init__(self) -> None:
+        for what in ("dram_bytes", "ssd_bytes"):
+            value = getattr(self, what)
+            if not (isfinite(value) and value >= 0):
+                raise DeploymentError(f"a cache of {what}={value} cannot be; give a number of bytes, or 0 for none")
+        if not (isfinite(self.ssd_read_bytes_per_s) and self.ssd_read_bytes_per_s > 0):
+            raise DeploymentError(f"ssd_read_bytes_per_s={self.ssd_read_bytes_per_s} of a cache must be positive")
 
 
 @dataclass(frozen=True)

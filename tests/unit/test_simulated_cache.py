@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.errors import SimulationError
+from kvstore.errors import DeploymentError, SimulationError
 from kvstore.pool import LadderCheckpoints
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import CacheSize, Cluster
@@ -236,6 +236,15 @@ def test_a_key_that_names_two_prefixes_is_an_error() -> None:
 def test_a_block_beyond_what_the_index_counts_is_an_error() -> None:
     with pytest.raises(SimulationError, match="choose smaller blocks"):
         cache_of(kv=KvSize(0.0, 1e6), block_tokens=1 << 13)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("what", ["dram_bytes", "ssd_bytes", "ssd_read_bytes_per_s"])
+def test_a_size_that_cannot_be_is_an_error(what: str, wrong: float) -> None:
+    with pytest.raises(DeploymentError, match=what):
+        CacheSize(**{what: wrong})
+    with pytest.raises(DeploymentError, match="must be positive"):
+        CacheSize(ssd_bytes=1.0, ssd_read_bytes_per_s=0.0)
 
 
 def test_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
