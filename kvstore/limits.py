@@ -397,6 +397,8 @@ TRACE_DEPTH_MAX = 8
 """Agents that agents have called."""
 SESSION_CALLS_MAX = 100_000
 """Calls of one session, of a trace or generated."""
+SESSION_KEY_BYTES_MAX = 1 << 30
+"""Prefix keys of all calls of one session, which are in memory together."""
 
 # Sweeps
 SWEEP_POINTS_MAX = 4096

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from kvstore.errors import SimulationError
+from kvstore.limits import SESSION_KEY_BYTES_MAX
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -27,3 +30,24 @@ class Call:
 
 Session: TypeAlias = tuple[Call, ...]
 """Calls of one user or agent; the first waits for nobody."""
+
+
+class SessionKeys:
+    """Counts the keys of a session while it is made: each call names its prompt from the beginning."""
+
+    def __init__(self) -> None:
+        self._size_bytes = 0
+
+    def add(self, call: Call) -> Call:
+        """The call, if there is room for its keys.
+
+        Raises:
+            SimulationError: the session has too many.
+        """
+        self._size_bytes += len(call.keys) + len(call.end_keys)
+        if self._size_bytes > SESSION_KEY_BYTES_MAX:
+            raise SimulationError(
+                f"the prefix keys of one session take more than {SESSION_KEY_BYTES_MAX} bytes; choose larger blocks, "
+                "or shorter prompts or fewer calls in a session"
+            )
+        return call

@@ -16,6 +16,7 @@ from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
 from kvstore.scenario import Arrivals, Workload
 from kvstore.schedule.planning.lengths import TruncatedLogNormal
+from kvstore.simulate import session as session_module
 from kvstore.simulate import workload as workload_module
 from kvstore.simulate.arrivals import begin_times
 from kvstore.simulate.generators import BRANCHING, LOGNORMAL, MULTITURN
@@ -36,7 +37,7 @@ SMALL = {
 
 def taken(kind: Any, count: int = 300, *, seed: int = 0, block_tokens: int = 16, **fields: Any) -> list[Request]:
     fields.setdefault("arrivals", Arrivals("poisson", 10.0))
-    fields.setdefault("settings", tuple(SMALL[kind].items()))
+    fields.setdefault("settings", tuple(SMALL.get(kind, {}).items()))
     return list(requests_of(Workload(kind, requests_max=count, **fields), block_tokens=block_tokens, seed=seed))
 
 
@@ -208,6 +209,15 @@ def test_what_is_drawn_to_know_the_rate_is_bounded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(workload_module._GENERATORS, "branching", sessions)
     requests_of(Workload("branching", arrivals=Arrivals("poisson", 1.0)), block_tokens=16, seed=0)
     assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("kind", ["multiturn", "branching", "agentic"])
+def test_keys_of_a_session_are_bounded(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call names its prompt from the beginning, so that they grow with the square of the calls."""
+    monkeypatch.setattr(session_module, "SESSION_KEY_BYTES_MAX", 20_000)
+    with pytest.raises(SimulationError, match="more than 20000 bytes; choose larger blocks"):
+        taken(kind, settings=(("tokens_max", 1e5),) if kind != "agentic" else ())
+    assert taken(kind, 50, block_tokens=1 << 18, settings=())
 
 
 def test_a_million_requests_are_made_as_they_are_taken() -> None:

@@ -9,7 +9,7 @@ from kvstore.errors import SimulationError
 from kvstore.limits import SESSION_CALLS_MAX
 from kvstore.simulate.block_keys import Text
 from kvstore.simulate.generators.settings import Setting, settings_of, tokens
-from kvstore.simulate.session import Call, Session
+from kvstore.simulate.session import Call, Session, SessionKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -65,6 +65,7 @@ class _Session:
         self._shared = shared
         self._next_text = first_text
         self._calls: list[Call] = []
+        self._known = SessionKeys()
 
     def calls(self) -> Session:
         text = self._fork(self._shared)
@@ -109,7 +110,7 @@ class _Session:
         text.grow(prompt_tokens - text.tokens)
         keys = text.keys
         text.grow(output_tokens)
-        self._calls.append(Call(prompt_tokens, output_tokens, keys, text.keys, after, wait_s))
+        self._calls.append(self._known.add(Call(prompt_tokens, output_tokens, keys, text.keys, after, wait_s)))
         return len(self._calls) - 1
 
     def _fork(self, text: Text) -> Text:

@@ -9,7 +9,7 @@ from kvstore.errors import SimulationError
 from kvstore.limits import SESSION_CALLS_MAX
 from kvstore.simulate.block_keys import Text
 from kvstore.simulate.generators.settings import FIRST_PROMPT, Setting, prompt_lengths, settings_of, tokens
-from kvstore.simulate.session import Call, Session
+from kvstore.simulate.session import Call, Session, SessionKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,6 +54,7 @@ def multiturn_sessions(
 def _session(rng: np.random.Generator, values: Mapping[str, float], lengths: TruncatedLogNormal, text: Text) -> Session:
     turns = min(int(rng.geometric(1 / values["turns"])), SESSION_CALLS_MAX)
     calls: list[Call] = []
+    known = SessionKeys()
     text.grow(max(round(lengths.quantile(float(rng.random()))), 1))
     for turn in range(turns):
         if turn:
@@ -64,5 +65,6 @@ def _session(rng: np.random.Generator, values: Mapping[str, float], lengths: Tru
             break
         prompt_tokens, keys = text.tokens, text.keys
         text.grow(output_tokens)
-        calls.append(Call(prompt_tokens, output_tokens, keys, text.keys, turn - 1 if turn else None, wait_s))
+        after = turn - 1 if turn else None
+        calls.append(known.add(Call(prompt_tokens, output_tokens, keys, text.keys, after, wait_s)))
     return tuple(calls)

@@ -14,7 +14,7 @@ from kvstore.limits import (
     TRACE_SESSIONS_MAX,
 )
 from kvstore.simulate.block_keys import KeySpace, keys_of_ids
-from kvstore.simulate.session import Call, Session
+from kvstore.simulate.session import Call, Session, SessionKeys
 from kvstore.simulate.traces.chain import IdChain
 from kvstore.simulate.traces.fields import (
     as_object,
@@ -79,6 +79,7 @@ def read_agentic(path: Path, block_tokens: int) -> Iterator[Session]:
 
     Raises:
         TraceError: file and request, and what is wrong there.
+        SimulationError: a session has too many keys for memory; choose larger blocks.
     """
     for scope, file in enumerate(files_of(path)):
         yield _session(file, scope, block_tokens)
@@ -100,10 +101,11 @@ def _session(path: Path, scope: int, block_tokens: int) -> Session:
     timed.sort(key=lambda each: each.begin_s)
     first_s = timed[0].begin_s
     calls = []
+    known = SessionKeys()
     for each, after in zip(timed, _waits(timed), strict=True):
         wait_s = each.begin_s - first_s if after is None else max(each.begin_s - timed[after].end_s, 0.0)
         keys = keys_of_ids(KeySpace.AGENTIC, scope, each.ids, id_tokens, each.prompt_tokens, block_tokens)
-        calls.append(Call(each.prompt_tokens, each.output_tokens, keys, b"", after, wait_s))
+        calls.append(known.add(Call(each.prompt_tokens, each.output_tokens, keys, b"", after, wait_s)))
     return tuple(calls)
 
 
