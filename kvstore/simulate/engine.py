@@ -122,7 +122,7 @@ class Simulation:
         self._tiers: dict[str, int] = {}
         self._jobs: dict[int, Job] = {}
         self._conversions = Conversions(self._events, self._sites)
-        self._telemetry = Telemetry(self._events, self._sites, self._links.lines)
+        self._telemetry = Telemetry(self._events, self._sites, self._links.lines, self._service)
         self._coming = Coming(
             requests,
             self._events,

@@ -10,6 +10,7 @@ from kvstore.schedule.policies.snapshot import LinkState, Snapshot
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from kvstore.schedule.policies.service import PrefillServiceModel
     from kvstore.simulate.events import Events
     from kvstore.simulate.links import Line
     from kvstore.simulate.site import Site
@@ -24,8 +25,15 @@ class Telemetry:
     A router knows queues without telemetry: it has filled them, and hears of every end.
     """
 
-    def __init__(self, events: Events, sites: Mapping[str, Site], lines: Mapping[tuple[str, str], Line]) -> None:
+    def __init__(
+        self,
+        events: Events,
+        sites: Mapping[str, Site],
+        lines: Mapping[tuple[str, str], Line],
+        prefill_service: PrefillServiceModel,
+    ) -> None:
         self._events = events
+        self._prefill_service = prefill_service
         self._sites = sites
         self._lines = lines
         self._links: dict[tuple[str, str], LinkState] = {}
@@ -51,7 +59,8 @@ class Telemetry:
                 )
                 for pair, each in links.items()
             }
-        return Snapshot(now_s, {name: site.state() for name, site in self._sites.items()}, links)
+        states = {name: site.state() for name, site in self._sites.items()}
+        return Snapshot(now_s, states, links, self._prefill_service)
 
     def measure(self) -> float:
         """An interval ends.

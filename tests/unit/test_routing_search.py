@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pytest
 from hypothesis import given
@@ -14,6 +14,7 @@ from kvstore.limits import ROUTING_SOURCES_MAX, ROUTING_STALE_S
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster
 from kvstore.schedule.policies.search import FREE, Prices, Rules, best_route
+from kvstore.schedule.policies.service import PrefillServiceModel, ServiceKind
 from kvstore.schedule.policies.snapshot import CachedPrefix, ClusterState, LinkState, RoutingRequest, Snapshot
 from kvstore.testing.routing import SETTINGS, deployments, requests, snapshots
 
@@ -79,8 +80,8 @@ def scores(
                     price = prices.link.get(between, 0.0) * crossing / way.bytes_per_s
                     beginnings.append((depths[source], cached[source].load_s + moving_s, price))
         for resume, before_s, begin_price in beginnings:
-            begin_s = at.prefill_wait_s + before_s
-            prefill_s = profile.prefill_s(n, resume)
+            begin_s = max(at.prefill_wait_s, before_s)
+            prefill_s = snapshot.prefill_service.service(profile, n, resume).prefill_s
             for d, to in usable.items():
                 if to.decode_instances == 0 or (p != d and (rules.is_local or (p, d) not in links)):
                     continue
@@ -89,7 +90,9 @@ def scores(
                     way = links[p, d]
                     link_s = profile.kv.missing_bytes(n, cached[d].attention_tokens) / way.bytes_per_s
                     sent_s = max(begin_s, way.queued_bytes / way.bytes_per_s) + link_s
-                    ready_s = max(ready_s, sent_s) + way.round_trip_s / 2
+                    if snapshot.prefill_service.kind == "chunked":
+                        ready_s += profile.kv.resume_bytes(n) / way.bytes_per_s
+                    ready_s = max(ready_s, sent_s) + way.round_trip_s
                     price += prices.link.get((p, d), 0.0) * link_s
                 batch_max = to.cluster.profile.decode_batch_max
                 places = to.decode_instances * batch_max
@@ -103,6 +106,7 @@ def scores(
 def test_finds_what_trying_everything_finds(data: st.DataObject) -> None:
     deployment = data.draw(deployments())
     now, request = data.draw(snapshots(deployment)), data.draw(requests(deployment))
+    now = replace(now, prefill_service=PrefillServiceModel(data.draw(st.sampled_from(get_args(ServiceKind)))))
     names = [each.name for each in deployment.clusters]
     pairs = [(each.source, each.target) for each in deployment.links]
     price = st.sampled_from([0.0, 0.1, 3.0])
@@ -133,11 +137,11 @@ def test_layers_leave_while_later_ones_compute() -> None:
     assert best is not None
     assert best.prefill_s == pytest.approx(1.0)
     assert best.handover_bytes == 11e6  # 0.11 s of the link, within the 1 s of prefill
-    assert best.transfer_s == pytest.approx(0.005)
+    assert best.transfer_s == pytest.approx(0.01)
     slow = replace(now, links={("a", "b"): link("a", "b", rate=5e6)})
     best = best_route(slow, RoutingRequest(10_000, 100, {}), Rules())
     assert best is not None
-    assert best.transfer_s == pytest.approx(2.2 - 1.0 + 0.005)
+    assert best.transfer_s == pytest.approx(2.2 - 1.0 + 0.01)
 
 
 def test_only_missing_attention_and_whole_states_cross() -> None:

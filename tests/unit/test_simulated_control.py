@@ -32,7 +32,7 @@ class Estimating(Fixed):
     """Estimates the queue as the snapshot says, which in one cluster is exact."""
 
     def route(self, memory: int, snapshot: Snapshot, request: RoutingRequest) -> Decision:
-        estimate = Estimate(snapshot.clusters["one"].prefill_wait_s, 0, 0, request.prompt_tokens * 1e-3, 0, 0)
+        estimate = Estimate(queue_s=snapshot.clusters["one"].prefill_wait_s, prefill_s=request.prompt_tokens * 1e-3)
         return Decision(Route("one", "one", 0, None, 0.0, 0.0, estimate), Explanation("estimating", "always", ()))
 
 

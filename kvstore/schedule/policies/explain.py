@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     Inputs: TypeAlias = Callable[[], tuple[tuple[str, float | str], ...]]
 
-_PARTS = ("price", "queue_s", "load_s", "prefix_s", "prefill_s", "transfer_s", "decode_wait_s")
+_PARTS = ("price", "load_s", "prefix_s", "queue_s", "prefill_s", "transfer_s", "decode_wait_s")
 _WORDS = {
     "price": "others wait",
-    "queue_s": "waits for prefill",
     "load_s": "loads its prefix",
     "prefix_s": "moves its prefix",
+    "queue_s": "waits for prefill",
     "prefill_s": "computes",
     "transfer_s": "waits for its hand-over",
     "decode_wait_s": "waits for a place",

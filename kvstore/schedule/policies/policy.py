@@ -17,11 +17,14 @@ MemoryT = TypeVar("MemoryT")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Where the seconds until the first token are expected to go, in the order in which they pass."""
+    """Where the seconds until the first token are expected to go, in the order in which they pass.
 
-    queue_s: float = 0.0
+    A prompt has its place in the queue while its prefix is on its way: `queue_s` is what it waits after that.
+    """
+
     load_s: float = 0.0
     prefix_s: float = 0.0
+    queue_s: float = 0.0
     prefill_s: float = 0.0
     transfer_s: float = 0.0
     decode_wait_s: float = 0.0
@@ -29,7 +32,7 @@ class Estimate:
     @property
     def ttft_s(self) -> float:
         """Until the decoding cluster can go on from the first token, which comes with the hand-over."""
-        return self.queue_s + self.load_s + self.prefix_s + self.prefill_s + self.transfer_s + self.decode_wait_s
+        return self.load_s + self.prefix_s + self.queue_s + self.prefill_s + self.transfer_s + self.decode_wait_s
 
 
 @dataclass(frozen=True, slots=True)

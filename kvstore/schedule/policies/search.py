@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvstore.profile import Profile
+    from kvstore.schedule.policies.service import PrefillServiceModel
     from kvstore.schedule.policies.snapshot import CachedPrefix, ClusterState, RoutingRequest, Snapshot
 
 LinkName: TypeAlias = tuple[str, str]
@@ -76,9 +77,9 @@ class Candidate(NamedTuple):
     prefix_from: str | None
     prefix_bytes: float
     handover_bytes: float
-    queue_s: float
     load_s: float
     prefix_s: float
+    queue_s: float
     prefill_s: float
     transfer_s: float
     decode_wait_s: float
@@ -123,29 +124,32 @@ def best_route(
             profile = state.cluster.profile
             cost = costs.get(id(profile))
             if cost is None:
-                cost = costs[id(profile)] = _PromptCost(profile, tokens)
+                cost = costs[id(profile)] = _PromptCost(profile, tokens, snapshot.prefill_service)
             own = cached.get(name)
             own_tokens = own.resume_tokens if own is not None and own.resume_tokens < tokens else 0
             # Nobody computes less than what is missing behind the deepest prefix.
-            least_s = cost.prefill_s(own_tokens if own_tokens > deepest_tokens else deepest_tokens)
+            least_s = cost.least_s(own_tokens if own_tokens > deepest_tokens else deepest_tokens)
             prefill_price = prefill_prices.get(name, 0.0)
             least_score = state.prefill_wait_s + least_s
             if least_score < first_place_s:
                 least_score = first_place_s
-            least_score += least_s * prefill_price + least_place_price
-            heads.append((least_score, name, state, cost, prefill_price))
+            least_price = least_s * prefill_price + least_place_price
+            heads.append((least_score + least_price, name, state, cost, prefill_price, least_s + least_price))
     heads.sort(key=itemgetter(0))
     is_brief = considered is None
     best: Candidate | None = None
     best_score = inf
-    for least_score, name, state, cost, prefill_price in heads:
+    for least_score, name, state, cost, prefill_price, behind_prefix in heads:
         if least_score >= best_score and is_brief:
             break
-        queue_s = state.prefill_wait_s
-        limit_s = best_score - least_score if is_brief else inf
+        wait_s = state.prefill_wait_s
+        limit_s = best_score - behind_prefix if is_brief else inf
         options = []
         for beginning in _beginnings(name, snapshot, request, rules, prices, sources, stale_s, limit_s):
-            begin_s = queue_s + beginning[2] + beginning[3]
+            # Its place in the queue is kept while its prefix comes.
+            begin_s = beginning[2] + beginning[3]
+            if begin_s < wait_s:
+                begin_s = wait_s
             prefill_s = cost.prefill_s(beginning[0])
             price = beginning[5] + prefill_price * prefill_s
             ready_s = begin_s + prefill_s
@@ -159,13 +163,14 @@ def best_route(
             if targets is None:
                 targets = _targets(name, snapshot, request, rules, prices, decoders, stale_s, cost)
             ready_s = begin_s + prefill_s
-            for least, place_s, target_price, target, handover_bytes, link_s, drained_s, half_way_s in targets:
+            for least, place_s, target_price, target, handover_bytes, link_s, drained_s, held_s, way_s in targets:
                 all_price = price + target_price
-                if (least + price >= best_score or ready_s + half_way_s + all_price >= best_score) and is_brief:
+                if (least + price >= best_score or ready_s + way_s + all_price >= best_score) and is_brief:
                     continue
                 # Layers leave while later ones compute: sending begins with prefill, and ends no earlier.
                 sent_s = (begin_s if begin_s > drained_s else drained_s) + link_s
-                end_s = (ready_s if ready_s > sent_s else sent_s) + half_way_s
+                held_s += ready_s
+                end_s = (held_s if held_s > sent_s else sent_s) + way_s
                 first_s = end_s if end_s > place_s else place_s
                 score = first_s + all_price
                 if score < best_score or not is_brief:
@@ -179,9 +184,9 @@ def best_route(
                         source,
                         prefix_bytes,
                         handover_bytes,
-                        queue_s,
                         load_s,
                         prefix_s,
+                        max(begin_s - load_s - prefix_s, 0.0),
                         prefill_s,
                         end_s - ready_s,
                         first_s - end_s,
@@ -203,21 +208,38 @@ def reachable_tokens(name: str, snapshot: Snapshot, request: RoutingRequest, rul
 
 
 class _PromptCost:
-    """What this prompt costs under one profile."""
+    """What this prompt costs under one profile.
 
-    __slots__ = ("_known_s", "_profile", "_tokens", "state_bytes", "token_bytes")
+    Attributes:
+        held_bytes: that are final only when prefill ends.
+    """
 
-    def __init__(self, profile: Profile, tokens: int) -> None:
+    __slots__ = ("_known_s", "_profile", "_service", "_tokens", "held_bytes", "state_bytes", "token_bytes")
+
+    def __init__(self, profile: Profile, tokens: int, service: PrefillServiceModel) -> None:
         self._profile = profile
         self._tokens = tokens
+        # Nothing else decodes on an instance that prefills, so groups of layers take as long as the whole.
+        self._service = service if service.kind == "chunked" else None
         self._known_s: dict[int, float] = {}
         self.state_bytes = profile.kv.resume_bytes(tokens)
         self.token_bytes = profile.kv.token_bytes
+        self.held_bytes = self.state_bytes if self._service is not None else 0.0
+
+    def least_s(self, resume_tokens: int) -> float:
+        """In one piece; cutting it makes nothing faster."""
+        if self._service is not None:
+            return self._profile.prefill_s(self._tokens, resume_tokens)
+        return self.prefill_s(resume_tokens)
 
     def prefill_s(self, resume_tokens: int) -> float:
         known_s = self._known_s.get(resume_tokens)
         if known_s is None:
-            known_s = self._known_s[resume_tokens] = self._profile.prefill_s(self._tokens, resume_tokens)
+            if self._service is None:
+                known_s = self._profile.prefill_s(self._tokens, resume_tokens)
+            else:
+                known_s = self._service.service(self._profile, self._tokens, resume_tokens).prefill_s
+            self._known_s[resume_tokens] = known_s
         return known_s
 
 
@@ -250,9 +272,9 @@ def _decoders(
     return found
 
 
-_Target: TypeAlias = tuple[float, float, float, str, float, float, float, float]
+_Target: TypeAlias = tuple[float, float, float, str, float, float, float, float, float]
 """Least score, seconds until a place is free, price of link and place, name, bytes of the hand-over, seconds of the
-link for them and until it is free, and one way's latency."""
+link for them, until it is free, and for those of them that prefill holds back to its end, and a round trip."""
 
 
 def _targets(
@@ -269,7 +291,7 @@ def _targets(
     links, tokens, found = snapshot.links, request.prompt_tokens, []
     for least, place_s, place_price, target, attention_tokens in decoders:
         if target == name:
-            found.append((least, place_s, place_price, target, 0.0, 0.0, 0.0, 0.0))
+            found.append((least, place_s, place_price, target, 0.0, 0.0, 0.0, 0.0, 0.0))
         elif not rules.is_local:
             between = (name, target)
             link = links.get(between)
@@ -281,8 +303,10 @@ def _targets(
             link_s = handover_bytes / link.bytes_per_s
             price = place_price + prices.link.get(between, 0.0) * link_s
             drained_s = link.queued_bytes / link.bytes_per_s
-            half_way_s = link.round_trip_s / 2
-            found.append((place_s + price, place_s, price, target, handover_bytes, link_s, drained_s, half_way_s))
+            held_s = cost.held_bytes / link.bytes_per_s
+            found.append(
+                (place_s + price, place_s, price, target, handover_bytes, link_s, drained_s, held_s, link.round_trip_s)
+            )
     return found
 
 

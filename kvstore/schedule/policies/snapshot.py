@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvstore.schedule.policies.service import PrefillServiceModel
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvstore.schedule.deployment import Cluster
+
+_WHOLE = PrefillServiceModel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +80,13 @@ class Snapshot:
         now_s: the moment, on the clock of whoever took it.
         clusters: by name.
         links: by source and target; a missing one does not exist.
+        prefill_service: how prompts are prefilled.
     """
 
     now_s: float
     clusters: Mapping[str, ClusterState]
     links: Mapping[tuple[str, str], LinkState]
+    prefill_service: PrefillServiceModel = _WHOLE
 
 
 @dataclass(frozen=True, slots=True)
