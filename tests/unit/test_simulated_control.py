@@ -98,6 +98,22 @@ def test_instances_move_to_where_the_work_is() -> None:
     assert len(texts) == 2 * (converted.samples.prefill_instances["one"][-1] - 2)
 
 
+def test_one_instance_changes_at_a_time_however_long_it_has_to_end_what_it_is_at() -> None:
+    """Answers take 20 s, converting takes 10, and divisions are compared every 10 s."""
+    deployment = one_cluster(2, 6, profile=profile_of(decode_step_s=0.05, batch=16))
+    cluster = replace(deployment.clusters[0], convertible=True, conversion_s=10.0)
+    deployment = replace(deployment, clusters=(cluster,))
+    requests = requests_at(poisson(2.6, 1000, 2), 1000, output_tokens=400)
+    policy = ConversionPolicy(deployment, window_s=120.0, review_s=10.0)
+    result = run(deployment, requests, Slo(5.0, 1.0), conversion=policy)
+    texts = [happening.text for happening in result.happenings]
+    assert len(texts) >= 4
+    assert texts == [
+        "a decode instance is to become one for prefill",
+        "a decode instance has become one for prefill",
+    ] * (len(texts) // 2)
+
+
 @pytest.mark.parametrize(("source", "target"), [("prefill", "decode"), ("decode", "prefill")])
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_an_instance_ends_what_it_is_at_before_it_changes(source: str, target: str, is_lost: bool) -> None:

@@ -91,6 +91,27 @@ class LongTermDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A conversion that has begun.
+
+    Attributes:
+        instances: of the cluster, with either role, before it began.
+        least_s: the earliest moment at which it can have ended.
+        most_s: from when on it is not waited for.
+    """
+
+    conversion: Conversion
+    instances: int
+    least_s: float
+    most_s: float
+
+    def has_ended(self, snapshot: Snapshot) -> bool:
+        state = snapshot.clusters.get(self.conversion.cluster)
+        present = state.prefill_instances + state.decode_instances if state is not None else 0
+        return snapshot.now_s >= self.least_s and (present >= self.instances or snapshot.now_s >= self.most_s)
+
+
+@dataclass(frozen=True, slots=True)
 class ConversionMemory:
     """Recent traffic, what was missed, and what follows. Sums decay, so that old traffic is forgotten."""
 
@@ -102,7 +123,7 @@ class ConversionMemory:
     seconds_sum: float = 0.0
     observed_s: float | None = None
     reviewed_s: float | None = None
-    busy_until_s: float = 0.0
+    under_way: _UnderWay | None = None
     missed: Mapping[Conversion, float] = field(default_factory=dict)
     decision: LongTermDecision = LongTermDecision(None, None, ConversionExplanation("nothing was reviewed yet"))
 
@@ -171,15 +192,13 @@ class ConversionPolicy:
             seconds_sum=memory.seconds_sum * kept + elapsed_s,
             observed_s=now_s,
         )
+        if memory.under_way is not None:
+            is_over = memory.under_way.has_ended(snapshot)
+            return replace(memory, reviewed_s=now_s, under_way=None if is_over else memory.under_way)
         if memory.reviewed_s is None:
             return replace(memory, reviewed_s=now_s)
         if now_s - memory.reviewed_s < self.review_s or not memory.uncached_tokens or memory.requests_sum <= 0:
             return memory
-        if now_s < memory.busy_until_s:
-            why = ConversionExplanation(f"an instance is being converted until {memory.busy_until_s:.6g} s")
-            return replace(
-                memory, reviewed_s=now_s, decision=replace(memory.decision, conversion=None, explanation=why)
-            )
         return self._reviewed(memory, snapshot, now_s - memory.reviewed_s)
 
     def decide(self, memory: ConversionMemory) -> LongTermDecision:
@@ -187,14 +206,22 @@ class ConversionPolicy:
         return memory.decision
 
     def converted(self, memory: ConversionMemory, snapshot: Snapshot, conversion: Conversion) -> ConversionMemory:
-        """What to remember when a conversion has begun: none other begins before it has ended and one review after."""
-        until_s = snapshot.now_s + self.deployment.cluster(conversion.cluster).conversion_s
+        """What to remember when a conversion has begun: none other begins before it has ended and one review after.
+
+        An instance ends what it is at first, for as long as that takes. It is waited for until the cluster has as many
+        instances as before, or, where one was lost meanwhile, for `window_s` beyond the conversion's own time.
+        """
+        least_s = snapshot.now_s + self.deployment.cluster(conversion.cluster).conversion_s
+        state = snapshot.clusters[conversion.cluster]
+        instances = state.prefill_instances + state.decode_instances
+        why = ConversionExplanation(
+            f"{conversion.cluster!r} converts a {conversion.source} instance, begun at {snapshot.now_s:.6g} s"
+        )
         return replace(
             memory,
-            busy_until_s=until_s,
+            under_way=_UnderWay(conversion, instances, least_s, least_s + self.window_s),
             missed={},
-            decision=replace(memory.decision, conversion=None),
-            reviewed_s=until_s,
+            decision=replace(memory.decision, conversion=None, explanation=why),
         )
 
     def _reviewed(self, memory: ConversionMemory, snapshot: Snapshot, elapsed_s: float) -> ConversionMemory:

@@ -154,6 +154,18 @@ def test_one_conversion_at_a_time() -> None:
     assert min(np.diff(times)) >= 300.0
 
 
+def test_an_instance_that_is_lost_meanwhile_is_not_waited_for_without_end() -> None:
+    run = Run(ConversionPolicy(one_cluster(prefill=7, decode=1), window_s=120.0), prefill=7, decode=1)
+    while not run.conversions:
+        run.go(10, lambda _: 4.0, 8192, LONG_ANSWERS)
+    run.prefill -= 1
+    run.go(150, lambda _: 4.0, 8192, LONG_ANSWERS)
+    assert len(run.conversions) == 1
+    assert "converts a prefill instance" in run.policy.decide(run.memory).explanation.rule
+    run.go(3600, lambda _: 4.0, 8192, LONG_ANSWERS)
+    assert len(run.conversions) > 1
+
+
 def test_no_role_loses_its_last_instance_and_others_stay() -> None:
     policy = ConversionPolicy(one_cluster(prefill=1, decode=1))
     run = Run(policy, prefill=1, decode=1)
