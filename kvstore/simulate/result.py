@@ -67,6 +67,17 @@ class RequestTable:
         return len(self.arrival_s)
 
 
+SAMPLED_BY_CLUSTER = (
+    "prefill_waiting",
+    "prefill_busy",
+    "prefill_instances",
+    "decode_running",
+    "decode_waiting",
+    "decode_instances",
+)
+"""Fields of `Samples` that there are once for each cluster."""
+
+
 @dataclass(frozen=True)
 class Samples:
     """The system at equal steps of time.

@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.limits import SIMULATED_SAMPLES_MAX
-from kvstore.simulate.result import Samples
+from kvstore.simulate.result import SAMPLED_BY_CLUSTER, Samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from kvstore.simulate.links import Line
     from kvstore.simulate.site import Site
-
-_BY_CLUSTER = (
-    "prefill_waiting",
-    "prefill_busy",
-    "prefill_instances",
-    "decode_running",
-    "decode_waiting",
-    "decode_instances",
-)
 
 
 class Sampler:
@@ -72,7 +63,9 @@ class Sampler:
                 del samples[0::2]
 
     def samples(self) -> Samples:
-        clusters = np.array(self._clusters, np.float64).reshape(len(self._at_s), len(self._sites), len(_BY_CLUSTER))
+        clusters = np.array(self._clusters, np.float64).reshape(
+            len(self._at_s), len(self._sites), len(SAMPLED_BY_CLUSTER)
+        )
         links = np.array(self._links, np.float64).reshape(len(self._at_s), len(self._lines), 2)
         delivered = np.diff(links[:, :, 0], axis=0, prepend=np.zeros((1, len(self._lines)))) if self._at_s else links
         names = sorted({name for numbers in self._policy for name in numbers})
@@ -80,7 +73,7 @@ class Sampler:
             at_s=np.array(self._at_s, np.float64),
             **{
                 what: {site.name: clusters[:, at, column] for at, site in enumerate(self._sites)}
-                for column, what in enumerate(_BY_CLUSTER)
+                for column, what in enumerate(SAMPLED_BY_CLUSTER)
             },
             link_bytes={pair: delivered[:, at].reshape(-1) for at, pair in enumerate(self._lines)},
             link_capacity_bytes_per_s={pair: links[:, at, 1] for at, pair in enumerate(self._lines)},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from kvstore.simulate.result import PARTS, Outcome
+from kvstore.simulate.result import PARTS, SAMPLED_BY_CLUSTER, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,14 +93,7 @@ def samples_table(result: SimulationResult) -> pa.Table:
     """The samples of a run; `SAMPLE_COLUMNS` says what each column means."""
     samples = result.samples
     columns: dict[str, pa.Array] = {"at_s": _numbers(samples.at_s)}
-    for name in (
-        "prefill_waiting",
-        "prefill_busy",
-        "prefill_instances",
-        "decode_running",
-        "decode_waiting",
-        "decode_instances",
-    ):
+    for name in SAMPLED_BY_CLUSTER:
         by_cluster: Mapping[str, NDArray[np.float64]] = getattr(samples, name)
         columns |= {f"{name}:{cluster}": _numbers(values) for cluster, values in by_cluster.items()}
     for name in ("link_bytes", "link_capacity_bytes_per_s"):
