@@ -368,8 +368,6 @@ ADMITTED_MAX = 65_536
 """Admitted requests of one cluster whose end admission plans with; further ones are seen once they decode."""
 RECENT_LENGTHS_MAX = 1024
 """Lengths of the latest prompts that conversions are decided by."""
-ANARCHY_WINDOW_MAX = 64
-"""Requests of one window whose placement is compared with the best: tens of milliseconds with a few clusters."""
 ROUTING_SOURCES_MAX = 4
 """Clusters that a prompt's prefix could be moved from which a router weighs, those with the deepest first."""
 ROUTING_CANDIDATES_MAX = 64

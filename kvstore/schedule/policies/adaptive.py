@@ -110,6 +110,10 @@ class AdaptiveRouting(RoutingPolicy[AdaptiveMemory]):
         prices = memory.prices
         found = {f"prefill_price[{name}]": value for name, value in prices.prefill.items()}
         found |= {f"decode_price[{name}]": value for name, value in prices.decode.items()}
+        found |= {
+            f"beyond_knee[{name}]": float(each.regime == "beyond")
+            for name, each in memory.pricing.coefficients.pressure.items()
+        }
         return found | {f"link_price[{source}, {target}]": value for (source, target), value in prices.link.items()}
 
     def route(self, memory: AdaptiveMemory, snapshot: Snapshot, request: RoutingRequest) -> Decision:

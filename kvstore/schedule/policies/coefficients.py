@@ -26,9 +26,6 @@ Regime: TypeAlias = Literal["below", "beyond"]
 
 _LINK_SHARE_MAX = 0.95
 """A measured share says nothing about the last 5 %: beyond it, a link counts as used to this share."""
-_PRICED_UTILISATION_MAX = 0.8
-"""Means lag behind queues, and a price that lags and has no bound drives load to and fro between clusters: beyond this
-the queue alone, which does not lag, makes it dearer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +62,13 @@ class Coefficients:
     name has no price: nobody waits there.
 
     Attributes:
-        prefill: by cluster, for a second of one instance.
         decode: by cluster, for a second of one place in a batch.
         link: by source and target, for a second of the whole link.
-        affinity: how much a cluster's warm cache counts for more than the seconds that it saves: 1 below the knee,
-            1 / elasticity of the most pressed cluster beyond it, so that requests spread where they used to gather.
-        pressure: of prefill, by cluster: what went in.
+        pressure: of prefill, by cluster; its elasticity may price it.
     """
 
-    prefill: Mapping[str, float] = field(default_factory=dict)
     decode: Mapping[str, float] = field(default_factory=dict)
     link: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    affinity: float = 1.0
     pressure: Mapping[str, PrefillPressure] = field(default_factory=dict)
 
 
@@ -137,12 +129,9 @@ class PricingPolicy:
         else:
             fresh = 1 - exp(-max(snapshot.now_s - memory.observed_s, 0.0) / self.smoothing_s)
         clusters: dict[str, _ClusterMemory] = {}
-        prefill: dict[str, float] = {}
         decode: dict[str, float] = {}
         for name, state in snapshot.clusters.items():
             clusters[name] = self._pressed(memory.clusters.get(name, _ClusterMemory()), state, snapshot.now_s, fresh)
-            if state.prefill_instances > 0:
-                prefill[name] = prefill_price(state, clusters[name].pressure)
             if state.decode_instances > 0:
                 decode[name] = decode_price(state)
         shares = {
@@ -150,12 +139,9 @@ class PricingPolicy:
             for between, link in snapshot.links.items()
         }
         links = {between: link_price(shares[between], snapshot.links[between]) for between in shares}
-        beyond = [each.pressure.elasticity for each in clusters.values() if each.pressure.regime == "beyond"]
         coefficients = Coefficients(
-            prefill=prefill,
             decode=decode,
             link=links,
-            affinity=1 / max(1.0, max(beyond, default=1.0)),
             pressure={name: each.pressure for name, each in clusters.items()},
         )
         return PricingMemory(coefficients, snapshot.now_s, clusters, shares)
@@ -197,18 +183,6 @@ def utilisation_of_queue(waiting: float, servers: int) -> float:
 def queue_elasticity(utilisation: float, servers: int) -> float:
     """(dT/dλ)·λ/T of a queue with so many servers at this utilisation; utilisation / (1 - utilisation) of one."""
     return LoadCurve.of_servers(1.0, servers).elasticity(utilisation * servers)
-
-
-def prefill_price(state: ClusterState, pressure: PrefillPressure) -> float:
-    """Seconds that others wait for one more second of prefill.
-
-    Work that joins a queue delays all who come before the queue is empty: with a backlog of W per instance that drains
-    at 1 - u that is W / (1 - u), in which λ·W / (1 - u) = waiting / (1 - u) prompts come (Little), each of which waits
-    for its share among the instances. W is the mean over the last minute: the queue of this moment is in every estimate
-    anyway. What comes while the new work itself is done is left out: behind an empty queue the price is 0.
-    """
-    draining = 1 - min(pressure.utilisation, _PRICED_UTILISATION_MAX)
-    return pressure.waiting / max(state.prefill_instances, 1) / draining
 
 
 def decode_price(state: ClusterState) -> float:

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 
 from kvstore.errors import PlanError
 from kvstore.schedule.policies.coefficients import (
-    PrefillPressure,
     PricingPolicy,
     decode_price,
     link_price,
-    prefill_price,
     queue_elasticity,
     utilisation_of_queue,
 )
@@ -29,37 +27,8 @@ def test_an_idle_system_has_no_prices() -> None:
     policy = PricingPolicy()
     idle = snapshot(0.0, cluster_state("prfaas", decode=0), cluster_state("pd"))
     found = policy.observe(policy.begin(), idle).coefficients
-    assert found.prefill == {"prfaas": 0.0, "pd": 0.0}
     assert found.decode == {"pd": 0.0}
     assert set(found.link.values()) == {0.0}
-    assert found.affinity == 1.0
-
-
-@pytest.mark.parametrize("utilisation", [0.4, 0.6, 0.75])
-def test_the_price_is_what_others_wait_for_in_a_simulated_queue(utilisation: float) -> None:
-    """A little work is added behind single arrivals of an M/M/1 queue, and all later waits are compared."""
-    rng = np.random.default_rng(5)
-    count = 60_000
-    gaps, services = rng.exponential(1 / utilisation, count), rng.exponential(1.0, count)
-
-    arrivals = np.cumsum(gaps)
-    starts, ends = np.empty(count), np.empty(count)
-    free_s = 0.0
-    for at in range(count):
-        starts[at] = max(arrivals[at], free_s)
-        ends[at] = free_s = starts[at] + services[at]
-    # Work added to a request delays each later one of the same busy period by just that work.
-    begins = np.flatnonzero(np.concatenate(([True], arrivals[1:] > ends[:-1])))
-    period_end = np.append(begins[1:], count)[np.searchsorted(begins, np.arange(count), side="right") - 1]
-    measured = float(np.mean(period_end - np.arange(count) - 1))
-
-    # Of those before it, how many have not begun; one that begins at once counts itself as begun.
-    waiting = np.maximum(np.arange(count) - np.searchsorted(starts, arrivals, side="right"), 0)
-    pressure = PrefillPressure(waiting=float(waiting.mean()), utilisation=utilisation_of_queue(waiting.mean(), 1))
-    assert pressure.utilisation == pytest.approx(utilisation, rel=0.05)
-    priced = prefill_price(cluster_state(prefill=1), pressure)
-    # The price leaves out those who come while the work itself is done: a factor of the utilisation.
-    assert priced == pytest.approx(measured * utilisation, rel=0.15)
 
 
 @given(st.floats(0.01, 1e4), st.integers(1, 512))
@@ -94,14 +63,9 @@ def test_prices_are_finite_and_grow_with_what_waits(
         pd = cluster_state("pd", prefill=servers, waiting=waiting, running=running, decode_waiting=decode_waiting)
         memory = policy.observe(memory, snapshot(float(at), pd, cluster_state("other"), used_share=share))
     found = memory.coefficients
-    for price in (*found.prefill.values(), *found.decode.values(), *found.link.values(), found.affinity):
+    for price in (*found.decode.values(), *found.link.values()):
         assert isfinite(price)
         assert price >= 0
-    assert 0 < found.affinity <= 1
-    by_waiting = [
-        prefill_price(cluster_state(), PrefillPressure(each, utilisation_of_queue(each, 3))) for each in sorted(backlog)
-    ]
-    assert all(a <= b for a, b in pairwise(by_waiting))
     by_running = [decode_price(cluster_state(running=each)) for each in (0, 50, 100)]
     assert all(a <= b for a, b in pairwise(by_running))
     assert decode_price(cluster_state(running=100, decode_waiting=50)) > decode_price(cluster_state(running=100))
@@ -110,22 +74,21 @@ def test_prices_are_finite_and_grow_with_what_waits(
 def test_a_dead_link_has_no_price_and_no_instance_no_cluster() -> None:
     assert link_price(1.0, LinkState("a", "b", 0.0, 0.0, 1.0, 0.0)) == 0.0
     policy = PricingPolicy()
-    found = policy.observe(policy.begin(), snapshot(0.0, cluster_state(prefill=0, decode=1, waiting=9))).coefficients
-    assert "pd" not in found.prefill
+    found = policy.observe(policy.begin(), snapshot(0.0, cluster_state(prefill=1, decode=0))).coefficients
+    assert "pd" not in found.decode
 
 
-def test_affinity_falls_beyond_the_knee_and_comes_back() -> None:
+def test_the_regime_changes_beyond_the_knee_and_comes_back() -> None:
     policy = PricingPolicy()
     memory = policy.begin()
-    affinities = []
+    regimes = []
     for at in range(600):
         waiting = 30 if 100 <= at < 200 else 0
         memory = policy.observe(memory, snapshot(float(at), cluster_state(waiting=waiting, wait_s=waiting * 0.5)))
-        affinities.append(memory.coefficients.affinity)
-    assert affinities[50] == 1.0
-    assert affinities[190] < 0.3
-    assert memory.coefficients.pressure["pd"].regime == "below"
-    assert affinities[-1] == 1.0
+        regimes.append(memory.coefficients.pressure["pd"].regime)
+    assert regimes[50] == "below"
+    assert regimes[190] == "beyond"
+    assert regimes[-1] == "below"
 
 
 @given(st.lists(st.floats(0, 1), min_size=50, max_size=200), st.booleans())
