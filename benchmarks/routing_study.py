@@ -108,8 +108,8 @@ def ways_of(traffic: Traffic, link_bytes_per_s: float) -> tuple[list[Way], float
         Way("PrfaaS-PD", split, PolicyChoice("threshold", threshold)),
         Way("homogeneous", alone, PolicyChoice("local")),
         Way("naive", naive, PolicyChoice("naive")),
-        Way("ours", split, PolicyChoice("adaptive")),
-        Way("ours, early rejection", split, PolicyChoice("adaptive", (("admission", 1.0),))),
+        Way("ours", split, PolicyChoice("adaptive", (("admission", 1.0),))),
+        Way("ours, all let in", split, PolicyChoice("adaptive")),
     ], plan.requests_per_s
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--arrivals", choices=("trace", "poisson", "burst"), default="trace")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
-    workload = Workload("mooncake", arguments.trace, arrivals=Arrivals(arguments.arrivals))
+    workload = Workload("mooncake", arguments.trace, arrivals=Arrivals(arguments.arrivals, 1.0))
     traffic = traffic_of(workload, block_tokens=512, seed=0, is_cached=True)
     ways, most_per_s = ways_of(traffic, arguments.link_gbps * 1e9 / 8)
     print(f"Λ_max of PrfaaS-PD: {most_per_s:.3f}/s")

@@ -69,7 +69,7 @@ def test_links_and_numbers_name_entries() -> None:
     (point,) = grid("links.prfaas>pd.loss=0.001", "links.1.round_trip_s=0.5", "policy.settings.made_up=3")
     first, second = point.scenario.deployment.links
     assert (first.loss, second.round_trip_s) == (0.001, 0.5)
-    assert dict(point.scenario.policy.settings) == {"made_up": 3}
+    assert dict(point.scenario.policy.settings) == {"admission": 1, "made_up": 3}
 
 
 @pytest.mark.parametrize(
