@@ -320,6 +320,8 @@ HTTP_DEADLINE_S = 5.0
 # Schedule
 PROFILE_POINTS_MAX = 256
 """Points or coefficients of one curve of a profile."""
+DECODE_PLACES_MAX = 1 << 22
+"""Requests that one cluster decodes at once, for which a plan's latency is computed; some 50 bytes each."""
 PROFILE_FILE_BYTES_MAX = 1 * MIB
 """A profile's file. One with 256 points in each curve takes 30 KiB."""
 PROFILE_TEXT_CHARACTERS_MAX = 4096

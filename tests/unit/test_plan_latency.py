@@ -203,3 +203,9 @@ def test_a_stricter_limit_leaves_less() -> None:
     assert 0 < rates[1] < rates[3] < planned(deployment).requests_per_s
     too_slow = plan_goodput(deployment, planned(deployment), TRAFFIC, replace(SLO, tpot_s=0.02))
     assert too_slow.requests_per_s == 0.0
+
+
+def test_more_places_than_memory_holds_are_named() -> None:
+    profile = Profile("p", "test", PolynomialCurve((1.0,)), KvSize(1.0, 0.0), PolynomialCurve((0.02,)), 65_536, 8, 1024)
+    with pytest.raises(PlanError, match="4,294,967,296 places, over the limit of 4,194,304"):
+        DecodeLoad.of(profile, 65_536, 1.0, 100.0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.errors import PlanError
+from kvstore.limits import DECODE_PLACES_MAX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,6 +52,11 @@ class DecodeLoad:
                 f"{limit:g}; lower the rate, or add decode instances"
             )
         places = instances * profile.decode_batch_max
+        if places > DECODE_PLACES_MAX:
+            raise PlanError(
+                f"{instances} instances that decode {profile.decode_batch_max} requests each have {places:,} places, "
+                f"over the limit of {DECODE_PLACES_MAX:,} that latency is computed for; plan for fewer instances"
+            )
         number = np.arange(1, places + 1, dtype=np.float64)
         steps_s = profile.decode_step.many(np.maximum(number / instances, 1.0))
         leaving = number / (steps_s * output_tokens)
