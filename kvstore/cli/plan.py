@@ -162,6 +162,7 @@ def _document(planned: _Planned) -> dict[str, object]:
         ],
         "stable_requests_per_s": planned.loaded.stable_requests_per_s,
         "unstable_requests_per_s": planned.unstable_requests_per_s,
+        "extrapolated": list(_extrapolated(planned)),
         "latency": [
             {
                 "requests_per_s": latency.requests_per_s,
@@ -247,10 +248,28 @@ def _print(planned: _Planned) -> None:
     )
     if planned.unstable_requests_per_s is not None:
         print(f"{planned.unstable_requests_per_s:.3g} requests/s is unstable: queues grow without end.\n")
+    if names := _extrapolated(planned):
+        print(
+            f"Extrapolated: {printable(', '.join(names))} get prompts longer than the tokens_max of their profiles; "
+            "measure longer ones.\n"
+        )
     found = planned.goodput
     print(
         f"Goodput: {found.requests_per_s:.3g} requests/s with {slo.share:.0%} within TTFT {slo.ttft_s:g} s and TPOT "
         f"{slo.tpot_s * 1e3:g} ms" + (f" ({found.note})" if found.note else "")
+    )
+
+
+def _extrapolated(planned: _Planned) -> tuple[str, ...]:
+    """Clusters that prefill longer prompts than their profile speaks for."""
+    longest_tokens = planned.traffic.lengths.tokens_max
+    return tuple(
+        cluster.name
+        for cluster in planned.scenario.deployment.clusters
+        if any(
+            cluster.name in band.clusters and min(band.upto_tokens, longest_tokens) > cluster.profile.tokens_max
+            for band in planned.throughput.plan.bands
+        )
     )
 
 

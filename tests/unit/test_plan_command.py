@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 from kvstore.cli.main import app
 from kvstore.errors import KVStoreError, PlanError
 from kvstore.keys import KEY_BYTES
+from kvstore.profiles import load_profile
+from kvstore.profiles.files import profile_to_text
 from kvstore.scenario import Arrivals, Workload, scenario_names
 from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
 from kvstore.simulate import seen
@@ -66,6 +69,18 @@ def test_a_rate_above_the_limit_is_labelled() -> None:
     found = document("--rate", "30")
     assert found["unstable_requests_per_s"] == 30
     assert all(each["requests_per_s"] < found["stable_requests_per_s"] for each in found["latency"])
+
+
+def test_a_profile_that_was_measured_at_shorter_lengths_is_named(tmp_path: Path) -> None:
+    profile = json.loads(profile_to_text(load_profile("paper-1t-h200")))
+    (tmp_path / "short.json").write_text(json.dumps({**profile, "tokens_max": 100_000}))
+    data = resources.files("kvstore.scenario").joinpath("data", "paper-prfaas.toml").read_text()
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(data.replace('"paper-1t-h200"', '"short.json"'))
+    assert document(str(scenario))["extrapolated"] == ["prfaas"]
+    assert "Extrapolated: prfaas get prompts longer than the tokens_max" in plan(str(scenario))
+    assert document()["extrapolated"] == []
+    assert "Extrapolated" not in plan()
 
 
 def test_dividing_finds_the_papers_division_and_fixing_keeps_another(tmp_path: Path) -> None:
