@@ -223,6 +223,28 @@ def test_batches_that_are_late_make_their_places_dearer() -> None:
     assert policy.numbers(policy.observe(policy.begin(), slow))["decode_price[pd]"] == pytest.approx(1.0)
 
 
+def test_scores_follow_from_what_an_explanation_says() -> None:
+    """Every candidate's: its seconds, and what it takes of each resource times the price that is among the inputs."""
+    policy = routing_policy("adaptive", {}, PAIR, SLO)
+    memory = policy.begin()
+    for second in range(100):
+        memory = policy.observe(memory, look(float(second), share=0.5, waits={"fa": 3.0, "pd": 1.0}))
+    now = look(100.0, share=0.5, waits={"fa": 3.0, "pd": 1.0})
+    slow = {name: replace(each, tpot_s=0.06) for name, each in now.clusters.items()}
+    memory = policy.observe(memory, replace(now, clusters=slow))
+    explanation = routed(policy, now, 60_000, {"pd": CachedPrefix(20_000, 30_000)}, memory).explanation
+    prices = {name: value for name, value in explanation.inputs if isinstance(value, float)}
+    assert min(prices.values()) > 0
+    assert {each.route.prefix_from for each in explanation.candidates} == {None, "pd"}
+    for each in explanation.candidates:
+        route, seconds = each.route, each.route.estimate.ttft_s
+        seconds += prices[f"prefill_price[{route.prefill}]"] * route.estimate.prefill_s
+        seconds += prices["link_price[fa, pd]"] * route.handover_bytes / 1e9
+        seconds += prices["link_price[pd, fa]"] * route.prefix_bytes / 1e9
+        seconds += prices["decode_price[pd]"] * 100.0 * SLOW.decode_step(10)
+        assert each.score == pytest.approx(seconds)
+
+
 def test_every_candidate_says_why_not() -> None:
     explanation = routed(routing_policy("adaptive", {}, PAIR, SLO), look(waits={"pd": 7.0}), 30_000).explanation
     first, *others = explanation.candidates
