@@ -59,7 +59,7 @@ class Once(ConversionPolicy):
 
     def decide(self, memory: ConversionMemory) -> LongTermDecision:
         conversion: Conversion = getattr(self, "conversion")  # noqa: B009
-        may_begin = (memory.observed_s or 0.0) >= 4.0 and memory.under_way is None
+        may_begin = memory.observed_s == 4.0
         return LongTermDecision(conversion if may_begin else None, None, ConversionExplanation("test"))
 
 
