@@ -233,7 +233,7 @@ def test_scores_follow_from_what_an_explanation_says() -> None:
     slow = {name: replace(each, tpot_s=0.06) for name, each in now.clusters.items()}
     memory = policy.observe(memory, replace(now, clusters=slow))
     explanation = routed(policy, now, 60_000, {"pd": CachedPrefix(20_000, 30_000)}, memory).explanation
-    prices = {name: value for name, value in explanation.inputs if isinstance(value, float)}
+    prices = {name: value for name, value in explanation.inputs if isinstance(value, float) and "_price[" in name}
     assert min(prices.values()) > 0
     assert {each.route.prefix_from for each in explanation.candidates} == {None, "pd"}
     for each in explanation.candidates:
