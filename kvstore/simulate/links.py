@@ -28,18 +28,32 @@ _NOTHING_BYTES = 1e-3
 class Flow:
     """One transfer over one link."""
 
-    __slots__ = ("argument", "cap", "done", "line", "number", "rate", "remaining_bytes")
+    __slots__ = ("amount_bytes", "argument", "begun_s", "cap", "done", "line", "number", "rate", "remaining_bytes")
 
     def __init__(
-        self, line: Line, number: int, amount_bytes: float, cap: float, done: Callable[[Any], None], argument: object
+        self,
+        line: Line,
+        number: int,
+        begun_s: float,
+        amount_bytes: float,
+        cap: float,
+        done: Callable[[Any], None],
+        argument: object,
     ) -> None:
         self.line = line
+        self.begun_s = begun_s
+        self.amount_bytes = amount_bytes
         self.number = number
         self.remaining_bytes = amount_bytes
         self.cap = cap
         self.rate = 0.0
         self.done = done
         self.argument = argument
+
+    def behind_bytes(self, now_s: float) -> float:
+        """What was made by now and has not left."""
+        made_bytes = min(self.cap * (now_s - self.begun_s), self.amount_bytes) if self.cap < inf else self.amount_bytes
+        return max(made_bytes - (self.amount_bytes - self.remaining_bytes), 0.0)
 
     def __lt__(self, other: Flow) -> bool:
         return (self.cap, self.number) < (other.cap, other.number)
@@ -103,10 +117,10 @@ class Line:
         return min(self.bytes_per_s, self.limit_bytes_per_s)
 
     def queued_bytes(self, now_s: float) -> float:
-        """Accepted and not delivered."""
+        """Ready to leave and not delivered; what is still to be made is not in the way of others."""
         self.advance(now_s)
         free_bytes = self.marks_sum - len(self.free) * self.each_bytes
-        return max(free_bytes, 0.0) + sum(flow.remaining_bytes for flow in self.capped)
+        return max(free_bytes, 0.0) + sum(flow.behind_bytes(now_s) for flow in self.capped)
 
     def delivered(self, now_s: float) -> float:
         self.advance(now_s)
@@ -235,7 +249,7 @@ class Links:
         self._number += 1
         self._settle(line.group)
         line.accepted_bytes += amount_bytes
-        self._free(Flow(line, self._number, amount_bytes, inf, done, argument))
+        self._free(Flow(line, self._number, self._events.now_s, amount_bytes, inf, done, argument))
         self._set(line.group)
 
     def produce(
@@ -252,7 +266,7 @@ class Links:
         self._number += 1
         self._settle(line.group)
         line.accepted_bytes += amount_bytes
-        flow = Flow(line, self._number, amount_bytes, bytes_per_s, done, argument)
+        flow = Flow(line, self._number, self._events.now_s, amount_bytes, bytes_per_s, done, argument)
         insort(line.capped, flow)
         self._set(line.group)
         return flow

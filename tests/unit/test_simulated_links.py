@@ -106,6 +106,24 @@ def test_what_a_slow_link_left_behind_goes_on_when_all_is_made() -> None:
     assert events.now_s == pytest.approx(10.0)
 
 
+def test_what_is_still_to_be_made_is_not_queued() -> None:
+    events = Events()
+    links = links_of(Link("a", "b", 100.0), Link("a", "c", 100.0), events=events)
+    arrived: list[int] = []
+    links.produce("a", "b", 1000.0, 50.0, arrived.append, 0)  # the link is faster than prefill
+    links.produce("a", "c", 1000.0, 200.0, arrived.append, 1)  # and slower than this one
+    seen: list[tuple[float, float]] = []
+
+    def look(_: object) -> None:
+        now_s = events.now_s
+        seen.append((links.lines["a", "b"].queued_bytes(now_s), links.lines["a", "c"].queued_bytes(now_s)))
+
+    for at_s in (0.0, 2.0, 5.0, 8.0):
+        events.at(at_s, look, None)
+    events.run(9.0)
+    assert seen == [(0.0, 0.0), (0.0, 200.0), (0.0, 500.0), (0.0, 200.0)]
+
+
 def test_an_outage_stops_transfers_and_they_go_on_behind_it() -> None:
     events = Events()
     links = links_of(Link("a", "b", 100.0), events=events)

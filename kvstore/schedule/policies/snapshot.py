@@ -55,7 +55,7 @@ class LinkState:
     Attributes:
         bytes_per_s: what it delivers while there is enough to send: measured, or configured where nothing was. 0 while
             it is down.
-        queued_bytes: accepted and not yet delivered.
+        queued_bytes: ready to leave and not yet delivered; what prefill has still to compute is not in the queue.
         used_share: of what it could carry over the last seconds, 0 to 1.
         round_trip_s: to the other end and back.
         retransmitted_share: bytes sent again, of all sent.
