@@ -78,7 +78,7 @@ def cases(deployment: Deployment) -> list[tuple[Snapshot, RoutingRequest]]:
         holders = rng.choice(names, rng.integers(0, 7), replace=False)
         lengths = [int(tokens * rng.uniform(0, 0.95)) // 512 * 512 for _ in holders]
         cached = {
-            str(name): CachedPrefix(length, length, rng.choice([0.001, 0.2]), "dram")
+            str(name): CachedPrefix(length, length, float(rng.choice([0.001, 0.2])), "dram")
             for name, length in zip(holders, lengths, strict=True)
         }
         found.append((Snapshot(float(number), clusters, links), RoutingRequest(tokens, 1024, cached)))
