@@ -11,7 +11,7 @@ import pytest
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import CacheSize, Cluster
 from kvstore.simulate.cache import ClusterCache
-from kvstore.simulate.request import Request
+from kvstore.workload.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,8 +28,8 @@ from kvstore.schedule.planning.optimum import best_plan
 from kvstore.schedule.planning.plan import divided
 from kvstore.simulate.result import Outcome
 from kvstore.simulate.simulation import simulate
-from kvstore.simulate.traffic import traffic_of
-from kvstore.simulate.workload import requests_of
+from kvstore.workload.sources import requests_of
+from kvstore.workload.traffic import traffic_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -27,8 +27,8 @@ from kvstore.schedule.deployment import Cluster, Deployment, Slo
 from kvstore.schedule.planning.queueing import mdc, mmc
 from kvstore.schedule.policies.table import routing_policy
 from kvstore.simulate.engine import Simulation
-from kvstore.simulate.request import Request
 from kvstore.simulate.simulation import simulate
+from kvstore.workload.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -41,7 +41,7 @@ def check(version: str) -> None:
 
     from kvstore.paper.printed import printed_figures
     from kvstore.scenario import Workload, read_scenario, scenario_names
-    from kvstore.simulate.workload import requests_of
+    from kvstore.workload.sources import requests_of
 
     assert printed_figures(), "the paper's figures are not in the wheel"
     assert scenario_names(), "no scenario is in the wheel"
@@ -50,7 +50,7 @@ def check(version: str) -> None:
 
     for kind in ("mooncake", "agentic"):
         assert next(requests_of(Workload(kind), block_tokens=512, seed=0)), f"the {kind} excerpt is not in the wheel"
-        assert package.joinpath(f"simulate/data/{kind}/LICENSE-APACHE").is_file(), "an excerpt lacks its licence"
+        assert package.joinpath(f"workload/data/{kind}/LICENSE-APACHE").is_file(), "an excerpt lacks its licence"
 
     for group in ("kvstore.transports", "kvstore.codecs"):
         points = importlib.metadata.entry_points(group=group)

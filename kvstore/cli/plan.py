@@ -15,7 +15,7 @@ from kvstore.schedule.planning.goodput import Goodput, plan_goodput
 from kvstore.schedule.planning.latency import LoadedPlan
 from kvstore.schedule.planning.optimum import best_plan
 from kvstore.schedule.planning.plan import CONVENTIONS, divided
-from kvstore.simulate.traffic import traffic_of
+from kvstore.workload.traffic import traffic_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvstore.abc import CheckpointPolicy
     from kvstore.pool.path import PackedPath
     from kvstore.schedule.deployment import Cluster
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 _SALTS_KNOWN_MAX = 1 << 16
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from kvstore.simulate.events import Events
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 
 class Coming:

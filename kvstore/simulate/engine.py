@@ -23,10 +23,10 @@ from kvstore.simulate.links import Links
 from kvstore.simulate.recording import Recording
 from kvstore.simulate.result import Outcome, SimulationResult
 from kvstore.simulate.sampling import Sampler
-from kvstore.simulate.seen import SeenKeys
 from kvstore.simulate.site import Site
 from kvstore.simulate.stability import is_stable
 from kvstore.simulate.telemetry import Telemetry
+from kvstore.workload.seen import SeenKeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kvstore.schedule.policies.policy import Route, RoutingPolicy
     from kvstore.schedule.policies.snapshot import CachedPrefix, Snapshot
     from kvstore.simulate.cache import ClusterCache
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 DRAIN_FACTOR = 10.0
 """Behind the last arrival, time goes on for so many times the span of arrivals and `SIMULATED_DRAIN_S`, at most."""

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from kvstore.schedule.policies.policy import Route
     from kvstore.schedule.policies.snapshot import CachedPrefix
     from kvstore.simulate.links import Flow
-    from kvstore.simulate.request import Request
     from kvstore.simulate.site import Site
+    from kvstore.workload.request import Request
 
 QUEUE, LOAD, PREFIX, PREFILL, TRANSFER, DECODE_WAIT = range(6)
 """Places in `kvstore.simulate.result.PARTS`."""

@@ -12,7 +12,7 @@ from kvstore.simulate.result import PARTS, Outcome, RequestTable
 
 if TYPE_CHECKING:
     from kvstore.simulate.job import Job
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 _ROWS_ADDED = 1 << 14
 _FLOATS = ("arrival_s", "ttft_s", "tpot_s", "finished_s", "prefix_bytes", "handover_bytes")

@@ -11,7 +11,7 @@ from kvstore.schedule.policies.convert import ConversionPolicy
 from kvstore.schedule.policies.table import routing_policy
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.engine import Simulation
-from kvstore.simulate.workload import requests_of
+from kvstore.workload.sources import requests_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore",),
     ("kvstore.profiles",),
     ("kvstore.scenario", "kvstore.paper"),
+    ("kvstore.workload",),
     ("kvstore.simulate",),
     ("kvstore.bench", "kvstore.cluster"),
     ("kvstore.adapters.paged",),

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstore.simulate.request import Request
+from kvstore.workload.request import Request
 from tests.unit.simulated import Spread, requests_at, simulated, two_clusters
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvstore.schedule.policies.snapshot import RoutingRequest, Snapshot
 
 ROOT = Path(__file__).parents[2] / "kvstore"
+SIMULATED = sorted(path for part in ("simulate", "workload") for path in (ROOT / part).rglob("*.py"))
 SEAMS = {"RoutingPolicy", "CheckpointPolicy", "EvictionPolicy"}
 SEAM_METHODS = {"route", "observe", "suggest", "decide", "admitted", "victims"}
 DECIDE = ("schedule/policies", "schedule/link_rate.py", "pool", "placement")
@@ -26,7 +27,7 @@ def definitions(path: Path) -> set[str]:
 
 
 def test_nothing_in_the_simulator_is_a_policy() -> None:
-    for path in sorted((ROOT / "simulate").rglob("*.py")):
+    for path in SIMULATED:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 bases = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
@@ -39,7 +40,7 @@ def test_no_name_of_a_policy_is_defined_a_second_time() -> None:
     files = [path for part in DECIDE for path in (sorted((ROOT / part).rglob("*.py")) or [ROOT / part])]
     decided = {name for path in files for name in definitions(path)}
     assert {"RoutingPolicy", "loss_limited_bytes_per_s", "LadderCheckpoints"} <= decided
-    for path in sorted((ROOT / "simulate").rglob("*.py")):
+    for path in SIMULATED:
         twice = definitions(path) & decided
         assert not twice, f"{path} defines {', '.join(sorted(twice))}, which kvstore.schedule or the pool has already"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kvstore.profile import Profile
     from kvstore.scenario import LinkFault, NodeFault, Scenario
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 CHUNK_TOKENS = 2048
 ATTEMPTS = 4

@@ -13,7 +13,7 @@ from kvstore.schedule.policies.policy import Decision, Estimate, Explanation, Ro
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.engine import Simulation
-from kvstore.simulate.request import Request
+from kvstore.workload.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -21,11 +21,11 @@ from kvstore.record import largest_slot_bytes, record_layout, slot_sizes_bytes
 from kvstore.schedule.deployment import CacheSize, Cluster
 from kvstore.simulate import tier
 from kvstore.simulate.cache import ClusterCache
-from kvstore.simulate.request import Request
 from kvstore.spec import ReuseRule
 from kvstore.store import Store
 from kvstore.testing.specs import dense, hybrid, pure_state, put_all
 from kvstore.tiers import ArenaTier
+from kvstore.workload.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

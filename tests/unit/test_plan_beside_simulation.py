@@ -13,7 +13,7 @@ from kvstore.schedule.planning.plan import plan_of
 from kvstore.schedule.planning.throughput import throughput
 from kvstore.simulate.result import Outcome
 from kvstore.simulate.simulation import simulate
-from kvstore.simulate.traffic import traffic_of
+from kvstore.workload.traffic import traffic_of
 
 
 def test_latency_by_closed_forms_is_that_of_the_simulator() -> None:

@@ -16,9 +16,9 @@ from kvstore.profiles import load_profile
 from kvstore.profiles.files import profile_to_text
 from kvstore.scenario import Arrivals, Workload, scenario_names
 from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
-from kvstore.simulate import seen
-from kvstore.simulate.request import Request
-from kvstore.simulate.traffic import traffic_of, traffic_of_requests
+from kvstore.workload import seen
+from kvstore.workload.request import Request
+from kvstore.workload.traffic import traffic_of, traffic_of_requests
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,11 +15,11 @@ from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link, Sl
 from kvstore.schedule.policies.policy import Decision, Estimate, RoutingPolicy
 from kvstore.schedule.policies.service import ServiceKind
 from kvstore.schedule.policies.table import routing_policy
-from kvstore.simulate.block_keys import Text
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.engine import Simulation
-from kvstore.simulate.request import Request
 from kvstore.simulate.result import PARTS
+from kvstore.workload.block_keys import Text
+from kvstore.workload.request import Request
 from tests.unit.simulated import profile_of
 
 if TYPE_CHECKING:

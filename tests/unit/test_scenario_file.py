@@ -33,7 +33,7 @@ from kvstore.schedule.deployment import CacheSize, Cluster, Link, Slo
 from kvstore.schedule.planning.plan import plan_of
 from kvstore.schedule.planning.throughput import throughput
 from kvstore.simulate.simulation import simulate
-from kvstore.simulate.workload import requests_of
+from kvstore.workload.sources import requests_of
 
 FULL = """
 name = "everything"

@@ -12,8 +12,8 @@ from kvstore.scenario import LinkFault, NodeFault, Scenario, Workload
 from kvstore.schedule.deployment import Cluster, Deployment, Link
 from kvstore.schedule.policies.policy import Decision, Estimate, Explanation, Route
 from kvstore.simulate.engine import Simulation
-from kvstore.simulate.request import Request
 from kvstore.simulate.result import PARTS, Outcome
+from kvstore.workload.request import Request
 from tests.unit.brute_force import BruteForce, BruteJob
 from tests.unit.simulated import SLO, Fixed
 

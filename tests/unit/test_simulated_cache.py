@@ -17,7 +17,7 @@ from kvstore.schedule.deployment import CacheSize, Cluster
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED
 from kvstore.simulate import tier
 from kvstore.simulate.cache import ClusterCache
-from kvstore.simulate.request import Request
+from kvstore.workload.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

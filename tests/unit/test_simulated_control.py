@@ -17,9 +17,9 @@ from kvstore.simulate.conversions import Conversions
 from kvstore.simulate.engine import Simulation
 from kvstore.simulate.events import Events
 from kvstore.simulate.job import Job
-from kvstore.simulate.request import Request
 from kvstore.simulate.result import Outcome
 from kvstore.simulate.site import Site
+from kvstore.workload.request import Request
 from tests.unit.simulated import Fixed, one_cluster, poisson, profile_of, requests_at
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from kvstore.schedule.planning.plan import Traffic, plan_of
 from kvstore.schedule.planning.queueing import mdc, mmc
 from kvstore.schedule.planning.throughput import throughput
 from kvstore.schedule.policies.policy import Decision, Estimate, Explanation, Route
-from kvstore.simulate.request import Request
+from kvstore.workload.request import Request
 from tests.unit.simulated import Fixed, one_cluster, poisson, profile_of, requests_at, simulated
 
 REQUESTS = 40_000

@@ -17,8 +17,8 @@ from kvstore.schedule.policies.convert import (
     LongTermDecision,
 )
 from kvstore.simulate.engine import Simulation
-from kvstore.simulate.request import Request
 from kvstore.simulate.result import PARTS
+from kvstore.workload.request import Request
 from tests.unit.simulated import Fixed, one_cluster, profile_of, requests_at, simulated, two_clusters
 
 if TYPE_CHECKING:

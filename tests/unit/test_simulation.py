@@ -13,10 +13,10 @@ from kvstore.errors import SimulationError
 from kvstore.profile import MeasuredCurve, PolynomialCurve
 from kvstore.scenario import Arrivals, LinkFault, NodeFault, read_scenario
 from kvstore.schedule.deployment import Cluster, Deployment
-from kvstore.simulate.request import Request
 from kvstore.simulate.result import PARTS, Outcome
-from kvstore.simulate.seen import SeenKeys
 from kvstore.simulate.simulation import simulate
+from kvstore.workload.request import Request
+from kvstore.workload.seen import SeenKeys
 from tests.unit.simulated import Fixed, Spread, one_cluster, profile_of, requests_at, simulated, two_clusters
 
 if TYPE_CHECKING:

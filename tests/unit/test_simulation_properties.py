@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kvstore.scenario import LinkFault, NodeFault
 from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link
-from kvstore.simulate.request import Request
 from kvstore.simulate.result import Outcome
+from kvstore.workload.request import Request
 from tests.unit.simulated import Spread, profile_of, simulated
 
 if TYPE_CHECKING:

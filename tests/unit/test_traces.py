@@ -19,12 +19,12 @@ from kvstore.keys import KEY_BYTES
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.scenario import Arrivals, Workload
 from kvstore.schedule.deployment import CacheSize, Cluster
-from kvstore.simulate.block_keys import KeySpace, keys_of_ids
 from kvstore.simulate.cache import ClusterCache
-from kvstore.simulate.traces import agentic as agentic_module
-from kvstore.simulate.traces import bundled, mooncake, read_agentic, read_mooncake
-from kvstore.simulate.traces import chain as chain_module
-from kvstore.simulate.workload import requests_of
+from kvstore.workload.block_keys import KeySpace, keys_of_ids
+from kvstore.workload.sources import requests_of
+from kvstore.workload.traces import agentic as agentic_module
+from kvstore.workload.traces import bundled, mooncake, read_agentic, read_mooncake
+from kvstore.workload.traces import chain as chain_module
 
 TRACES = Path(__file__).parents[3] / "shared" / "traces"
 

@@ -16,16 +16,16 @@ from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
 from kvstore.scenario import Arrivals, Workload
 from kvstore.schedule.planning.lengths import TruncatedLogNormal
-from kvstore.simulate import session as session_module
-from kvstore.simulate import workload as workload_module
-from kvstore.simulate.arrivals import begin_times
-from kvstore.simulate.generators import BRANCHING, LOGNORMAL, MULTITURN
-from kvstore.simulate.workload import requests_of
+from kvstore.workload import session as session_module
+from kvstore.workload import sources
+from kvstore.workload.arrivals import begin_times
+from kvstore.workload.generators import BRANCHING, LOGNORMAL, MULTITURN
+from kvstore.workload.sources import requests_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 KINDS = ("lognormal", "multiturn", "branching")
 SMALL = {
@@ -206,7 +206,7 @@ def test_what_is_drawn_to_know_the_rate_is_bounded(monkeypatch: pytest.MonkeyPat
             drawn.append(number)
             yield (None,) * 50_000
 
-    monkeypatch.setitem(workload_module._GENERATORS, "branching", sessions)
+    monkeypatch.setitem(sources._GENERATORS, "branching", sessions)
     requests_of(Workload("branching", arrivals=Arrivals("poisson", 1.0)), block_tokens=16, seed=0)
     assert len(drawn) == 3
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.errors import TraceError
 from kvstore.limits import TRACE_LINE_BYTES_MAX, TRACE_REQUESTS_MAX
-from kvstore.simulate.block_keys import KeySpace, keys_of_ids
-from kvstore.simulate.session import Call
-from kvstore.simulate.traces.chain import IdChain
-from kvstore.simulate.traces.fields import ids_of, lines_of, number_of, object_of, tokens_of
+from kvstore.workload.block_keys import KeySpace, keys_of_ids
+from kvstore.workload.session import Call
+from kvstore.workload.traces.chain import IdChain
+from kvstore.workload.traces.fields import ids_of, lines_of, number_of, object_of, tokens_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,10 +13,10 @@ from kvstore.limits import (
     TRACE_SESSION_BYTES_MAX,
     TRACE_SESSIONS_MAX,
 )
-from kvstore.simulate.block_keys import KeySpace, keys_of_ids
-from kvstore.simulate.session import Call, Session, SessionKeys
-from kvstore.simulate.traces.chain import IdChain
-from kvstore.simulate.traces.fields import (
+from kvstore.workload.block_keys import KeySpace, keys_of_ids
+from kvstore.workload.session import Call, Session, SessionKeys
+from kvstore.workload.traces.chain import IdChain
+from kvstore.workload.traces.fields import (
     as_object,
     ids_of,
     number_of,

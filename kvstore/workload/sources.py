@@ -11,16 +11,16 @@ import numpy as np
 
 from kvstore.errors import SimulationError, TraceError
 from kvstore.limits import PROMPT_TOKENS_MAX
-from kvstore.simulate.arrivals import begin_times, check_arrivals
-from kvstore.simulate.generators import branching_sessions, lognormal_sessions, multiturn_sessions
-from kvstore.simulate.request import Request
-from kvstore.simulate.traces import bundled, read_agentic, read_mooncake
+from kvstore.workload.arrivals import begin_times, check_arrivals
+from kvstore.workload.generators import branching_sessions, lognormal_sessions, multiturn_sessions
+from kvstore.workload.request import Request
+from kvstore.workload.traces import bundled, read_agentic, read_mooncake
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from kvstore.scenario import Arrivals, Workload
-    from kvstore.simulate.session import Session
+    from kvstore.workload.session import Session
 
 _GENERATORS = {
     "lognormal": lognormal_sessions,

@@ -6,9 +6,9 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from kvstore.keys import KEY_BYTES
-from kvstore.simulate.block_keys import Text
-from kvstore.simulate.generators.settings import FIRST_PROMPT, prompt_lengths, settings_of, tokens
-from kvstore.simulate.session import Call, Session
+from kvstore.workload.block_keys import Text
+from kvstore.workload.generators.settings import FIRST_PROMPT, prompt_lengths, settings_of, tokens
+from kvstore.workload.session import Call, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

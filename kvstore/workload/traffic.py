@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 from kvstore.errors import SimulationError
 from kvstore.schedule.planning.lengths import PointMasses
 from kvstore.schedule.planning.plan import Traffic
-from kvstore.simulate.generators.lognormal import LOGNORMAL
-from kvstore.simulate.generators.settings import prompt_lengths, settings_of
-from kvstore.simulate.seen import SeenKeys
-from kvstore.simulate.workload import requests_of
+from kvstore.workload.generators.lognormal import LOGNORMAL
+from kvstore.workload.generators.settings import prompt_lengths, settings_of
+from kvstore.workload.seen import SeenKeys
+from kvstore.workload.sources import requests_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvstore.scenario import Workload
-    from kvstore.simulate.request import Request
+    from kvstore.workload.request import Request
 
 TRAFFIC_REQUESTS = 20_000
 """Requests whose lengths stand for those of a workload."""

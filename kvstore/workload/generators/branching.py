@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from kvstore.errors import SimulationError
 from kvstore.limits import SESSION_CALLS_MAX
-from kvstore.simulate.block_keys import Text
-from kvstore.simulate.generators.settings import Setting, settings_of, tokens
-from kvstore.simulate.session import Call, Session, SessionKeys
+from kvstore.workload.block_keys import Text
+from kvstore.workload.generators.settings import Setting, settings_of, tokens
+from kvstore.workload.session import Call, Session, SessionKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
