@@ -117,10 +117,15 @@ class Line:
         return min(self.bytes_per_s, self.limit_bytes_per_s)
 
     def queued_bytes(self, now_s: float) -> float:
-        """Ready to leave and not delivered; what is still to be made is not in the way of others."""
+        """Ready to leave and not delivered."""
         self.advance(now_s)
         free_bytes = self.marks_sum - len(self.free) * self.each_bytes
         return max(free_bytes, 0.0) + sum(flow.behind_bytes(now_s) for flow in self.capped)
+
+    def coming_bytes(self, now_s: float) -> float:
+        """Accepted, and still to be made."""
+        self.advance(now_s)
+        return sum(flow.remaining_bytes - flow.behind_bytes(now_s) for flow in self.capped)
 
     def delivered(self, now_s: float) -> float:
         self.advance(now_s)

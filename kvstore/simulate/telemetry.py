@@ -56,6 +56,7 @@ class Telemetry:
                     each.round_trip_s,
                     each.retransmitted_share,
                     age_s,
+                    each.coming_bytes,
                 )
                 for pair, each in links.items()
             }
@@ -92,6 +93,7 @@ class Telemetry:
                 used_share,
                 line.round_trip_s,
                 line.link.loss,
+                coming_bytes=line.coming_bytes(now_s),
             )
         self._links = states
         return passed_s

@@ -31,7 +31,8 @@ def state(name: str, prefill: int, decode: int, *, wait_s: float = 0.0, running:
 
 
 def link(source: str, target: str, *, rate: float = 1e8, queued_bytes: float = 0.0) -> LinkState:
-    return LinkState(source, target, rate, queued_bytes, 0.0, 0.01)
+    """Half of what is before others is still to be made."""
+    return LinkState(source, target, rate, queued_bytes / 2, 0.0, 0.01, coming_bytes=queued_bytes / 2)
 
 
 def snapshot(*clusters: ClusterState, links: tuple[LinkState, ...] = ()) -> Snapshot:
@@ -76,7 +77,7 @@ def scores(
                 if between in links and between not in rules.not_over and depths[source] > depths.get(p, 0):
                     way = links[between]
                     crossing = profile.kv.missing_bytes(depths[source], cached[p].attention_tokens)
-                    moving_s = way.round_trip_s + (way.queued_bytes + crossing) / way.bytes_per_s
+                    moving_s = way.round_trip_s + (way.queued_bytes + way.coming_bytes + crossing) / way.bytes_per_s
                     price = prices.link.get(between, 0.0) * crossing / way.bytes_per_s
                     beginnings.append((depths[source], cached[source].load_s + moving_s, price))
         for resume, before_s, begin_price in beginnings:
@@ -89,7 +90,7 @@ def scores(
                 if p != d:
                     way = links[p, d]
                     link_s = profile.kv.missing_bytes(n, cached[d].attention_tokens) / way.bytes_per_s
-                    sent_s = max(begin_s, way.queued_bytes / way.bytes_per_s) + link_s
+                    sent_s = max(begin_s, (way.queued_bytes + way.coming_bytes) / way.bytes_per_s) + link_s
                     if snapshot.prefill_service.kind == "chunked":
                         ready_s += profile.kv.resume_bytes(n) / way.bytes_per_s
                     ready_s = max(ready_s, sent_s) + way.round_trip_s

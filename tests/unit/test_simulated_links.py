@@ -106,7 +106,7 @@ def test_what_a_slow_link_left_behind_goes_on_when_all_is_made() -> None:
     assert events.now_s == pytest.approx(10.0)
 
 
-def test_what_is_still_to_be_made_is_not_queued() -> None:
+def test_what_is_still_to_be_made_is_coming_and_not_queued() -> None:
     events = Events()
     links = links_of(Link("a", "b", 100.0), Link("a", "c", 100.0), events=events)
     arrived: list[int] = []
@@ -117,6 +117,7 @@ def test_what_is_still_to_be_made_is_not_queued() -> None:
     def look(_: object) -> None:
         now_s = events.now_s
         seen.append((links.lines["a", "b"].queued_bytes(now_s), links.lines["a", "c"].queued_bytes(now_s)))
+        assert links.lines["a", "b"].coming_bytes(now_s) == 1000.0 - 50.0 * now_s
 
     for at_s in (0.0, 2.0, 5.0, 8.0):
         events.at(at_s, look, None)

@@ -302,7 +302,7 @@ def _targets(
                 handover_bytes += cost.token_bytes * (tokens - attention_tokens)
             link_s = handover_bytes / link.bytes_per_s
             price = place_price + prices.link.get(between, 0.0) * link_s
-            drained_s = link.queued_bytes / link.bytes_per_s
+            drained_s = (link.queued_bytes + link.coming_bytes) / link.bytes_per_s
             held_s = cost.held_bytes / link.bytes_per_s
             found.append(
                 (place_s + price, place_s, price, target, handover_bytes, link_s, drained_s, held_s, link.round_trip_s)
@@ -361,7 +361,7 @@ def _beginnings(
         size = snapshot.clusters[source].cluster.profile.kv
         prefix_bytes = size.missing_bytes(tokens, own_attention)
         link_s = prefix_bytes / link.bytes_per_s
-        prefix_s = link.round_trip_s + link.queued_bytes / link.bytes_per_s + link_s
+        prefix_s = link.round_trip_s + (link.queued_bytes + link.coming_bytes) / link.bytes_per_s + link_s
         if prefix_s >= limit_s and rules.prefixes == "fastest":
             continue
         price = prices.link.get((source, name), 0.0) * link_s

@@ -55,11 +55,12 @@ class LinkState:
     Attributes:
         bytes_per_s: what it delivers while there is enough to send: measured, or configured where nothing was. 0 while
             it is down.
-        queued_bytes: ready to leave and not yet delivered; what prefill has still to compute is not in the queue.
+        queued_bytes: ready to leave and not yet delivered.
         used_share: of what it could carry over the last seconds, 0 to 1.
         round_trip_s: to the other end and back.
         retransmitted_share: bytes sent again, of all sent.
         age_s: how old this is.
+        coming_bytes: that prefills under way have still to make for it.
     """
 
     source: str
@@ -70,6 +71,7 @@ class LinkState:
     round_trip_s: float
     retransmitted_share: float = 0.0
     age_s: float = 0.0
+    coming_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
