@@ -34,6 +34,8 @@ from kvstore.workload.traffic import traffic_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from numpy.typing import NDArray
+
     from kvstore.schedule.planning.plan import Traffic
     from kvstore.simulate.result import SimulationResult
 
@@ -64,12 +66,12 @@ class Figure:
     requests_per_s: float
     goodput_per_s: float
     good_share: float
-    ttft_mean_s: float
-    ttft_p90_s: float
+    ttft_mean_s: float | None
+    ttft_p90_s: float | None
     ttft_p90_loss_s: float | None
     good_share_loss: float | None
     rejected_share: float
-    hit_share: float
+    hit_share: float | None
     egress_gbps: float
     is_stable: bool
 
@@ -113,6 +115,11 @@ def ways_of(traffic: Traffic, link_bytes_per_s: float) -> tuple[list[Way], float
     ], plan.requests_per_s
 
 
+def p90(seconds: NDArray[np.float64]) -> float | None:
+    """None where nobody was served."""
+    return float(np.quantile(seconds, 0.9)) if len(seconds) else None
+
+
 def figure_of(way: Way, load: float, result: SimulationResult) -> Figure:
     """What is compared, of the requests that arrived after the warm-up."""
     table, scenario = result.requests, result.scenario
@@ -131,12 +138,12 @@ def figure_of(way: Way, load: float, result: SimulationResult) -> Figure:
         counted.sum() / seconds,
         (counted & is_good).sum() / seconds,
         (counted & is_good).sum() / counted.sum(),
-        float(table.ttft_s[served].mean()),
-        float(np.quantile(table.ttft_s[served], 0.9)),
-        None if during is None else float(np.quantile(table.ttft_s[during & served], 0.9)),
+        float(table.ttft_s[served].mean()) if served.any() else None,
+        p90(table.ttft_s[served]),
+        None if during is None else p90(table.ttft_s[during & served]),
         None if during is None else float((during & is_good).sum() / during.sum()),
         float((table.outcome[counted] == Outcome.REJECTED).mean()),
-        float(table.cached_tokens[served].sum() / table.prompt_tokens[served].sum()),
+        float(table.cached_tokens[served].sum() / table.prompt_tokens[served].sum()) if served.any() else None,
         float(table.handover_bytes[served].sum() + table.prefix_bytes[served].sum()) * 8e-9 / seconds,
         result.is_stable,
     )
@@ -159,6 +166,10 @@ def run(task: tuple[Way, float, float, Workload, bool]) -> Figure:
 def requests_in(workload: Workload) -> int:
     """How many requests the workload has."""
     return sum(1 for _ in requests_of(workload, block_tokens=512, seed=0))
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def show(figures: Iterable[Figure], caption: str) -> None:
@@ -186,12 +197,12 @@ def show(figures: Iterable[Figure], caption: str) -> None:
             f"{each.requests_per_s:.2f}",
             f"{each.goodput_per_s:.2f}",
             f"{each.good_share:.1%}",
-            f"{each.ttft_mean_s:.2f}",
-            f"{each.ttft_p90_s:.2f}",
-            "" if each.ttft_p90_loss_s is None else f"{each.ttft_p90_loss_s:.2f}",
-            "" if each.good_share_loss is None else f"{each.good_share_loss:.1%}",
+            shown(each.ttft_mean_s, ".2f"),
+            shown(each.ttft_p90_s, ".2f"),
+            shown(each.ttft_p90_loss_s, ".2f"),
+            shown(each.good_share_loss, ".1%"),
             f"{each.rejected_share:.1%}",
-            f"{each.hit_share:.1%}",
+            shown(each.hit_share, ".1%"),
             f"{each.egress_gbps:.1f}",
             "" if each.is_stable else "no",
         )
