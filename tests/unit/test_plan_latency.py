@@ -131,7 +131,7 @@ def test_fuller_batches_are_slower_where_steps_grow() -> None:
     means = [load.tpot_mean_s for load in loads]
     assert means[0] == pytest.approx(0.011)
     assert means == sorted(means)
-    assert loads[2].tpot_share(loads[2].tpot_quantile_s(0.9)) >= 0.9
+    assert 0 < loads[2].tpot_share(loads[2].tpot_mean_s) < 1 == loads[2].tpot_share(profile.decode_step(40))
     # Little's law: places taken = rate * seconds in a batch, and seconds = tokens * the step by time spent.
     assert loads[2].batch <= 40
     with pytest.raises(PlanError, match=r"unstable: 4 requests/s to decode, and 2 instances decode 3\.1"):

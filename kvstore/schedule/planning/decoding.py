@@ -90,8 +90,3 @@ class DecodeLoad:
     def tpot_share(self, limit_s: float) -> float:
         """P(TPOT <= limit), by the batch that a request joins."""
         return float(min(self._seen[self._tpot_s <= limit_s].sum(), 1.0))
-
-    def tpot_quantile_s(self, share: float) -> float:
-        """The time per output token that this share of the requests does not exceed."""
-        place = int(np.searchsorted(np.cumsum(self._seen), share - 1e-12))
-        return float(self._tpot_s[min(place, len(self._tpot_s) - 1)])
