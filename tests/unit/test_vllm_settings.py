@@ -31,10 +31,11 @@ from kvstore.errors import ConfigError, KVStoreError, SpecError, TransferError, 
 from kvstore.spec import Shard
 from kvstore.store import attach_store, open_store
 from kvstore.testing.specs import dense, hybrid
+from tests.attached.driver import socket_folder
 from tests.vllm_requests import keep
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).parents[2]
 SPEC = hybrid(4)
@@ -399,11 +400,17 @@ def wait_for_store(attached: AttachedStore) -> None:
         time.sleep(0.005)
 
 
-def test_what_a_killed_engine_leaves_is_removed_by_the_next_one(tmp_path: Path) -> None:
-    folders = {name: tmp_path / f"{FOLDER_PREFIX}{name}" for name in ("empty", "killed", "lives", "young")}
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    with socket_folder() as name:
+        yield Path(name)
+
+
+def test_what_a_killed_engine_leaves_is_removed_by_the_next_one(short_folder: Path) -> None:
+    folders = {name: short_folder / f"{FOLDER_PREFIX}{name}" for name in ("empty", "killed", "lives", "young")}
     for folder in folders.values():
         folder.mkdir()
-    other = tmp_path / "another-empty"
+    other = short_folder / "another-empty"
     other.mkdir()
     source = (
         "import os, signal, sys\n"
@@ -418,11 +425,11 @@ def test_what_a_killed_engine_leaves_is_removed_by_the_next_one(tmp_path: Path) 
     later_s = time.time() + 2 * FOLDER_LEFT_S
     with open_store(dense(4), dram="1MiB", socket=str(folders["lives"] / "store.sock")) as store:
         os.utime(folders["young"], (later_s, later_s))
-        assert remove_left_folders(tmp_path) == 0, "all of them are young"
-        assert remove_left_folders(tmp_path, now_s=later_s) == 2
+        assert remove_left_folders(short_folder) == 0, "all of them are young"
+        assert remove_left_folders(short_folder, now_s=later_s) == 2
         assert not folders["empty"].exists()
         assert not folders["killed"].exists()
         assert folders["young"].exists()
         assert other.exists()
         attach_store(str(folders["lives"] / "store.sock"), spec=store.spec).close()
-    assert remove_left_folders(tmp_path, now_s=later_s) == 1, "it has closed its store"
+    assert remove_left_folders(short_folder, now_s=later_s) == 1, "it has closed its store"
