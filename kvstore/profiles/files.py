@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvstore.documents import whole_file, without_repeats
 from kvstore.errors import ProfileError
 from kvstore.limits import PROFILE_FILE_BYTES_MAX, PROFILE_NUMBER_MAX, PROFILE_TEXT_CHARACTERS_MAX
 from kvstore.profile import INFERABLE, Curve, KvSize, MeasuredCurve, PolynomialCurve, Profile
@@ -83,12 +84,10 @@ def write_profile(profile: Profile, path: str | os.PathLike[str], *, details: Ma
             f"{target} would be {format_bytes(len(data))}, more than {format_bytes(PROFILE_FILE_BYTES_MAX)}, the limit "
             "of a profile; leave details out"
         )
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_bytes(data)
-        partial.replace(target)
+        with whole_file(target) as file:
+            file.write(data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ProfileError(f"the profile {target} cannot be written: {error.strerror}") from error
 
 
@@ -130,7 +129,7 @@ def profile_from_text(text: str, name: str = "the profile") -> Profile:
             no profile can have.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        document = json.loads(text, object_pairs_hook=without_repeats, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{name} is no profile in JSON: {error}; write one with `kvstore profile`") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -280,13 +279,6 @@ def _read(path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ProfileError(f"{path} is not text: {error}; write a profile with `kvstore profile`") from error
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an entry is there twice")
-    return found
 
 
 def _no_constant(number: str) -> Any:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore.documents import without_repeats
 from kvstore.errors import SpecError
 from kvstore.limits import SPEC_FILE_BYTES_MAX
 from kvstore.spec.model import ModelSpec
@@ -43,7 +44,7 @@ def spec_from_file_text(text: str, name: str = "the spec file") -> ModelSpec:
     """
     try:
         document = json.loads(
-            text, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_float=_no_fraction
+            text, object_pairs_hook=without_repeats, parse_constant=_no_constant, parse_float=_no_fraction
         )
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{name} is not a model spec in JSON: {error}; write one with `kvstore spec`") from error
@@ -107,13 +108,6 @@ def _spec(body: Any, name: str) -> ModelSpec:
 
 def _canonical(body: Any) -> str:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an entry is there twice")
-    return found
 
 
 def _no_fraction(number: str) -> Any:

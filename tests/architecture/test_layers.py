@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A package may import those listed before it, and itself. What stands in one group is on one level.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("kvstore._version", "kvstore._native", "kvstore.errors", "kvstore.limits", "kvstore.units"),
-    ("kvstore.clock", "kvstore.wire", "kvstore.profile"),
+    ("kvstore.clock", "kvstore.documents", "kvstore.wire", "kvstore.profile"),
     ("kvstore.schedule",),
     ("kvstore.handle",),
     ("kvstore.events", "kvstore.metrics"),

@@ -15,7 +15,7 @@ import pytest
 
 from kvstore.errors import SimulationError
 from kvstore.simulate.report.columns import REQUEST_COLUMNS, SAMPLE_COLUMNS, requests_table, samples_table
-from kvstore.simulate.report.files import whole_file, write_result, write_summaries
+from kvstore.simulate.report.files import report_file, write_result, write_summaries
 from kvstore.simulate.report.summary import summarise
 from kvstore.simulate.result import PARTS
 from tests.reports.results import drawn
@@ -79,20 +79,20 @@ def test_summaries_of_several_runs(tmp_path: Path) -> None:
 
 def test_a_file_is_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "summary.json"
-    with whole_file(target) as opened:
+    with report_file(target) as opened:
         opened.write(b"old")
     no_space = OSError(28, "no space left")
     with (
         pytest.raises(SimulationError, match=r"summary\.json cannot be written \(no space left\)"),
-        whole_file(target),
+        report_file(target),
     ):
         raise no_space
-    with pytest.raises(KeyboardInterrupt), whole_file(target) as opened:
+    with pytest.raises(KeyboardInterrupt), report_file(target) as opened:
         raise KeyboardInterrupt
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(SimulationError, match="cannot be written"), whole_file(tmp_path / "file" / "summary.json"):
+    with pytest.raises(SimulationError, match="cannot be written"), report_file(tmp_path / "file" / "summary.json"):
         pass
 
 

@@ -22,7 +22,7 @@ from kvstore.simulate.report.figures import (
     line_style,
     logarithmic,
 )
-from kvstore.simulate.report.files import whole_file, write_summaries
+from kvstore.simulate.report.files import report_file, write_summaries
 from kvstore.simulate.report.markup import alert, document, heading, picture, section, table
 from kvstore.simulate.report.wording import gbits, percent, rate, seconds
 
@@ -142,7 +142,7 @@ def write_comparison(
     written = list(write_summaries(runs, directory, "comparison"))
     if page is not None:
         written.append(directory / "comparison.html")
-        with whole_file(written[-1]) as opened:
+        with report_file(written[-1]) as opened:
             opened.write(page.encode())
     return tuple(written)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,6 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from kvstore._version import __version__
+from kvstore.documents import whole_file
 from kvstore.errors import SimulationError
 from kvstore.simulate.report.columns import requests_table, samples_table
 from kvstore.simulate.report.summary import summarise
@@ -50,9 +50,9 @@ def write_result(result: SimulationResult, directory: Path, summary: Summary | N
     """
     written = list(write_summaries([summary or summarise(result)], directory, "summary"))
     for name, table in (("requests", requests_table(result)), ("samples", samples_table(result))):
-        with whole_file(directory / f"{name}.csv") as opened:
+        with report_file(directory / f"{name}.csv") as opened:
             pa.csv.write_csv(_without_dictionaries(table), opened)
-        with whole_file(directory / f"{name}.parquet") as opened:
+        with report_file(directory / f"{name}.parquet") as opened:
             pa.parquet.write_table(table, opened, compression="zstd")
         written += [directory / f"{name}.csv", directory / f"{name}.parquet"]
     return tuple(written)
@@ -66,11 +66,11 @@ def write_summaries(summaries: Sequence[Summary], directory: Path, name: str) ->
     """
     document = summaries_document(summaries)
     written = [directory / f"{name}.json"]
-    with whole_file(written[0]) as opened:
+    with report_file(written[0]) as opened:
         opened.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
     if len(summaries) != 1:
         written.append(directory / f"{name}.csv")
-        with whole_file(written[1]) as opened:
+        with report_file(written[1]) as opened:
             opened.write(_csv(summaries).encode())
     return tuple(written)
 
@@ -95,21 +95,16 @@ def check_directory(directory: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def report_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that replaces `path` at the end, whole or not at all; its directory is made if need be.
 
     Raises:
         SimulationError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as opened:
-                yield opened
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(path) as opened:
+            yield opened
     except OSError as error:
         raise _cannot_write(path, error) from error
 

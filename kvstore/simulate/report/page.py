@@ -13,7 +13,7 @@ from kvstore.simulate.report.described import (
     setting_rows,
 )
 from kvstore.simulate.report.figures import check_drawing
-from kvstore.simulate.report.files import whole_file
+from kvstore.simulate.report.files import report_file
 from kvstore.simulate.report.markup import (
     alert,
     bullets,
@@ -81,7 +81,7 @@ def write_page(result: SimulationResult, directory: Path, summary: Summary | Non
     """
     page = run_page(result, summary)
     path = directory / "report.html"
-    with whole_file(path) as opened:
+    with report_file(path) as opened:
         opened.write(page.encode())
     return path
 
