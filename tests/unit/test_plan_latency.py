@@ -10,24 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import PlanError
-from kvstore.profile import KvSize, MeasuredCurve, PolynomialCurve, Profile
+from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster, Deployment, Link, Slo
 from kvstore.schedule.planning.decoding import DecodeLoad
 from kvstore.schedule.planning.goodput import goodput, plan_goodput
 from kvstore.schedule.planning.latency import LoadedPlan
-from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
+from kvstore.schedule.planning.lengths import PointMasses
 from kvstore.schedule.planning.plan import PrefixMove, Traffic, plan_of
 from kvstore.schedule.planning.queueing import mdc, mmc
 from kvstore.schedule.planning.throughput import Throughput, throughput
+from tests.unit.planned import GBIT, H20, H200, TRAFFIC
 
-GBIT = 1e9 / 8
-KV = KvSize(state_bytes=173.92 * 2**20, token_bytes=17_280)
-H200 = Profile(
-    "h200", "test", MeasuredCurve((1024, 8192, 32768, 131072), (0.44, 0.72, 1.84, 7.40)), KV,
-    PolynomialCurve((0.025,)), 20, 8, 131072,
-)  # fmt: skip
-H20 = replace(H200, name="h20", prefill=PolynomialCurve((0.469, 0.13, 2.94e-4), 1000.0))
-TRAFFIC = Traffic(TruncatedLogNormal(9.90, 1.00, 128, 131072), 1024)
 SLO = Slo(ttft_s=6.0, tpot_s=0.03, share=0.9)
 
 

@@ -10,22 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import DeploymentError, PlanError
-from kvstore.profile import KvSize, MeasuredCurve, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster, Deployment, Link, Slo
 from kvstore.schedule.link_rate import loss_limited_bytes_per_s
-from kvstore.schedule.planning.lengths import PointMasses, TruncatedLogNormal
+from kvstore.schedule.planning.lengths import PointMasses
 from kvstore.schedule.planning.plan import CONVENTIONS, Band, Plan, PrefixMove, Split, Traffic, divided, plan_of
 from kvstore.schedule.planning.throughput import throughput
-
-GBIT = 1e9 / 8
-KV = KvSize(state_bytes=173.92 * 2**20, token_bytes=17_280)
-H200 = Profile(
-    "h200", "test", MeasuredCurve((1024, 8192, 32768, 131072), (0.44, 0.72, 1.84, 7.40)), KV,
-    PolynomialCurve((0.025,)), 20, 8, 131072,
-)  # fmt: skip
-H20 = replace(H200, name="h20", prefill=PolynomialCurve((0.469, 0.13, 2.94e-4), 1000.0))
-LENGTHS = TruncatedLogNormal(9.90, 1.00, 128, 131072)
-TRAFFIC = Traffic(LENGTHS, 1024)
+from tests.unit.planned import GBIT, H20, H200, KV, LENGTHS, TRAFFIC
 
 
 def paper(egress_gbit: float = 100.0, **link: float) -> Deployment:
