@@ -192,7 +192,7 @@ KEEP_PINNED_FRACTION_MAX = 0.25
 KEPT_KNOWN_MAX = 1 << 14
 """Resume points that are remembered as kept, so that a hit on them asks nothing."""
 KEEP_AGAIN_S = 60.0
-"""What a tier has refused is offered to it again after this long, if somebody reads it."""
+"""What a tier has refused is offered to it again after this long, if somebody reads it. A commit does not wait."""
 KEEP_CLOSE_DEADLINE_S = 10.0
 """How long closing a store waits for what was committed to be kept in other tiers."""
 

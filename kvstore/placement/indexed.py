@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 
 class IndexedShelf(Shelf):
-    """The part of a shelf that asks its index until when things are wanted. Subclasses make `_lock` and `_index`."""
+    """The part of a shelf that its index answers. Subclasses make `_lock` and `_index`."""
 
     _lock: AbstractContextManager[Any]
     _index: PrefixIndex
+
+    @property
+    def lost_records(self) -> int:
+        with self._lock:
+            return self._index.native.lost_records
 
     @property
     def next_end_us(self) -> int:

@@ -38,9 +38,6 @@ NOT_LOST = frozenset(("sparse", "transient", "ended"))
 """Reasons for which a resume point is not kept by design: `flush` does not speak of them."""
 
 
-_NEVER = Deadline(0.0)
-
-
 @dataclass(frozen=True)
 class KeepStatistics:
     """What was kept on shelves.
@@ -88,10 +85,24 @@ class _Offer:
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """What the shelves said of a resume point.
+
+    Attributes:
+        lost_records: of all shelves before they were asked: while that stays, they have what they said they have.
+        again: when it may be offered again to those that refused it; None: all have it.
+    """
+
+    lost_records: int
+    again: Deadline | None
+
+
+@dataclass(frozen=True)
 class _Keeping:
     """An offer that shelves are taking; its records are pinned until all of them have."""
 
     offer: _Offer
+    lost_records: int
     hold: Hold
     ends: Ends
     handles: Sequence[tuple[Shelf, Handle[int]]]
@@ -124,9 +135,9 @@ class Keeper:
         self._changed = threading.Condition()
         self._queue: deque[_Offer] = deque()
         self._queued: set[WantedKey] = set()
-        self._known: OrderedDict[WantedKey, Deadline | None] = OrderedDict()
-        """What need not be offered: what all shelves have, and for a while what one has refused."""
-        self._evicted_before = 0
+        self._begun: dict[WantedKey, _Offer | None] = {}
+        """What shelves are being asked for, and who came with the same meanwhile: it may have gone in between."""
+        self._answers: OrderedDict[WantedKey, _Answer] = OrderedDict()
         self._keeping: list[_Keeping] = []
         self._last_number = 0
         self._busy: set[int] = set()
@@ -142,28 +153,51 @@ class Keeper:
 
     # Offering
 
-    def offer(self, wanted: Wanted, *, may_live_longer: bool = False) -> None:
+    def offer(self, wanted: Wanted, *, is_committed: bool = False, may_live_longer: bool = False) -> None:
         """A resume point is in the pool: keep what the shelves lack of it.
 
         Args:
+            is_committed: just now; who waits for `flush` must not be told what shelves said of it before.
             may_live_longer: than the shelves know, also where they have all of it.
         """
         key = wanted.key
+        lost_records = self._lost_records()
         with self._changed:
-            if self._is_stopping or key in self._queued or (self._is_known(key) and not may_live_longer):
+            if self._is_stopping or key in self._queued:
+                return
+            if key in self._begun:
+                if not is_committed or self._begun[key] is not None:
+                    return
+            elif not may_live_longer and self._is_answered(key, lost_records, is_committed=is_committed):
                 return
             offer = _Offer(self._last_number + 1, wanted)
             self._last_number = offer.number
-            self._queue.append(offer)
-            self._queued.add(key)
             self._busy.add(offer.number)
-            if len(self._queue) > KEEP_QUEUE_MAX:
-                self._drop(self._queue.popleft(), "queue")
-            os.eventfd_write(self._wake, 1)
+            if key in self._begun:
+                self._begun[key] = offer
+            else:
+                self._put(offer)
 
-    def _is_known(self, key: WantedKey) -> bool:
-        until = self._known.get(key, _NEVER)
-        return until is None or not until.has_passed
+    def _is_answered(self, key: WantedKey, lost_records: int, *, is_committed: bool) -> bool:
+        answer = self._answers.get(key)
+        if answer is None:
+            return False
+        if answer.again is None:
+            return answer.lost_records == lost_records
+        return not is_committed and not answer.again.has_passed
+
+    def _lost_records(self) -> int:
+        return sum(shelf.lost_records for shelf in self._shelves)
+
+    def _put(self, offer: _Offer) -> None:
+        """With the lock."""
+        self._queue.append(offer)
+        self._queued.add(offer.wanted.key)
+        if len(self._queue) > KEEP_QUEUE_MAX:
+            dropped = self._queue.popleft()
+            self._queued.discard(dropped.wanted.key)
+            self._drop(dropped, "queue")
+        os.eventfd_write(self._wake, 1)
 
     def refuse(self, reason: str) -> None:
         """Count a resume point that is not offered."""
@@ -172,9 +206,15 @@ class Keeper:
 
     def _drop(self, offer: _Offer, reason: str) -> None:
         """With the lock."""
-        self._queued.discard(offer.wanted.key)
-        self._busy.discard(offer.number)
         self._count_dropped(reason)
+        self._over(offer)
+
+    def _over(self, offer: _Offer) -> None:
+        """Nobody is asked for it any more, but for who came meanwhile; with the lock."""
+        again = self._begun.pop(offer.wanted.key, None)
+        if again is not None:
+            self._put(again)
+        self._busy.discard(offer.number)
         self._changed.notify_all()
 
     def _count_dropped(self, reason: str, *, is_lost: bool = True) -> None:
@@ -192,6 +232,9 @@ class Keeper:
                     return
                 may_begin = bool(self._queue) and self._has_room() and not self._is_stopping
                 offer = self._queue.popleft() if may_begin else None
+                if offer is not None:
+                    self._queued.discard(offer.wanted.key)
+                    self._begun[offer.wanted.key] = None
             if offer is None or not self._tried(offer):
                 self._wait()
 
@@ -211,10 +254,11 @@ class Keeper:
 
     def _begin(self, offer: _Offer) -> bool:
         """Have the shelves take it; False if there is no room to pin it now."""
+        lost_records = self._lost_records()
         ends = Ends(self._ends_of(offer.wanted.path))
         lacking = [shelf for shelf in self._shelves if not _has(shelf, offer.wanted, ends)]
         if not lacking:
-            self._done(offer, 0, 0)
+            self._done(offer, lost_records, 0, 0)
             return True
         hold = self._hold(offer.wanted)
         size_bytes = hold.placed.slots.size_bytes
@@ -223,14 +267,18 @@ class Keeper:
             if fits:
                 self._pinned_bytes += size_bytes
             else:
+                again = self._begun.pop(offer.wanted.key)
+                if again is not None:
+                    self._busy.discard(again.number)  # this one's turn is still to come
                 self._queue.appendleft(offer)
+                self._queued.add(offer.wanted.key)
         if not fits:
             _release(hold)
             return False
         with self._ends_lock:
             ends.table = self._ends_of(offer.wanted.path)
             handles = [(shelf, _keep(shelf, offer.wanted.path, hold, ends)) for shelf in lacking]
-            self._keeping.append(_Keeping(offer, hold, ends, handles, size_bytes))
+            self._keeping.append(_Keeping(offer, lost_records, hold, ends, handles, size_bytes))
         return True
 
     @contextmanager
@@ -273,38 +321,17 @@ class Keeper:
             with self._changed:
                 self._pinned_bytes -= keeping.size_bytes
                 self._kept += len(keeping.handles) > refusals
-            self._done(keeping.offer, kept_bytes, refusals)
-        if ended:
-            self._forget_evicted()
+            self._done(keeping.offer, keeping.lost_records, kept_bytes, refusals)
 
-    def _done(self, offer: _Offer, kept_bytes: int, refusals: int) -> None:
+    def _done(self, offer: _Offer, lost_records: int, kept_bytes: int, refusals: int) -> None:
         with self._changed:
-            self._queued.discard(offer.wanted.key)
-            self._known[offer.wanted.key] = Deadline.after(KEEP_AGAIN_S) if refusals else None
-            self._known.move_to_end(offer.wanted.key)
-            while len(self._known) > KEPT_KNOWN_MAX:
-                self._known.popitem(last=False)
+            again = Deadline.after(KEEP_AGAIN_S) if refusals else None
+            self._answers[offer.wanted.key] = _Answer(lost_records, again)
+            self._answers.move_to_end(offer.wanted.key)
+            while len(self._answers) > KEPT_KNOWN_MAX:
+                self._answers.popitem(last=False)
             self._kept_bytes += kept_bytes
-            self._busy.discard(offer.number)
-            self._changed.notify_all()
-
-    def _forget_evicted(self) -> None:
-        """What a shelf has lost may be offered anew."""
-        try:
-            found = [shelf.statistics() for shelf in self._shelves]
-        except Exception:  # who cannot say what it has lost is asked for everything
-            LOG.exception("a tier cannot say what it has lost")
-            self.forget_known()
-            return
-        evicted = sum(each.evicted_records + each.damaged_records for each in found)
-        if evicted != self._evicted_before:
-            self._evicted_before = evicted
-            self.forget_known()
-
-    def forget_known(self) -> None:
-        """Ask the shelves again for whatever is offered next."""
-        with self._changed:
-            self._known.clear()
+            self._over(offer)
 
     # The rest
 

@@ -49,14 +49,9 @@ class LoadStatistics:
 
 
 class Loads:
-    """Begins loads, and lets who wants the same join. Any thread.
+    """Begins loads, and lets who wants the same join. Any thread."""
 
-    Args:
-        damaged: told when a load has made a shelf forget something.
-    """
-
-    def __init__(self, pool: Pool, damaged: Callable[[], None]) -> None:
-        self._damaged = damaged
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._lock = threading.Lock()
         self._running: dict[LoadKey, Load] = {}
@@ -122,8 +117,6 @@ class Loads:
         return load, False
 
     def _ended(self, key: LoadKey, load: Load) -> None:
-        if load.damaged_records:
-            self._damaged()
         with self._lock:
             if self._running.get(key) is load:
                 del self._running[key]

@@ -177,6 +177,14 @@ class Shelf(ABC):
     def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
         """As `Ends.table`, of what is here of a path."""
 
+    @property
+    @abstractmethod
+    def lost_records(self) -> int:
+        """How many records could be found here once and cannot any more: evicted, ended, damaged, dropped.
+
+        It never falls, and has risen before anybody can miss them: while it stays as it is, what was here is here.
+        """
+
     def drop_ended(self, key: bytes, *, is_state: bool) -> None:  # noqa: B027  # most have nothing to do
         """Something has ended in the pool: a node's states, or its attention with everything below it.
 

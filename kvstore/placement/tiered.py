@@ -99,7 +99,7 @@ class TieredPool(Pool):
             int(tier.capacity_bytes * KEEP_PINNED_FRACTION_MAX),
         )
         self.subscribe_expired(self._drop_ended)
-        self._loads = Loads(self, self._keeper.forget_known)
+        self._loads = Loads(self)
 
     # Reading
 
@@ -258,7 +258,7 @@ class TieredPool(Pool):
     def commit_flat(self, write: FlatWrite) -> None:
         super().commit_flat(write)
         for path in write.paths:
-            self._keeper.offer(Wanted(path, WHOLE, grids=None), may_live_longer=self._has_ends)
+            self._keeper.offer(Wanted(path, WHOLE, grids=None), is_committed=True, may_live_longer=self._has_ends)
 
     def _offer(self, commit: PreparedCommit) -> None:
         """Have the shelves keep the resume points that a commit has made, the shortest first."""
@@ -268,7 +268,8 @@ class TieredPool(Pool):
             self._keeper.refuse("sparse")
             return
         ready = commit.ready.astype(np.int64)
-        nodes = set(_resume_nodes(self.spec, rows, ready))
+        committed = set(_resume_nodes(self.spec, rows, ready))
+        nodes = set(committed)
         if commit.is_final:
             held = transaction.placed_held.rows
             nodes.update(_resume_nodes(self.spec, held, np.arange(len(held))))
@@ -279,13 +280,15 @@ class TieredPool(Pool):
             nodes.discard(len(path) - 1)
             if not self.spec.state_groups and len(path) > 1:
                 nodes.add(len(path) - 2)
+        if commit.is_final and nodes:
+            committed.add(max(nodes))
         shard = _shard_of(self.spec, rows)
         grids = _known_grids(transaction)
         for node in sorted(nodes):
             # What was computed with other chunk boundaries is another variant, and kept beside this one.
             of_node = {place: digest for place, digest in grids.items() if place[0] <= node} or None
             wanted = Wanted(path.prefix(node + 1), shard, grids=of_node)
-            self._keeper.offer(wanted, may_live_longer=self._has_ends)
+            self._keeper.offer(wanted, is_committed=node in committed, may_live_longer=self._has_ends)
 
     def _hold_to_keep(self, wanted: Wanted) -> Hold:
         """All of it; or one worker's share, where nobody stores the others' here."""
@@ -363,7 +366,6 @@ class TieredPool(Pool):
         freed_bytes = super().evict(key, states_only=states_only)
         for shelf in self.shelves:
             freed_bytes += shelf.evict(key, states_only=states_only)
-        self._keeper.forget_known()
         return freed_bytes
 
     def evict_here(self, key: bytes, *, states_only: bool = False) -> int:
@@ -376,7 +378,6 @@ class TieredPool(Pool):
         if slot is None:
             for shelf in self.shelves:
                 shelf.condemn(key, is_state=is_state)
-        self._keeper.forget_known()
 
     # The pool itself
 

@@ -491,7 +491,9 @@ class ShelfConformance:
         last = self.write(source, range(16), resume_at=[8, 16])
         self.fill(shelf, self.held(source, range(16), tokens=8))
         self.fill(shelf, last)
+        lost_before = shelf.lost_records
         shelf.condemn(last.path.key(1), is_state=True)
+        assert shelf.lost_records > lost_before
         assert self.lengths(shelf, source, range(16)) == [16]
         self.assert_loads(shelf, last)
         shelf.check()
@@ -520,9 +522,13 @@ class ShelfConformance:
         last = self.write(source, range(16), resume_at=[8, 16])
         self.fill(shelf, self.held(source, range(16), tokens=8))
         self.fill(shelf, last)
+        assert shelf.lost_records == 0
         assert shelf.evict(last.path.key(3), states_only=True) > 0
+        lost_before = shelf.lost_records
+        assert lost_before > 0
         assert self.lengths(shelf, source, range(16)) == [8]
         assert shelf.evict(last.path.key(0)) > 0
+        assert shelf.lost_records > lost_before
         assert self.lengths(shelf, source, range(16)) == []
         assert shelf.statistics().committed_bytes == 0
         shelf.check()
@@ -623,7 +629,9 @@ class ShelfConformance:
         assert self.lengths(shelf, source, range(8)) == [8]
         held = shelf.hold(short.path, shard=WHOLE)
         assert held is not None
+        assert shelf.lost_records == 0
         assert shelf.expire(FAR_US + 10) > 0
+        assert shelf.lost_records > 0
         assert self.lengths(shelf, source, range(8)) == []
         assert self.lengths(shelf, source, [*range(8), 50, 51, 52, 53]) == [12]
         self.assert_same(held, short)

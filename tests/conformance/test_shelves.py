@@ -204,6 +204,14 @@ class EvictsStatesAlone(MemoryShelf):
         return super().evict(key, states_only=True)
 
 
+class LosesInSilence(MemoryShelf):
+    """Who asks whether it has lost something is told that it has not."""
+
+    @property
+    def lost_records(self) -> int:
+        return 0
+
+
 class SaysNothingOfEvictions(MemoryShelf):
     """What leaves it is told to nobody."""
 
@@ -275,6 +283,9 @@ K = ShelfConformance
         (StatesTakeAttention, K.test_condemned_states_leave_the_rest),
         (CondemnsWhatIsThere, K.test_condemned_too_late_is_nothing),
         (EvictsStatesAlone, K.test_evict),
+        (LosesInSilence, K.test_evict),
+        (LosesInSilence, K.test_condemned_states_leave_the_rest),
+        (LosesInSilence, K.test_what_has_ended_is_not_found_held_or_not),
         (SaysNothingOfEvictions, K.test_what_it_tells_adds_up),
         (StaysOpen, K.test_close),
         (ForgetsAtTheEnd, K.test_what_is_durable_is_there_again),

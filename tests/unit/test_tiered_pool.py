@@ -37,6 +37,10 @@ from kvstore.tiers import ArenaTier
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from kvstore.handle import Handle
+    from kvstore.placement.ends import Ends
+    from kvstore.pool.held import PlacedRows
+    from kvstore.pool.path import NodePath
     from kvstore.spec import ModelSpec
     from kvstore.store import Lease, Writer
 
@@ -85,13 +89,18 @@ def open_tiers(
     shelf_bytes: int = 8 << 20,
     medium: ShelfMedium | None = None,
     shelves: int = 1,
+    shelf: MemoryShelf | None = None,
     close_deadline_s: float = TEST_S,
 ) -> Tiers:
     spec = spec or hybrid(B)
-    made = [
-        MemoryShelf(spec, capacity_bytes=shelf_bytes, name=f"shelf{number}", medium=medium or ShelfMedium())
-        for number in range(shelves)
-    ]
+    made = (
+        [shelf]
+        if shelf is not None
+        else [
+            MemoryShelf(spec, capacity_bytes=shelf_bytes, name=f"shelf{number}", medium=medium or ShelfMedium())
+            for number in range(shelves)
+        ]
+    )
     arena = ArenaTier(dram, largest_slot_bytes=largest_slot_bytes(spec), slot_sizes_bytes=slot_sizes_bytes(spec))
     pool = TieredPool(spec, arena, made, close_deadline_s=close_deadline_s)
     return Tiers(Store(pool), pool, made[0], made[1] if shelves > 1 else None)
@@ -520,10 +529,76 @@ def test_closing_ends_loads(tiers: Tiers) -> None:
 def test_a_hit_brings_back_what_the_shelf_lost(tiers: Tiers) -> None:
     tiers.write()
     assert tiers.shelf.evict(tiers.store.prompt(IDS).path.key(0)) > 0
-    tiers.pool._keeper.forget_known()
     with tiers.store.read(tiers.store.match(MORE)):
         pass
     tiers.settle()
+    tiers.forget_here()
+    assert tiers.store.match(MORE).tokens == 22
+
+
+class LosesAtOnce(MemoryShelf):
+    """What it has kept is gone before anybody hears that it was kept."""
+
+    def keep(self, path: NodePath, salt: bytes, placed: PlacedRows, ends: Ends | None = None) -> Handle[int]:
+        handle = super().keep(path, salt, placed, ends)
+        handle.result(TEST_S)
+        if self.loses:
+            assert self.evict(path.key(0)) > 0
+        return handle
+
+    loses = True
+
+
+def test_what_was_lost_before_the_keeper_heard_of_it_is_kept_again() -> None:
+    spec = hybrid(B)
+    shelf = LosesAtOnce(spec, capacity_bytes=8 << 20, medium=ShelfMedium())
+    tiers = open_tiers(spec, shelf=shelf)
+    with closing(tiers.store):
+        tiers.write()
+        shelf.loses = False
+        tiers.write()
+        tiers.store.flush(TEST_S)
+        tiers.forget_here()
+        assert tiers.store.match(MORE).tokens == 22
+
+
+def test_what_has_ended_and_is_written_again_is_kept_again(tiers: Tiers) -> None:
+    tiers.write()
+    assert tiers.store.expire(IDS) == 22
+    assert tiers.store.match(MORE).tokens == 0
+    tiers.write()
+    tiers.store.flush(TEST_S)
+    tiers.forget_here()
+    assert tiers.store.match(MORE).tokens == 22
+
+
+def test_what_ends_while_it_is_being_kept_and_is_written_again_is_kept(tiers: Tiers) -> None:
+    tiers.shelf.keeps.close()
+    with tiers.store.write(IDS) as writer:
+        put_all(writer)
+        writer.commit()
+    tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
+    assert tiers.store.expire(IDS) == 22
+    with tiers.store.write(IDS) as writer:
+        put_all(writer)
+        writer.commit()
+    tiers.shelf.keeps.open()
+    tiers.store.flush(TEST_S)
+    tiers.forget_here()
+    assert tiers.store.match(MORE).tokens == 22
+
+
+def test_what_was_refused_and_is_committed_again_is_offered_again(tiers: Tiers) -> None:
+    tiers.shelf.refuses = "write budget"
+    tiers.write()
+    with tiers.store.write(IDS) as writer:
+        put_all(writer)
+        writer.commit()
+    with pytest.raises(ShelfRefusedError, match="1 'write budget'"):
+        tiers.store.flush(TEST_S)
+    tiers.shelf.refuses = ""
+    tiers.write()
+    tiers.store.flush(TEST_S)
     tiers.forget_here()
     assert tiers.store.match(MORE).tokens == 22
 

@@ -425,6 +425,7 @@ void bind_index(nb::module_& module) {
         .def_prop_ro("ghost_count", [](const PrefixIndex& self) { return self.index().ghost_count(); })
         .def_prop_ro("record_count", [](const PrefixIndex& self) { return self.index().record_count(); })
         .def_prop_ro("committed_bytes", [](const PrefixIndex& self) { return self.index().committed_bytes(); })
+        .def_prop_ro("lost_records", [](const PrefixIndex& self) { return self.index().lost_records(); })
         .def_prop_ro("memory_bytes", [](const PrefixIndex& self) { return self.index().memory_bytes(); })
         .def_prop_ro("allocated_bytes", [](const PrefixIndex& self) { return self.index().allocated_bytes(); })
         .def_prop_ro("bytes_by_salt", &PrefixIndex::bytes_by_salt)

@@ -398,6 +398,7 @@ void Index::remove(NodeId id, bool is_state, std::vector<Slot>& freed) {
         freed.push_back(record.slot());
         size_bytes += record.slot_bytes;
         committed_bytes_ -= record.slot_bytes;
+        ++lost_records_;
         owner(id).bytes -= record.slot_bytes;
         --owner(id).records;
         grids_.drop(record.grid);

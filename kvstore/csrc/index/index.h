@@ -178,6 +178,8 @@ class Index {
     std::uint32_t ghost_count() const { return ghosts_; }
     std::uint32_t record_count() const { return records_.size(); }
     std::uint64_t committed_bytes() const { return committed_bytes_; }
+    // How many records have left, ever: while it stays, what was here is here.
+    std::uint64_t lost_records() const { return lost_records_; }
     std::size_t memory_bytes() const;
     std::size_t allocated_bytes() const;
     std::vector<std::pair<std::string, std::uint64_t>> bytes_by_salt() const;
@@ -401,6 +403,7 @@ class Index {
     Chunked<OrderLinks> salt_links_;  // of the orders of use of single salts, by node
     std::uint32_t ghosts_ = 0;
     std::uint64_t committed_bytes_ = 0;
+    std::uint64_t lost_records_ = 0;
     std::vector<Handle> chosen_;
     std::vector<std::size_t> chosen_ends_;  // in `chosen_`, after each evictable with all that goes with it
     std::uint64_t chosen_bytes_ = 0;

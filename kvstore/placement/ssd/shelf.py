@@ -220,6 +220,11 @@ class SsdShelf(Shelf):
 
     # Losing
 
+    @property
+    def lost_records(self) -> int:
+        with self._stock.lock:
+            return self._stock.index.native.lost_records
+
     def condemn(self, key: bytes, *, is_state: bool, slot: Slot | None = None) -> None:
         with self._stock.lock:
             self._condemn(key, slot, is_state=is_state)
