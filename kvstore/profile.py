@@ -185,9 +185,13 @@ class KvSize:
 
     def many(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """`total_bytes` at many lengths, same shape."""
-        windows = self.window_token_bytes * np.minimum(tokens, self.window_tokens)
-        values: NDArray[np.float64] = self.state_bytes + windows + self.token_bytes * tokens
+        values: NDArray[np.float64] = self.resume_many(tokens) + self.token_bytes * tokens
         return values
+
+    def resume_many(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`resume_bytes` at many lengths, same shape."""
+        windows: NDArray[np.float64] = self.window_token_bytes * np.minimum(tokens, self.window_tokens)
+        return self.state_bytes + windows
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from kvstore.limits import BYTES_PER_S_MAX, INSTANCES_MAX, ROUND_TRIP_S_MAX, SCENARIO_LINK_BYTES_PER_S_MIN
 from kvstore.profiles import load_profile
 from kvstore.scenario.table import REQUIRED
 from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link
+from kvstore.schedule.prefill_service import WHOLE, PrefillServiceModel, ServiceKind
 
 if TYPE_CHECKING:
     from kvstore.profile import Profile
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def deployment_of(top: Table, base: Path) -> Deployment:
-    """Clusters and links of a file.
+    """Clusters and links of a file, and how they prefill.
 
     Args:
         top: the whole file.
@@ -27,8 +28,9 @@ def deployment_of(top: Table, base: Path) -> Deployment:
     """
     clusters = tuple(_cluster(table, base) for table in top.tables("clusters"))
     links = tuple(_link(table) for table in top.tables("links"))
+    service = PrefillServiceModel(top.choice("prefill_service", get_args(ServiceKind), WHOLE.kind))
     with top.checked():
-        return Deployment(clusters, links)
+        return Deployment(clusters, links, service)
 
 
 def _cluster(table: Table, base: Path) -> Cluster:

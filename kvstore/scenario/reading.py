@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 SUFFIX = ".toml"
 SEED_MAX = (1 << 63) - 1
-_PREFILL_SERVICES = get_args(get_type_hints(Scenario, localns={"Deployment": object, "Slo": Slo})["prefill_service"])
 _WORKLOADS = get_args(get_type_hints(Workload)["kind"])
 _ARRIVALS = get_args(get_type_hints(Arrivals)["kind"])
 _ROLES = get_args(get_type_hints(NodeFault)["role"])
@@ -102,7 +101,6 @@ def scenario_of(
         duration_s=top.number("duration_s", None, above=0),
         block_tokens=top.whole("block_tokens", 512, least=1, most=SCENARIO_BLOCK_TOKENS_MAX),
         seed=top.whole("seed", 0, least=0, most=SEED_MAX),
-        prefill_service=top.choice("prefill_service", _PREFILL_SERVICES, "whole"),
     )
     top.end()
     if scenario.duration_s is not None and scenario.warmup_s >= scenario.duration_s:

@@ -99,4 +99,3 @@ class Scenario:
     duration_s: float | None = None
     block_tokens: int = 512
     seed: int = 0
-    prefill_service: Literal["whole", "chunked", "layered"] = "whole"

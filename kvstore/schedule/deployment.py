@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.errors import DeploymentError
 from kvstore.limits import BYTES_PER_S_MAX, BYTES_PER_S_MIN, CLUSTERS_MAX, INSTANCES_MAX, ROUND_TRIP_S_MAX
+from kvstore.schedule.prefill_service import WHOLE, PrefillServiceModel
 
 if TYPE_CHECKING:
     from kvstore.profile import Profile
@@ -127,6 +128,9 @@ class Link:
 class Deployment:
     """Clusters and links.
 
+    Attributes:
+        prefill_service: how all clusters prefill a prompt.
+
     Raises:
         DeploymentError: names repeat, a link names an unknown cluster or stands twice, nobody prefills or nobody
             decodes, or a prefill cluster reaches nobody who decodes.
@@ -134,6 +138,7 @@ class Deployment:
 
     clusters: tuple[Cluster, ...]
     links: tuple[Link, ...] = ()
+    prefill_service: PrefillServiceModel = WHOLE
 
     def __post_init__(self) -> None:
         names = [cluster.name for cluster in self.clusters]

@@ -12,7 +12,6 @@ from kvstore.errors import SimulationError
 from kvstore.keys import KEY_BYTES
 from kvstore.limits import SIMULATED_ATTEMPTS_MAX, SIMULATED_DRAIN_S
 from kvstore.schedule.policies.answers import ExpectedAnswer
-from kvstore.schedule.policies.service import PrefillServiceModel
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
 from kvstore.simulate.coming import Coming
 from kvstore.simulate.conversions import Conversions
@@ -105,7 +104,7 @@ class Simulation:
             for number, cluster in enumerate(scenario.deployment.clusters)
         }
         self._cached_sites = [(name, site.cache) for name, site in self._sites.items() if site.cache is not None]
-        self._service = PrefillServiceModel(scenario.prefill_service)
+        self._service = scenario.deployment.prefill_service
         self._faults = Faults(
             scenario,
             self._events,

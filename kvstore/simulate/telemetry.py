@@ -10,7 +10,7 @@ from kvstore.schedule.policies.snapshot import LinkState, Snapshot
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvstore.schedule.policies.service import PrefillServiceModel
+    from kvstore.schedule.prefill_service import PrefillServiceModel
     from kvstore.simulate.events import Events
     from kvstore.simulate.links import Line
     from kvstore.simulate.site import Site

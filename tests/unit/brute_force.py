@@ -159,7 +159,7 @@ class BruteForce:
     def _begin_prefill(self, job: BruteJob, instance: object) -> None:
         job.passed("queue_s", self.now_s)
         profile, tokens = self.clusters[job.prefill].profile, job.request.prompt_tokens
-        is_chunked = self.scenario.prefill_service == "chunked"
+        is_chunked = self.scenario.deployment.prefill_service.kind == "chunked"
         job.phase, job.instance = "prefill", instance
         job.left = _chunked_s(profile, tokens) if is_chunked else profile.prefill(tokens)
         if job.decode != job.prefill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from kvstore.scenario import Scenario, Workload
 from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link, Slo
 from kvstore.schedule.policies.policy import Decision, Estimate, Explanation, Route, RoutingPolicy
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED
+from kvstore.schedule.prefill_service import PrefillServiceModel, ServiceKind
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.engine import Simulation
 from kvstore.workload.request import Request
@@ -104,6 +106,11 @@ def two_clusters(
         ),
         (Link("far", "near", bytes_per_s, round_trip_s), Link("near", "far", bytes_per_s, round_trip_s)),
     )
+
+
+def served(deployment: Deployment, kind: ServiceKind) -> Deployment:
+    """The deployment, prefilling this way."""
+    return replace(deployment, prefill_service=PrefillServiceModel(kind))
 
 
 def simulated(

@@ -19,6 +19,7 @@ from kvstore.schedule.planning.lengths import PointMasses
 from kvstore.schedule.planning.optimum import best_plan
 from kvstore.schedule.planning.plan import CONVENTIONS, Convention, Split, Traffic, plan_of
 from kvstore.schedule.planning.throughput import throughput
+from kvstore.schedule.prefill_service import PrefillServiceModel
 from tests.unit.planned import GBIT, H20, H200, KV, TRAFFIC
 
 
@@ -95,7 +96,8 @@ def problems(draw: st.DrawFn, most: int = 3) -> tuple[Deployment, Traffic]:
     lengths = draw(st.lists(st.integers(200, 60_000), min_size=1, max_size=6, unique=True))
     weights = draw(st.lists(st.floats(0.1, 1), min_size=len(lengths), max_size=len(lengths)))
     traffic = Traffic(PointMasses([float(each) for each in lengths], weights), draw(st.floats(16, 4096)))
-    return Deployment(tuple(clusters), tuple(links)), traffic
+    service = draw(st.sampled_from([PrefillServiceModel(), PrefillServiceModel("chunked", 4096)]))
+    return Deployment(tuple(clusters), tuple(links), service), traffic
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,14 +13,14 @@ from kvstore.profile import PolynomialCurve
 from kvstore.scenario import Scenario, Workload
 from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link, Slo
 from kvstore.schedule.policies.policy import Decision, Estimate, RoutingPolicy
-from kvstore.schedule.policies.service import ServiceKind
 from kvstore.schedule.policies.table import routing_policy
+from kvstore.schedule.prefill_service import ServiceKind
 from kvstore.simulate.cache import ClusterCache
 from kvstore.simulate.engine import Simulation
 from kvstore.simulate.result import PARTS
 from kvstore.workload.block_keys import Text
 from kvstore.workload.request import Request
-from tests.unit.simulated import profile_of
+from tests.unit.simulated import profile_of, served
 
 if TYPE_CHECKING:
     from kvstore.schedule.policies.snapshot import RoutingRequest, Snapshot
@@ -75,7 +75,7 @@ def heard(
     """For each request what was expected, and what was."""
     policy = Listening(routing_policy(name, options or {}, deployment, SLO))
     scenario = Scenario(
-        "test", deployment, Workload(), SLO, block_tokens=BLOCK_TOKENS, telemetry_s=0.01, prefill_service=service
+        "test", served(deployment, service), Workload(), SLO, block_tokens=BLOCK_TOKENS, telemetry_s=0.01
     )
     caches = {each.name: ClusterCache(each, BLOCK_TOKENS) for each in deployment.clusters}
     result = Simulation(scenario, requests, policy, caches).run()

@@ -14,8 +14,8 @@ from kvstore.limits import ROUTING_SOURCES_MAX, ROUTING_STALE_S
 from kvstore.profile import KvSize, PolynomialCurve, Profile
 from kvstore.schedule.deployment import Cluster
 from kvstore.schedule.policies.search import FREE, Prices, Rules, best_route
-from kvstore.schedule.policies.service import PrefillServiceModel, ServiceKind
 from kvstore.schedule.policies.snapshot import CachedPrefix, ClusterState, LinkState, RoutingRequest, Snapshot
+from kvstore.schedule.prefill_service import PrefillServiceModel, ServiceKind
 from kvstore.testing.routing import SETTINGS, deployments, requests, snapshots
 
 if TYPE_CHECKING:

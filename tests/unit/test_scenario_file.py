@@ -29,9 +29,10 @@ from kvstore.scenario import (
     scenario_of,
 )
 from kvstore.scenario.scenario import Scenario as ScenarioValue
-from kvstore.schedule.deployment import CacheSize, Cluster, Link, Slo
+from kvstore.schedule.deployment import CacheSize, Cluster, Deployment, Link, Slo
 from kvstore.schedule.planning.plan import plan_of
 from kvstore.schedule.planning.throughput import throughput
+from kvstore.schedule.prefill_service import PrefillServiceModel
 from kvstore.simulate.simulation import simulate
 from kvstore.workload.sources import requests_of
 
@@ -132,8 +133,8 @@ def test_every_entry_arrives(directory: Path) -> None:
         duration_s=100.0,
         block_tokens=64,
         seed=7,
-        prefill_service="chunked",
     )
+    assert scenario.deployment.prefill_service == PrefillServiceModel("chunked")
     assert scenario.deployment.links == (Link("prfaas", "pd", 12.5e9, 0.01, 1e-4),)
 
 
@@ -141,7 +142,8 @@ def test_the_file_above_leaves_no_entry_out() -> None:
     """An entry that a scenario has and a file cannot say would go unnoticed."""
     said = set(tomllib.loads(FULL))
     has = {field.name for field in fields(ScenarioValue)} - {"deployment", "faults"}
-    assert said == has | {"clusters", "links", "link_faults", "node_faults"}
+    deployment = {field.name for field in fields(Deployment)}
+    assert said == has | deployment | {"link_faults", "node_faults"}
 
 
 def test_defaults_are_those_of_the_values() -> None:
@@ -153,7 +155,8 @@ def test_defaults_are_those_of_the_values() -> None:
     table["workload"] = {"kind": "mooncake"}
     table["slo"] = {"ttft_s": 5.0, "tpot_s": 0.05}
     scenario = scenario_of(table, ".")
-    assert scenario == Scenario("everything", scenario.deployment, Workload("mooncake"), Slo(5.0, 0.05))
+    deployment = Deployment(scenario.deployment.clusters, scenario.deployment.links)
+    assert scenario == Scenario("everything", deployment, Workload("mooncake"), Slo(5.0, 0.05))
 
 
 WRONG: list[tuple[str, Any, str]] = [

@@ -15,7 +15,7 @@ from kvstore.simulate.engine import Simulation
 from kvstore.simulate.result import PARTS, Outcome
 from kvstore.workload.request import Request
 from tests.unit.brute_force import BruteForce, BruteJob
-from tests.unit.simulated import SLO, Fixed
+from tests.unit.simulated import SLO, Fixed, served
 
 NAMES = ("a", "b", "c")
 
@@ -96,12 +96,11 @@ def scene(seed: int) -> tuple[Scenario, list[Request], ByLength]:
         )
     scenario = Scenario(
         "test",
-        Deployment(clusters, links),
+        served(Deployment(clusters, links), "chunked" if rng.random() < 0.4 else "whole"),
         Workload(),
         SLO,
         cross_traffic=tuple((link.source, link.target, 0.25) for link in links if rng.random() < 0.3),
         faults=tuple(faults),
-        prefill_service="chunked" if rng.random() < 0.4 else "whole",
         telemetry_s=0.7,
     )
     return scenario, requests, ByLength([(name, name) for name in names] + [(e.source, e.target) for e in links])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
@@ -13,11 +13,12 @@ from kvstore.errors import SimulationError
 from kvstore.profile import MeasuredCurve, PolynomialCurve
 from kvstore.scenario import Arrivals, LinkFault, NodeFault, read_scenario
 from kvstore.schedule.deployment import Cluster, Deployment
+from kvstore.schedule.prefill_service import ServiceKind
 from kvstore.simulate.result import PARTS, Outcome
 from kvstore.simulate.simulation import simulate
 from kvstore.workload.request import Request
 from kvstore.workload.seen import SeenKeys
-from tests.unit.simulated import Fixed, Spread, one_cluster, profile_of, requests_at, simulated, two_clusters
+from tests.unit.simulated import Fixed, Spread, one_cluster, profile_of, requests_at, served, simulated, two_clusters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,9 +59,7 @@ def test_what_a_slow_link_leaves_behind_is_seen() -> None:
 def test_states_of_a_chunked_prefill_leave_last() -> None:
     profile = profile_of(state_bytes=50_000.0)
     whole = simulated(two_clusters(bytes_per_s=2e5, profile=profile), requests_at([0.0], 10_000))
-    chunked = simulated(
-        two_clusters(bytes_per_s=2e5, profile=profile), requests_at([0.0], 10_000), prefill_service="chunked"
-    )
+    chunked = simulated(served(two_clusters(bytes_per_s=2e5, profile=profile), "chunked"), requests_at([0.0], 10_000))
     assert parts_of(whole)["transfer_s"] == pytest.approx(0, abs=1e-6) if "transfer_s" in parts_of(whole) else True
     assert parts_of(chunked)["transfer_s"] == pytest.approx(50_000 / 2e5)
 
@@ -69,8 +68,8 @@ def test_layered_prefill_takes_as_long_as_whole_and_chunks_take_longer() -> None
     """On instances that only prefill; T has a fixed part, so each chunk of 2,048 tokens costs it again."""
     profile = replace(profile_of(), prefill=PolynomialCurve((0.5, 1e-3)))
     ttft_s = {
-        kind: simulated(one_cluster(profile=profile), requests_at([0.0], 4096), prefill_service=kind).requests.ttft_s[0]
-        for kind in ("whole", "layered", "chunked")
+        kind: simulated(served(one_cluster(profile=profile), kind), requests_at([0.0], 4096)).requests.ttft_s[0]
+        for kind in get_args(ServiceKind)
     }
     assert ttft_s["whole"] == ttft_s["layered"] == pytest.approx(0.5 + 4.096)
     assert ttft_s["chunked"] == pytest.approx(2 * (0.5 + 2.048))

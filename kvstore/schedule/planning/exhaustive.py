@@ -61,7 +61,7 @@ def exhaustive_plan(
             f"{count:,} plans are more than the {PLANS_MAX:,} that an exhaustive search tries; use the fast one, fewer "
             "thresholds, or fix the instances of some clusters"
         )
-    table = LengthTable.of(traffic.lengths, [each.profile for each in deployment.clusters], chosen, convention)
+    table = LengthTable.of(traffic.lengths, deployment, chosen, convention)
     capacity = Capacity.of(deployment, traffic)
     best: tuple[PlanScore, Division, Order, tuple[int, ...]] | None = None
     for division in all_divisions(deployment, is_free):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvstore.profile import Profile
     from kvstore.schedule.deployment import Cluster, Deployment, Slo
     from kvstore.schedule.planning.lengths import VectorFunction
     from kvstore.schedule.planning.plan import Band, Traffic
@@ -42,6 +41,7 @@ class _Way:
     band: Band
     prefill: Cluster
     decode: Cluster
+    prefill_s: VectorFunction
     link: tuple[str, str] | None
     round_trip_s: float
 
@@ -87,12 +87,13 @@ class LoadedPlan:
                 planned.plan.bands[flow.band],
                 deployment.cluster(flow.prefill),
                 deployment.cluster(flow.decode),
+                deployment.prefill_service.curve(deployment.cluster(flow.prefill).profile).many,
                 (flow.prefill, flow.decode) if flow.crosses else None,
                 _round_trip_s(deployment, flow.prefill, flow.decode),
             )
             for flow in planned.flows
         )
-        self._moments = {way.prefill.name: _moments(way.prefill.profile, traffic, way.band) for way in self._ways}
+        self._moments = {way.prefill.name: _moments(way.prefill_s, traffic, way.band) for way in self._ways}
         self._prefilled = _sums((way.prefill.name, way.share) for way in self._ways)
         self._decoded = _sums((way.decode.name, way.share) for way in self._ways)
         self._deployment = deployment
@@ -191,7 +192,7 @@ class Latency:
                 decode=way.decode.name,
                 queue=self._queues[way.prefill.name],
                 prefix_s=self._prefix_s(way),
-                prefill_s=self._mean(way, way.prefill.profile.prefill.many),
+                prefill_s=self._mean(way, way.prefill_s),
                 transfer_s=self._mean(way, partial(self._exposed_s, way)),
                 decode_load=self._decoding[way.decode.name],
             )
@@ -240,7 +241,7 @@ class Latency:
         fixed_s = self._prefix_s(way) + decoding.wait_s
 
         def in_time(tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-            left_s = limit_s - fixed_s - way.prefill.profile.prefill.many(tokens) - self._exposed_s(way, tokens)
+            left_s = limit_s - fixed_s - way.prefill_s(tokens) - self._exposed_s(way, tokens)
             late = np.zeros_like(left_s)
             if queue.mean_s > 0:
                 late = queue.waits_share * np.exp(-np.maximum(left_s, 0.0) * queue.waits_share / queue.mean_s)
@@ -249,11 +250,15 @@ class Latency:
         return self._mean(way, in_time)
 
     def _exposed_s(self, way: _Way, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Round trip + max(0, S / rate - T): layers leave while later ones compute; others take their share."""
+        """Round trip + max(H / rate, S / rate - T): layers leave while later ones compute; others take their share.
+
+        H are the bytes that prefill holds back to its end: none, or states where it is chunked.
+        """
         if way.link is None:
             return np.zeros_like(tokens)
-        sending_s = way.prefill.profile.kv.many(tokens) / self._available[way.link]
-        return way.round_trip_s + np.maximum(sending_s - way.prefill.profile.prefill.many(tokens), 0.0)
+        kv, bytes_per_s = way.prefill.profile.kv, self._available[way.link]
+        held_s = self.deployment.prefill_service.held_bytes(kv, tokens) / bytes_per_s
+        return way.round_trip_s + np.maximum(kv.many(tokens) / bytes_per_s - way.prefill_s(tokens), held_s)
 
     def _prefix_s(self, way: _Way) -> float:
         return sum(
@@ -274,12 +279,12 @@ def _sums(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return sums
 
 
-def _moments(profile: Profile, traffic: Traffic, band: Band) -> tuple[float, float]:
+def _moments(prefill_s: VectorFunction, traffic: Traffic, band: Band) -> tuple[float, float]:
     """E[T] and E[T²] of a band."""
     lengths, limits = traffic.lengths, (band.above_tokens, band.upto_tokens)
     return (
-        lengths.expected(profile.prefill.many, *limits),
-        lengths.expected(lambda tokens: profile.prefill.many(tokens) ** 2, *limits),
+        lengths.expected(prefill_s, *limits),
+        lengths.expected(lambda tokens: prefill_s(tokens) ** 2, *limits),
     )
 
 

@@ -110,8 +110,7 @@ class _Search:
     ) -> None:
         self.deployment = deployment
         self.capacity = Capacity.of(deployment, traffic)
-        profiles = [cluster.profile for cluster in deployment.clusters]
-        self.table = LengthTable.of(traffic.lengths, profiles, thresholds, convention)
+        self.table = LengthTable.of(traffic.lengths, deployment, thresholds, convention)
         self.orders = orders
         self.found: dict[Division, _Found | None] = {}
 
@@ -295,8 +294,8 @@ def _orders(deployment: Deployment, traffic: Traffic, members: Sequence[int]) ->
     clusters = deployment.clusters
 
     def kind(number: int) -> tuple[float, bool]:
-        profile = clusters[number].profile
-        return -profile.prefill(long) / profile.prefill(short), not clusters[number].decodes
+        prefill = deployment.prefill_service.curve(clusters[number].profile)
+        return -prefill(long) / prefill(short), not clusters[number].decodes
 
     kinds = sorted({kind(number) for number in members})
     groups = [tuple(number for number in members if kind(number) == each) for each in kinds]

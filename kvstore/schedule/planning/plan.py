@@ -7,11 +7,11 @@ from math import inf, isfinite
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvstore.errors import PlanError
-from kvstore.schedule.deployment import Deployment
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvstore.schedule.deployment import Deployment
     from kvstore.schedule.planning.lengths import LengthDistribution
 
 Convention: TypeAlias = Literal["at-mean", "mean"]
@@ -163,4 +163,4 @@ def divided(deployment: Deployment, splits: Iterable[Split]) -> Deployment:
         else cluster
         for cluster in deployment.clusters
     )
-    return Deployment(clusters, deployment.links)
+    return replace(deployment, clusters=clusters)

@@ -13,11 +13,11 @@ from kvstore.schedule.planning.capacity import BandLoad
 from kvstore.schedule.planning.lengths import PointMasses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
-    from kvstore.profile import Profile
+    from kvstore.schedule.deployment import Deployment
     from kvstore.schedule.planning.lengths import LengthDistribution
     from kvstore.schedule.planning.plan import Convention
 
@@ -49,11 +49,11 @@ class LengthTable:
     def of(
         cls,
         lengths: LengthDistribution,
-        profiles: Sequence[Profile],
+        deployment: Deployment,
         thresholds: Iterable[float],
         convention: Convention,
     ) -> LengthTable:
-        """For clusters with these profiles.
+        """For the clusters of a deployment.
 
         Args:
             thresholds: in any order; 0 and infinity are added.
@@ -78,12 +78,14 @@ class LengthTable:
                 [lengths.mean(*cell) if each > 0 else 0.0 for cell, each in zip(cells, shares, strict=True)]
             )
             mean = np.where(is_there, _between(shares * tokens) / divisor, 1.0)
+        profiles = [cluster.profile for cluster in deployment.clusters]
         by_profile = {}
         for profile in dict.fromkeys(profiles):
+            prefill = deployment.prefill_service.curve(profile)
             if convention == "at-mean":
-                seconds, sizes = profile.prefill.many(mean), profile.kv.many(mean)
+                seconds, sizes = prefill.many(mean), profile.kv.many(mean)
             else:
-                seconds = _between(shares * cell_means(profile.prefill.many)) / divisor
+                seconds = _between(shares * cell_means(prefill.many)) / divisor
                 sizes = _between(shares * cell_means(profile.kv.many)) / divisor
             by_profile[profile] = np.where(is_there, seconds, 0.0), np.where(is_there, sizes, 0.0)
         return cls(

@@ -11,9 +11,10 @@ from kvstore.schedule.planning.capacity import BandLoad, Capacity, best_flows
 from kvstore.schedule.planning.plan import divided
 
 if TYPE_CHECKING:
-    from kvstore.profile import KvSize, Profile
+    from kvstore.profile import Curve, KvSize
     from kvstore.schedule.deployment import Deployment
     from kvstore.schedule.planning.plan import Band, Convention, Plan, Traffic
+    from kvstore.schedule.prefill_service import ChunkedCurve
 
 _BINDS = 1 - 1e-9
 
@@ -148,15 +149,17 @@ def throughput(deployment: Deployment, plan: Plan, traffic: Traffic, convention:
     )  # fmt: skip
 
 
-def band_prefill_s(profile: Profile, traffic: Traffic, above: float, upto: float, convention: Convention) -> float:
+def band_prefill_s(
+    prefill: Curve | ChunkedCurve, traffic: Traffic, above: float, upto: float, convention: Convention
+) -> float:
     """T_prefill of a band by the convention: T(E[L | band]) or E[T(L) | band].
 
     Raises:
         PlanError: no request is in the band.
     """
     if convention == "at-mean":
-        return profile.prefill(traffic.lengths.mean(above, upto))
-    return traffic.lengths.expected(profile.prefill.many, above, upto)
+        return prefill(traffic.lengths.mean(above, upto))
+    return traffic.lengths.expected(prefill.many, above, upto)
 
 
 def band_bytes(kv: KvSize, traffic: Traffic, above: float, upto: float, convention: Convention) -> float:
@@ -178,7 +181,8 @@ def _band_load(deployment: Deployment, band: Band, share: float, traffic: Traffi
     for name in band.clusters:
         profile = deployment.cluster(name).profile
         number = numbers[name]
-        prefill_s[number] = band_prefill_s(profile, traffic, band.above_tokens, band.upto_tokens, convention)
+        curve = deployment.prefill_service.curve(profile)
+        prefill_s[number] = band_prefill_s(curve, traffic, band.above_tokens, band.upto_tokens, convention)
         request_bytes[number] = band_bytes(profile.kv, traffic, band.above_tokens, band.upto_tokens, convention)
     return BandLoad(share, prefill_s, request_bytes)
 

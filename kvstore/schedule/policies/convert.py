@@ -322,7 +322,7 @@ def _divided(deployment: Deployment, snapshot: Snapshot) -> Deployment | None:
         if seen is not None and seen.bytes_per_s > 0 and {link.source, link.target} <= names:
             links.append(replace(link, bytes_per_s=seen.bytes_per_s))
     try:
-        return Deployment(tuple(clusters), tuple(links))
+        return Deployment(tuple(clusters), tuple(links), snapshot.prefill_service)
     except DeploymentError:
         return None
 
@@ -353,6 +353,6 @@ def _with(deployment: Deployment, number: int, prefill: int, decode: int) -> Dep
     )
     clusters = (*islice(deployment.clusters, number), changed, *islice(deployment.clusters, number + 1, None))
     try:
-        return Deployment(clusters, deployment.links)
+        return replace(deployment, clusters=clusters)
     except DeploymentError:
         return None

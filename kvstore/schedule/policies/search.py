@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvstore.profile import Profile
-    from kvstore.schedule.policies.service import PrefillServiceModel
     from kvstore.schedule.policies.snapshot import CachedPrefix, ClusterState, RoutingRequest, Snapshot
+    from kvstore.schedule.prefill_service import PrefillServiceModel
 
 LinkName: TypeAlias = tuple[str, str]
 """Source and target."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvstore.schedule.policies.service import PrefillServiceModel
+from kvstore.schedule.prefill_service import WHOLE, PrefillServiceModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvstore.schedule.deployment import Cluster
-
-_WHOLE = PrefillServiceModel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +86,7 @@ class Snapshot:
     now_s: float
     clusters: Mapping[str, ClusterState]
     links: Mapping[tuple[str, str], LinkState]
-    prefill_service: PrefillServiceModel = _WHOLE
+    prefill_service: PrefillServiceModel = WHOLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def setting_rows(scenario: Scenario) -> list[tuple[str, str]]:
         ("arrivals", f"{arrivals.kind}, {rate}{shape}; at most {workload.requests_max:,} requests"),
         ("policy", f"{scenario.policy.name}{_settings(scenario.policy.settings)}"),
         ("SLO", f"{slo.ttft_s:g} s to the first token, {slo.tpot_s * 1e3:g} ms per token, for {percent(slo.share)}"),
-        ("prefill service", scenario.prefill_service),
+        ("prefill service", scenario.deployment.prefill_service.kind),
         ("blocks", f"{scenario.block_tokens} tokens"),
         ("telemetry", f"every {scenario.telemetry_s:g} s"),
         ("time", f"warm-up {scenario.warmup_s:g} s, " + _duration(scenario)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from kvstore.profile import PolynomialCurve
 from kvstore.schedule.deployment import Cluster, Deployment, Link
 from kvstore.schedule.policies.convert import Conversion, ConversionMemory, ConversionPolicy
 from kvstore.schedule.policies.snapshot import RoutingRequest, Snapshot
+from kvstore.schedule.prefill_service import PrefillServiceModel, ServiceKind
 from tests.unit.schedule.snapshots import PROFILE, cluster_state, snapshot
 
 if TYPE_CHECKING:
@@ -208,6 +209,19 @@ def test_thresholds_follow_the_lengths_and_not_their_noise() -> None:
     short = policy.decide(memory).plan
     assert short is not None
     assert short.thresholds[0] < plans[-1].thresholds[0] / 2, "shorter prompts, a lower threshold"
+
+
+def test_thresholds_follow_how_prompts_are_prefilled() -> None:
+    """Chunks cost each cluster something else, and so divide the lengths elsewhere."""
+    policy = ConversionPolicy(two_clusters(), review_s=30.0)
+    look = snapshot(0.0, cluster_state("fast", prefill=4, decode=0), cluster_state("pd"))
+    plans = {}
+    for kind in get_args(ServiceKind):
+        served = replace(look, prefill_service=PrefillServiceModel(kind))
+        memory = fed(policy, policy.observe(policy.begin(), served), 9.9, 120.0, served)
+        plans[kind] = policy.decide(memory).plan
+    assert plans["layered"] == plans["whole"] is not None
+    assert plans["chunked"] not in (None, plans["whole"])
 
 
 def test_a_dead_link_or_cluster_is_planned_without() -> None:

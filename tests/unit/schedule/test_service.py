@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import PlanError
-from kvstore.schedule.policies.service import PrefillServiceModel, ServiceKind
+from kvstore.profile import KvSize, PolynomialCurve
+from kvstore.schedule.prefill_service import PrefillServiceModel, ServiceKind
 from tests.unit.schedule.snapshots import PROFILE
 
 KINDS: tuple[ServiceKind, ...] = ("whole", "chunked", "layered")
@@ -63,6 +67,35 @@ def test_no_way_of_cutting_is_faster_than_not_cutting(
     assert service.decode_step_s >= (PROFILE.decode_step(batch) if batch else 0.0)
     if kind == "layered":
         assert service.piece_s <= service.whole_s, "layers never make others wait longer"
+
+
+@given(st.sampled_from(KINDS), st.lists(TOKENS, min_size=1, max_size=8), st.integers(16, 8192), st.floats(0, 1))
+def test_the_curve_is_what_a_prompt_alone_costs(
+    kind: ServiceKind, lengths: list[int], piece_tokens: int, fixed_s: float
+) -> None:
+    """What plans are made with is what the simulator charges, whatever the profile costs at nearly no tokens."""
+    for curve in (PROFILE.prefill, PolynomialCurve((fixed_s, 1e-5, 1e-10))):
+        profile = replace(PROFILE, prefill=curve)
+        model = PrefillServiceModel(kind, piece_tokens)
+        expected = [model.service(profile, tokens).prefill_s for tokens in lengths]
+        found = model.curve(profile).many(np.array([lengths, lengths], np.float64))
+        assert found == pytest.approx(np.array([expected, expected]), rel=1e-9)
+        assert model.curve(profile)(lengths[0]) == pytest.approx(expected[0], rel=1e-9)
+
+
+def test_only_chunks_have_a_curve_of_their_own() -> None:
+    for kind in ("whole", "layered"):
+        assert PrefillServiceModel(kind).curve(PROFILE) is PROFILE.prefill
+    assert PrefillServiceModel("chunked").curve(PROFILE).many(np.array([])).shape == (0,)
+
+
+def test_states_are_held_back_by_chunks_alone() -> None:
+    kv = KvSize(5e6, 100.0, 10.0, 4096)
+    tokens = np.array([[1.0, 4096.0], [50_000.0, 7.0]])
+    assert kv.resume_many(tokens) == pytest.approx(np.vectorize(kv.resume_bytes)(tokens))
+    for kind in KINDS:
+        expected = kv.resume_many(tokens) if kind == "chunked" else np.zeros_like(tokens)
+        assert np.array_equal(PrefillServiceModel(kind).held_bytes(kv, tokens), expected)
 
 
 @given(TOKENS, st.integers(16, 8192), st.integers(0, 20))

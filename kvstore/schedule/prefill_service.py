@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
+import numpy as np
+
 from kvstore.errors import PlanError
 from kvstore.limits import PREFILL_PIECE_TOKENS_MIN
 
 if TYPE_CHECKING:
-    from kvstore.profile import Profile
+    from numpy.typing import NDArray
+
+    from kvstore.profile import Curve, KvSize, Profile
 
 ServiceKind: TypeAlias = Literal["whole", "chunked", "layered"]
 
@@ -42,6 +46,36 @@ class PrefillService:
     piece_s: float
     decode_step_s: float
     states_from_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedCurve:
+    """T of prompts from their first token on, prefilled in chunks by an instance that does nothing else.
+
+    What `PrefillServiceModel.service` adds up for one prompt, for many at once.
+
+    Attributes:
+        whole: T of a prompt in one piece.
+        piece_tokens: of a chunk.
+    """
+
+    whole: Curve
+    piece_tokens: int
+
+    def __call__(self, tokens: float) -> float:
+        """Seconds for one positive length."""
+        return float(self.many(np.array([tokens], np.float64))[0])
+
+    def many(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds for many positive lengths, same shape."""
+        chunks = np.ceil(tokens / self.piece_tokens).astype(np.int64) - 1
+        ends_s = self.whole.many(self.piece_tokens * np.arange(1.0, chunks.max(initial=0) + 1.0))
+        ends_s = np.concatenate(([0.0], ends_s))
+        upto_s = np.concatenate(([0.0], np.cumsum(np.maximum(self.whole(self.piece_tokens), np.diff(ends_s)))))
+        last_tokens = tokens - self.piece_tokens * chunks
+        last_s = np.maximum(self.whole.many(last_tokens), self.whole.many(tokens) - ends_s[chunks])
+        seconds: NDArray[np.float64] = upto_s[chunks] + last_s
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +112,14 @@ class PrefillServiceModel:
             )
         if self.layer_groups_max < 1:
             raise PlanError(f"layer_groups_max={self.layer_groups_max} must be at least 1; use the number of layers")
+
+    def curve(self, profile: Profile) -> Curve | ChunkedCurve:
+        """Seconds by length, of prompts without a prefix, on an instance that does nothing else."""
+        return ChunkedCurve(profile.prefill, self.piece_tokens) if self.kind == "chunked" else profile.prefill
+
+    def held_bytes(self, kv: KvSize, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of the KVCache of prompts of these lengths, what is final only when prefill ends; same shape."""
+        return kv.resume_many(tokens) if self.kind == "chunked" else np.zeros_like(tokens)
 
     def service(
         self, profile: Profile, tokens: float, present_tokens: float = 0.0, decode_batch: int = 0
@@ -128,3 +170,6 @@ class PrefillServiceModel:
             begin_s = end_s
         last_s = profile.prefill_s(tokens, begin_tokens)
         return total_s + last_s, max(longest_s, last_s), last_s
+
+
+WHOLE = PrefillServiceModel()
