@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from math import inf, isinf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from kvstore.cli.printing import print_table, printable
 from kvstore.errors import PlanError
@@ -15,6 +15,7 @@ from kvstore.schedule.planning.goodput import Goodput, plan_goodput
 from kvstore.schedule.planning.latency import LoadedPlan
 from kvstore.schedule.planning.optimum import best_plan
 from kvstore.schedule.planning.plan import CONVENTIONS, divided
+from kvstore.schedule.prefill_service import ServiceKind
 from kvstore.workload.traffic import traffic_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvstore.schedule.planning.latency import Latency
     from kvstore.schedule.planning.plan import Convention, Traffic
     from kvstore.schedule.planning.throughput import Throughput
+    from kvstore.schedule.prefill_service import PrefillService
 
 LOADS = (0.5, 0.8, 0.9)
 """Shares of the stable rate at which latency is shown."""
@@ -43,6 +45,17 @@ class _Planned:
     goodput: Goodput
     latencies: tuple[Latency, ...]
     unstable_requests_per_s: float | None
+
+
+@dataclass(frozen=True)
+class _Service:
+    """One way to prefill the mean prompt of a band, alone on an instance and beside a full batch that decodes."""
+
+    cluster: str
+    tokens: float
+    kind: ServiceKind
+    alone: PrefillService
+    beside: PrefillService
 
 
 def run_plan(
@@ -99,6 +112,20 @@ def _plan(
         latencies=tuple(loaded.at(rate) for rate in rates),
         unstable_requests_per_s=asked if asked is not None and asked >= stable else None,
     )
+
+
+def _services(planned: _Planned) -> list[_Service]:
+    """Every way to prefill, for each cluster that does."""
+    throughput, deployment = planned.throughput, planned.scenario.deployment
+    bands = {flow.prefill: flow.band for flow in throughput.flows}
+    found = []
+    for name, band in bands.items():
+        profile, tokens = deployment.cluster(name).profile, throughput.mean_tokens[band]
+        for kind in get_args(ServiceKind):
+            model = replace(deployment.prefill_service, kind=kind)
+            beside = model.service(profile, tokens, decode_batch=profile.decode_batch_max)
+            found.append(_Service(name, tokens, kind, model.service(profile, tokens), beside))
+    return found
 
 
 def _left_for_us(scenario: Scenario) -> Deployment:
@@ -159,6 +186,21 @@ def _document(planned: _Planned) -> dict[str, object]:
                 "link_bytes_per_s": flow.bytes_per_s,
             }
             for flow in throughput.flows
+        ],
+        "prefill_service": planned.scenario.deployment.prefill_service.kind,
+        "prefill_services": [
+            {
+                "cluster": each.cluster,
+                "mean_tokens": each.tokens,
+                "prefill_service": each.kind,
+                "pieces": each.alone.pieces,
+                "prefill_s": each.alone.prefill_s,
+                "piece_s": each.alone.piece_s,
+                "states_from_s": each.alone.states_from_s,
+                "prefill_beside_decode_s": each.beside.prefill_s,
+                "decode_step_s": each.beside.decode_step_s,
+            }
+            for each in _services(planned)
         ],
         "stable_requests_per_s": planned.loaded.stable_requests_per_s,
         "unstable_requests_per_s": planned.unstable_requests_per_s,
@@ -230,6 +272,34 @@ def _print(planned: _Planned) -> None:
         [
             (part.name, f"{part.requests_per_s:.3g}", f"{part.share:.1%}", f"{part.used_share:.1%}")
             for part in throughput.parts
+        ],
+    )
+    print_table(
+        f"The mean prompt by each prefill service; this plan has {deployment.prefill_service.kind}",
+        (
+            "by",
+            "tokens",
+            "service",
+            "pieces",
+            "prefill s",
+            "others wait s",
+            "states from s",
+            "beside a batch s",
+            "TPOT ms",
+        ),
+        [
+            (
+                each.cluster,
+                f"{each.tokens:,.0f}",
+                each.kind,
+                str(each.alone.pieces),
+                f"{each.alone.prefill_s:.3g}",
+                f"{each.alone.piece_s:.3g}",
+                f"{each.alone.states_from_s:.3g}",
+                f"{each.beside.prefill_s:.3g}",
+                f"{each.beside.decode_step_s * 1e3:,.0f}",
+            )
+            for each in _services(planned)
         ],
     )
     print_table(

@@ -26,12 +26,10 @@ ServiceKind: TypeAlias = Literal["whole", "chunked", "layered"]
 
 @dataclass(frozen=True, slots=True)
 class PrefillService:
-    """What one prompt costs, those beside it, and why.
+    """What one prompt costs, and those beside it.
 
     Attributes:
-        kind: how it is prefilled.
         pieces: after each of which the instance may turn to something else; 0 where nothing is left to compute.
-        whole_s: what the same prompt takes in one piece, alone on its instance.
         prefill_s: from the first piece to the end of the last, the decode steps between them included.
         piece_s: the longest piece: what a prompt or a decode step that comes meanwhile waits for, at most.
         decode_step_s: one token of each request that decodes on the same instance meanwhile; without any, 0.
@@ -39,9 +37,7 @@ class PrefillService:
             attention blocks leave evenly from the beginning.
     """
 
-    kind: ServiceKind
     pieces: int
-    whole_s: float
     prefill_s: float
     piece_s: float
     decode_step_s: float
@@ -135,13 +131,13 @@ class PrefillServiceModel:
         missing_tokens = tokens - present_tokens
         step_s = profile.decode_step(decode_batch) if decode_batch > 0 else 0.0
         if missing_tokens <= 0:
-            return PrefillService(self.kind, 0, 0.0, 0.0, 0.0, step_s, 0.0)
+            return PrefillService(0, 0.0, 0.0, step_s, 0.0)
         pieces = 1 if self.kind == "whole" else ceil(missing_tokens / self.piece_tokens)
         if self.kind == "layered":
             pieces = min(pieces, self.layer_groups_max)
         if pieces == 1:
             beside_s = whole_s + step_s if decode_batch > 0 else 0.0
-            return PrefillService(self.kind, 1, whole_s, whole_s, whole_s, beside_s, 0.0)
+            return PrefillService(1, whole_s, whole_s, beside_s, 0.0)
         if self.kind == "chunked":
             compute_s, piece_s, last_s = self._chunks(profile, tokens, present_tokens, pieces)
             states_from_s = compute_s + (pieces - 1) * step_s - last_s
@@ -150,7 +146,7 @@ class PrefillServiceModel:
         # The step of the last piece ends with or after the prompt's own work, and is no part of it.
         prefill_s = compute_s + (pieces - 1) * step_s
         beside_s = piece_s + step_s if decode_batch > 0 else 0.0
-        return PrefillService(self.kind, pieces, whole_s, prefill_s, piece_s, beside_s, states_from_s)
+        return PrefillService(pieces, prefill_s, piece_s, beside_s, states_from_s)
 
     def _chunks(
         self, profile: Profile, tokens: float, present_tokens: float, chunks: int

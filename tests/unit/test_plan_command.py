@@ -64,6 +64,29 @@ def test_text_says_the_same() -> None:
     assert "Goodput: 2." in text
 
 
+def test_a_plan_has_the_prefill_that_is_served_and_shows_the_others(tmp_path: Path) -> None:
+    data = resources.files("kvstore.scenario").joinpath("data", "paper-prfaas.toml").read_text()
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(f'prefill_service = "chunked"\n{data}')
+    whole, chunked = document(), document(str(scenario))
+    assert (whole["prefill_service"], chunked["prefill_service"]) == ("whole", "chunked")
+    assert chunked["requests_per_s"] < whole["requests_per_s"] / 3
+    for found in (whole, chunked):
+        shown = {(each["cluster"], each["prefill_service"]): each for each in found["prefill_services"]}
+        assert len(shown) == 6, "three ways for each of two clusters"
+        for flow in found["flows"]:
+            one, pieces, layers = (shown[flow["prefill"], kind] for kind in ("whole", "chunked", "layered"))
+            served = shown[flow["prefill"], found["prefill_service"]]
+            assert flow["prefill_s"] == pytest.approx(served["prefill_s"])
+            assert one["prefill_s"] == layers["prefill_s"] < pieces["prefill_s"]
+            assert max(layers["piece_s"], pieces["piece_s"]) < one["piece_s"] == one["prefill_s"]
+            assert layers["states_from_s"] == 0 < pieces["states_from_s"] < pieces["prefill_s"]
+            for each in (one, pieces, layers):
+                assert each["decode_step_s"] > each["piece_s"]
+                assert each["prefill_beside_decode_s"] >= each["prefill_s"]
+    assert "this plan has chunked" in plan(str(scenario))
+
+
 def test_a_rate_above_the_limit_is_labelled() -> None:
     assert "30 requests/s is unstable: queues grow without end." in plan("--rate", "30")
     found = document("--rate", "30")
