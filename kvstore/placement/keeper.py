@@ -17,6 +17,7 @@ from kvstore.errors import DeadlineError, KVStoreError, LeaseGoneError, ShelfRef
 from kvstore.handle import Handle
 from kvstore.limits import KEEP_AGAIN_S, KEEP_QUEUE_MAX, KEPT_KNOWN_MAX
 from kvstore.placement.ends import Ends, live_longer
+from kvstore.placement.losses import Losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ class Wanted:
 class _Offer:
     number: int
     wanted: Wanted
+    moment: int
+    """Of `Losses`, when it came."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +137,19 @@ class Keeper:
         self._pinned_bytes_max = pinned_bytes_max
         self._changed = threading.Condition()
         self._queue: deque[_Offer] = deque()
-        self._queued: set[WantedKey] = set()
+        self._queued: dict[WantedKey, _Offer] = {}
         self._begun: dict[WantedKey, _Offer | None] = {}
         """What shelves are being asked for, and who came with the same meanwhile: it may have gone in between."""
         self._answers: OrderedDict[WantedKey, _Answer] = OrderedDict()
         self._keeping: list[_Keeping] = []
         self._last_number = 0
-        self._busy: set[int] = set()
+        self._busy: dict[int, int] = {}
+        """Offers by number that are not over, and the moment (of `_losses`) at which each was last committed."""
         self._pinned_bytes = 0
         self._kept = 0
         self._kept_bytes = 0
         self._dropped: dict[str, int] = {}
-        self._lost: dict[str, int] = {}
+        self._losses = Losses()
         self._is_stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="kvstore-keeper", daemon=True)
@@ -163,16 +167,21 @@ class Keeper:
         key = wanted.key
         lost_records = self._lost_records()
         with self._changed:
-            if self._is_stopping or key in self._queued:
+            if self._is_stopping:
+                return
+            waiting = self._queued.get(key) or self._begun.get(key)
+            if waiting is not None:
+                if is_committed:
+                    self._busy[waiting.number] = self._losses.moment
                 return
             if key in self._begun:
-                if not is_committed or self._begun[key] is not None:
+                if not is_committed:
                     return
             elif not may_live_longer and self._is_answered(key, lost_records, is_committed=is_committed):
                 return
-            offer = _Offer(self._last_number + 1, wanted)
+            offer = _Offer(self._last_number + 1, wanted, self._losses.moment)
             self._last_number = offer.number
-            self._busy.add(offer.number)
+            self._busy[offer.number] = offer.moment
             if key in self._begun:
                 self._begun[key] = offer
             else:
@@ -192,21 +201,21 @@ class Keeper:
     def _put(self, offer: _Offer) -> None:
         """With the lock."""
         self._queue.append(offer)
-        self._queued.add(offer.wanted.key)
+        self._queued[offer.wanted.key] = offer
         if len(self._queue) > KEEP_QUEUE_MAX:
             dropped = self._queue.popleft()
-            self._queued.discard(dropped.wanted.key)
+            del self._queued[dropped.wanted.key]
             self._drop(dropped, "queue")
         os.eventfd_write(self._wake, 1)
 
     def refuse(self, reason: str) -> None:
-        """Count a resume point that is not offered."""
+        """Count a resume point that by design is not offered."""
         with self._changed:
             self._count_dropped(reason)
 
     def _drop(self, offer: _Offer, reason: str) -> None:
         """With the lock."""
-        self._count_dropped(reason)
+        self._lose(offer, reason)
         self._over(offer)
 
     def _over(self, offer: _Offer) -> None:
@@ -214,13 +223,16 @@ class Keeper:
         again = self._begun.pop(offer.wanted.key, None)
         if again is not None:
             self._put(again)
-        self._busy.discard(offer.number)
+        del self._busy[offer.number]
         self._changed.notify_all()
 
-    def _count_dropped(self, reason: str, *, is_lost: bool = True) -> None:
+    def _lose(self, offer: _Offer, reason: str) -> None:
+        self._count_dropped(reason)
+        if reason not in NOT_LOST:
+            self._losses.lose(reason, offer.moment, self._busy[offer.number])
+
+    def _count_dropped(self, reason: str) -> None:
         self._dropped[reason] = self._dropped.get(reason, 0) + 1
-        if is_lost and reason not in NOT_LOST:
-            self._lost[reason] = self._lost.get(reason, 0) + 1
 
     # The thread
 
@@ -233,7 +245,7 @@ class Keeper:
                 may_begin = bool(self._queue) and self._has_room() and not self._is_stopping
                 offer = self._queue.popleft() if may_begin else None
                 if offer is not None:
-                    self._queued.discard(offer.wanted.key)
+                    del self._queued[offer.wanted.key]
                     self._begun[offer.wanted.key] = None
             if offer is None or not self._tried(offer):
                 self._wait()
@@ -269,9 +281,9 @@ class Keeper:
             else:
                 again = self._begun.pop(offer.wanted.key)
                 if again is not None:
-                    self._busy.discard(again.number)  # this one's turn is still to come
+                    self._busy[offer.number] = self._busy.pop(again.number)  # this one's turn is still to come
                 self._queue.appendleft(offer)
-                self._queued.add(offer.wanted.key)
+                self._queued[offer.wanted.key] = offer
         if not fits:
             _release(hold)
             return False
@@ -317,7 +329,10 @@ class Keeper:
                     refusals += 1
                     reason = error.reason if isinstance(error, ShelfRefusedError) else "failed"
                     with self._changed:
-                        self._count_dropped(reason, is_lost=shelf.is_durable)
+                        if shelf.is_durable:
+                            self._lose(keeping.offer, reason)
+                        else:
+                            self._count_dropped(reason)
             with self._changed:
                 self._pinned_bytes -= keeping.size_bytes
                 self._kept += len(keeping.handles) > refusals
@@ -339,9 +354,10 @@ class Keeper:
         """Wait until everything that was offered before has been taken or refused.
 
         Raises:
-            DeadlineError: not by then. ShelfRefusedError: some of what was offered since the last call is not kept.
+            DeadlineError: not by then. ShelfRefusedError: some of what was offered before is not kept, which no call
+            has told that ended before this one began.
         """
-        with self._changed:
+        with self._changed, self._losses.flushing() as end:
             last = self._last_number
 
             def is_over() -> bool:
@@ -352,7 +368,7 @@ class Keeper:
                 raise DeadlineError(
                     f"{left} resume points are still to be kept in other tiers; the deadline has passed, and it goes on"
                 )
-            lost, self._lost = self._lost, {}
+            lost = end()
             if self._is_stopping and self._busy:
                 lost["closed"] = len(self._busy)
         if lost:

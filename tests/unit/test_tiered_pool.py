@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -677,6 +677,84 @@ def test_a_shelf_that_refuses_is_named(tiers: Tiers) -> None:
         tiers.check(lease)
     tiers.settle()
     assert tiers.statistics().keeping.dropped == {"write budget": 1}
+
+
+@dataclass(frozen=True)
+class Asked(Deadline):
+    """Says when somebody is about to wait by it; with the lock of who waits."""
+
+    is_asked: threading.Event = field(default_factory=threading.Event)
+
+    def remaining_s(self) -> float:
+        self.is_asked.set()
+        return super().remaining_s()
+
+
+def flushing(tiers: Tiers) -> Background[None]:
+    """A flush that waits by the time this returns."""
+    deadline = Asked(Deadline.after(TEST_S).at_s)
+    found = Background(lambda: tiers.pool._keeper.flush(deadline))
+    assert deadline.is_asked.wait(TEST_S)
+    return found
+
+
+def commit(tiers: Tiers, ids: Sequence[int]) -> None:
+    with tiers.store.write(ids) as writer:
+        put_all(writer)
+        writer.commit()
+
+
+def test_what_was_lost_is_told_to_each_that_waited_for_it(tiers: Tiers) -> None:
+    tiers.shelf.keeps.close()
+    commit(tiers, IDS)
+    tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
+    tiers.shelf.refuses = "write budget"
+    commit(tiers, range(100, 110))
+    flushes = [flushing(tiers) for _ in range(2)]
+    tiers.shelf.keeps.open()
+    for flush in flushes:
+        with pytest.raises(ShelfRefusedError, match="1 'write budget'"):
+            flush.result(TEST_S)
+    tiers.store.flush(TEST_S)
+
+
+@pytest.mark.parametrize("is_offered_before", [True, False])
+def test_what_was_lost_is_told_to_who_committed_it_after_others_began_to_wait(
+    tiers: Tiers, is_offered_before: bool
+) -> None:
+    ids = range(100, 110)
+    tiers.shelf.keeps.close()
+    commit(tiers, IDS)
+    tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
+    tiers.shelf.refuses = "write budget"
+    if is_offered_before:
+        # Its turn does not come before the pool has room for what is pinned.
+        tiers.pool._keeper._pinned_bytes_max = 1
+        commit(tiers, ids)
+    first = flushing(tiers)
+    commit(tiers, ids)
+    tiers.shelf.keeps.open()
+    if is_offered_before:
+        with pytest.raises(ShelfRefusedError, match="1 'write budget'"):
+            first.result(TEST_S)
+    else:
+        first.result(TEST_S)
+    with pytest.raises(ShelfRefusedError, match="1 'write budget'"):
+        tiers.store.flush(TEST_S)
+    tiers.store.flush(TEST_S)
+
+
+def test_a_flush_that_has_no_time_leaves_what_was_lost_to_the_next(tiers: Tiers) -> None:
+    tiers.shelf.keeps.close()
+    commit(tiers, IDS)
+    tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
+    tiers.shelf.refuses = "write budget"
+    commit(tiers, range(100, 110))
+    with pytest.raises(DeadlineError):
+        tiers.store.flush(0.05)
+    tiers.shelf.keeps.open()
+    with pytest.raises(ShelfRefusedError, match="1 'write budget'"):
+        tiers.store.flush(TEST_S)
 
 
 def test_sparse_and_transient_are_not_kept(tiers: Tiers) -> None:
