@@ -173,6 +173,13 @@ class Shelf(ABC):
             meant_tokens: the length of the deepest prefix that any tier has: that is the one which is meant.
         """
 
+    def write_ends(self, deadline: Deadline) -> None:  # noqa: B027  # most have nothing to do
+        """Wait until what is here has the same ends after a crash. For a durable shelf that writes them later.
+
+        Raises:
+            DeadlineError: it has not yet. ShelfRefusedError: they cannot be written.
+        """
+
     @abstractmethod
     def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
         """As `Ends.table`, of what is here of a path."""

@@ -304,7 +304,7 @@ class TieredPool(Pool):
         return hold
 
     def flush(self, deadline_s: float) -> None:
-        """Wait until everything that was committed before is durable.
+        """Wait until everything that was committed before is durable, and until when it is wanted.
 
         Hand-overs' tails and what a sparse prefill wrote are not kept by design, and not waited for.
 
@@ -316,7 +316,10 @@ class TieredPool(Pool):
         if not any(self._are_durable):
             raise UnavailableError("nothing here outlives a crash; open the store with ssd=")
         self._settle()
-        self._keeper.flush(Deadline.after(deadline_s))
+        deadline = Deadline.after(deadline_s)
+        self._keeper.flush(deadline)
+        for shelf in self.shelves:
+            shelf.write_ends(deadline)
 
     # Time to live
 

@@ -180,7 +180,7 @@ class SsdShelf(Shelf):
                     raise ShelfRefusedError("sparse", "what a sparse prefill wrote is not kept in the SSD tier")
                 writes = keeping.plan(stock.index.native)
                 keeping.size_bytes = keeping.lacking_bytes(writes)
-                if keeping.size_bytes or stock.live_longer(path, keeping.ends.table):
+                if keeping.size_bytes or stock.live_longer(path, keeping.ends.table) or not stock.are_ends_safe(path):
                     self._writer.put(keeping)
                     stock.prolong(path, keeping.ends.table)
                 else:
@@ -217,6 +217,14 @@ class SsdShelf(Shelf):
     def ends_of(self, path: NodePath) -> npt.NDArray[np.uint64]:
         with self._stock.lock:
             return self._stock.index.native.ends_of(packed_keys(path))
+
+    def write_ends(self, deadline: Deadline) -> None:
+        with self._stock.lock:
+            if self._stock.is_closed or not self._stock.has_unsafe_ends:
+                return
+            handle: Handle[None] = Handle("writing until when something is wanted to the SSD tier")
+            self._writer.put_ends(handle)
+        handle.result(deadline.remaining_s())
 
     # Losing
 

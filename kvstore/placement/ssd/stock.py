@@ -88,6 +88,8 @@ class Stock:
         self._forgotten_keys: list[bytes] = []
         self._forgotten_states: list[bool] = []
         self._other_ends: dict[bytes, None] = {}
+        self._told_ends: set[bytes] = set()
+        """Nodes of whose ends the directories were told and may not have written them yet."""
         self._tells_all_ends = False
 
     @property
@@ -222,7 +224,23 @@ class Stock:
 
     def _take_other_ends(self) -> dict[bytes, None]:
         taken, self._other_ends = self._other_ends, {}
+        self._told_ends.update(taken)
         return taken
+
+    def ends_are_written(self) -> None:
+        """What the directories were told of ends outlives a crash."""
+        self._told_ends.clear()
+
+    @property
+    def has_unsafe_ends(self) -> bool:
+        """Whether something may have an earlier or a later end after a crash."""
+        return bool(self._other_ends or self._told_ends)
+
+    def are_ends_safe(self, path: NodePath) -> bool:
+        """Whether all nodes of a path have the same ends after a crash."""
+        return not self.has_unsafe_ends or not any(
+            key in self._other_ends or key in self._told_ends for key in path.node_keys
+        )
 
     def ends_of_keys(self, packed: bytes, *, with_plain: bool = True) -> EndRows:
         """Until when nodes are wanted, as the journals have it; those that are here."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kvstore.handle import Handle
     from kvstore.placement.ssd.budget import WriteBudget
     from kvstore.placement.ssd.drive import Drive
     from kvstore.placement.ssd.keeping import Keeping
@@ -53,6 +54,7 @@ class Writer:
         self._room = Room(stock, options.write_deadline_s)
         self._queue: deque[Keeping] = deque()
         self._queued_bytes = 0
+        self._ends_wanted: list[Handle[None]] = []
         self._is_closing = False
         self._saved_s = time.monotonic()
         self._spent_bytes = self._written_bytes()
@@ -100,6 +102,11 @@ class Writer:
             )
         self._queue.append(keeping)
         self._queued_bytes += keeping.size_bytes
+        self._stock.changed.notify_all()
+
+    def put_ends(self, handle: Handle[None]) -> None:
+        """Have all ends written of which the stock knows; it resolves once they outlive a crash. Under the lock."""
+        self._ends_wanted.append(handle)
         self._stock.changed.notify_all()
 
     def close(self, deadline: Deadline) -> None:
@@ -207,19 +214,28 @@ class Writer:
                 self._end(keeping, self._named(error))
 
     def _write_ends(self, keepings: Sequence[Keeping]) -> None:
-        """Make durable until when what was there already is wanted."""
+        """Make durable until when what was there already is wanted, also on drives that have taken no record."""
         others = [keeping for keeping in keepings if not len(keeping.missing)]
-        if not others:
-            return
-        self._room.tell_forgotten(others)
+        if others:
+            self._room.tell_forgotten(others)
+        self._sync_ends()
+
+    def _sync_ends(self) -> None:
         for drive in self._stock.drives:
-            if drive.may_write and drive.has_forgotten:
+            if drive.may_write and drive.directory.has_ends_to_write:
                 try:
                     drive.directory.sync(Deadline.after(self._options.write_deadline_s))
                 except (OSError, DeadlineError) as error:
                     self._note(drive, error, {})
                     raise
                 drive.has_forgotten = False
+        self._note_ends_written()
+
+    def _note_ends_written(self) -> None:
+        writable = [drive for drive in self._stock.drives if drive.may_write]
+        if writable and not any(drive.directory.has_ends_to_write for drive in writable):
+            with self._stock.lock:
+                self._stock.ends_are_written()
 
     def _named(self, error: Exception) -> BaseException:
         """An error as the handle gives it. What nobody foresaw must not end the thread, and is not hidden."""
@@ -239,13 +255,14 @@ class Writer:
                 lacks_some = keeping.plan(native).missing()[0].size > 0
             except ShelfRefusedError as error:
                 failure, lacks_some = failure or error, True
+            are_ends_safe = stock.are_ends_safe(keeping.path)
             if keeping.has_other_ends:
                 stock.note_ends(keeping.path)
             if lacks_some and keeping.ends.last_us <= stock.now_us:
                 failure = ShelfRefusedError("ended", "its time to live was over before it was written")
             elif failure is None and lacks_some:
                 failure = ShelfRefusedError("damaged", "records before these were lost while they were written")
-            elif failure is not None and not lacks_some:
+            elif failure is not None and not lacks_some and are_ends_safe:
                 failure = None  # all of it was written before something else failed
             if keeping.has_committed or not len(keeping.missing):
                 native.leave(keeping.writes)
@@ -392,6 +409,7 @@ class Writer:
             or stock.has_forgotten
             or any(drive.has_forgotten and drive.may_write for drive in stock.drives)
             or stock.has_chores
+            or self._ends_wanted
         )
 
     def _do_chores(self) -> None:
@@ -400,7 +418,10 @@ class Writer:
             stock.has_chores = False
             stock.lose()
             is_busy = bool(self._queue) and not self._is_closing
+            wanted, self._ends_wanted = self._ends_wanted, []
         self._room.tell_forgotten()
+        if wanted:
+            self._answer(wanted)
         for drive in stock.drives:
             if not drive.may_write:
                 continue
@@ -414,6 +435,22 @@ class Writer:
                 with stock.lock:
                     drive.note_write_error(error)
                 drive.has_forgotten = False  # what waits in the directory goes with its next batch
+        self._note_ends_written()
+
+    def _answer(self, wanted: Sequence[Handle[None]]) -> None:
+        """Whether what was told of ends outlives a crash."""
+        error: BaseException | None = None
+        try:
+            self._sync_ends()
+            if not any(drive.may_write for drive in self._stock.drives):
+                error = self._no_drive()
+        except Exception as failure:
+            error = self._named(failure)
+        for handle in wanted:
+            if error is None:
+                handle.resolve(None)
+            else:
+                handle.fail(error)
 
     def _written_bytes(self) -> int:
         return sum(drive.directory.written_bytes for drive in self._stock.drives)

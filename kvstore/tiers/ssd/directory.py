@@ -267,6 +267,11 @@ class SsdDirectory:
             if len(ends):
                 self._ends.append(ends)
 
+    @property
+    def has_ends_to_write(self) -> bool:
+        """Whether rows of `note_ends` wait."""
+        return bool(self._ends)
+
     def sync(self, deadline: Deadline) -> None:
         """Write the rows of `forget` and `note_ends` that wait. Raises as `append`; they wait on then."""
         journal = self._writable_journal()
