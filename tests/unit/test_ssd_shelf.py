@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import threading
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,12 +15,14 @@ import pytest
 from kvstore.clock import Deadline
 from kvstore.errors import ShelfRefusedError, SsdDirectoryError, StoreClosedError
 from kvstore.placement.ssd import SsdOptions, SsdPlace, open_ssd
-from kvstore.spec import WHOLE
+from kvstore.placement.ssd.writer import Writer
+from kvstore.pool import Hold
+from kvstore.spec import WHOLE, ChunkGrid
 from kvstore.store import open_store
 from kvstore.testing.forgetful_disk import Fault, ForgetfulDisk
 from kvstore.testing.resources import leaves_nothing
 from kvstore.testing.shelf import Landing, query_of
-from kvstore.testing.specs import hybrid, pure_state
+from kvstore.testing.specs import hybrid, pure_state, put_all
 from tests.shelf_cases import TEST_S, keep, loads, write
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvstore.placement.ssd import SsdShelf
-    from kvstore.pool import Hold
     from kvstore.spec import ModelSpec
     from kvstore.store import Store
 
@@ -319,6 +320,46 @@ def test_one_drive_of_two_fails(source: Store) -> None:
         assert keep(shelf, first) > 0
         assert loads(shelf, first)
         shelf.check()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_is_dropped_while_a_drive_fails_is_not_said_to_be_kept(
+    source: Store, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """One drive's journal has the states of another variant, and then that all of them were dropped."""
+    disks = Disks(2)
+    prompt = source.prompt(range(16))
+    grids = [ChunkGrid.every(tokens, upto=16) for tokens in (4, 16)]
+    holds = []
+    for grid in grids:
+        with source.write(prompt, grid=grid) as writer:
+            put_all(writer)
+            writer.commit()
+        hold = source.pool.hold(prompt.path, grid=grid)
+        assert isinstance(hold, Hold)
+        holds.append(hold)
+    with closing(disks.open()) as shelf:
+        keep(shelf, holds[0])
+        append = Writer._append
+
+        def append_and_drop(self: Writer, *arguments: Any) -> Any:
+            failed = append(self, *arguments)
+            if failed:
+                shelf.condemn(prompt.path.key(3), is_state=True)
+            return failed
+
+        monkeypatch.setattr(Writer, "_append", append_and_drop)
+        disks[failing].faults.append(Fault("write", errno.ENOSPC, name="segment"))
+        with pytest.raises(ShelfRefusedError) as refused:
+            keep(shelf, holds[1])
+        assert refused.value.reason == "damaged"
+        keep(shelf, holds[1])
+        for disk in disks.disks.values():
+            disk.cut_power()
+    with closing(disks.open()) as shelf:
+        found = shelf.hold(prompt.path, shard=WHOLE, grid=grids[1])
+        assert found is not None
+        found.release()
 
 
 def test_a_drive_whose_reads_fail_is_left_out(source: Store) -> None:

@@ -268,12 +268,17 @@ class Room:
 
     # Journals hear of what was dropped
 
-    def tell_forgotten(self, keepings: Sequence[Keeping] = ()) -> None:
+    def tell_forgotten(self, keepings: Sequence[Keeping] = (), *, begins_records: bool = False) -> None:
         """Give the directories what was dropped; it stands before whatever they are given next.
 
         And until when nodes are wanted: those of which that has changed, and those of `keepings`, which come next.
+
+        Args:
+            begins_records: no records that come with those of `keepings` stand in a journal yet.
         """
         with self._stock.lock:
+            if begins_records:
+                self._stock.begin_records()
             keys, are_states = self._stock.take_forgotten()
             ends = EndRows.join(
                 [self._stock.take_ends(), *(self._stock.ends_with(each.path, each.told()) for each in keepings)]

@@ -87,6 +87,8 @@ class Stock:
         self.guarded = 0
         self._forgotten_keys: list[bytes] = []
         self._forgotten_states: list[bool] = []
+        self._dropped: set[tuple[bytes, bool]] | None = None
+        """What was dropped since records that are being written may stand in a journal; None while none are."""
         self._other_ends: dict[bytes, None] = {}
         self._told_ends: set[bytes] = set()
         """Nodes of whose ends the directories were told and may not have written them yet."""
@@ -255,19 +257,29 @@ class Stock:
         """Note for the journals that these nodes' attention or states were dropped."""
         self._forgotten_keys.extend(keys)
         self._forgotten_states.extend(are_states)
+        if self._dropped is not None:
+            self._dropped.update(zip(keys, are_states, strict=True))
 
     @property
     def has_forgotten(self) -> bool:
         """Whether something was dropped, or has another end, of which the directories do not know."""
         return bool(self._forgotten_keys or self._other_ends)
 
+    def begin_records(self) -> None:
+        """Records are going to stand in the journals, behind whatever was dropped so far."""
+        self._dropped = set()
+
+    def end_records(self) -> None:
+        """They are in the index, or given up. Takes the lock itself."""
+        with self.lock:
+            self._dropped = None
+
     def has_dropped_of(self, path: NodePath) -> bool:
-        """Whether something of a path was dropped of which the directories do not know."""
-        if not self._forgotten_keys:
+        """Whether something of a path was dropped since `begin_records`: a journal may have that behind its records."""
+        if not self._dropped:
             return False
-        dropped = set(zip(self._forgotten_keys, self._forgotten_states, strict=True))
         keys = path.node_keys
-        return (keys[-1], True) in dropped or any((key, False) in dropped for key in keys)
+        return (keys[-1], True) in self._dropped or any((key, False) in self._dropped for key in keys)
 
     def take_forgotten(self) -> tuple[list[bytes], list[bool]]:
         """For the directories' journals."""

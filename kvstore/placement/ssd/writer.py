@@ -278,6 +278,7 @@ class Writer:
         left = np.arange(len(chunk))
         reasons: dict[int, str] = {}
         with ExitStack() as written:
+            written.callback(self._stock.end_records)
             self._write_shares(chunk, slots, sizes, left, reasons, written)
             self._commit(chunk, slots)
 
@@ -300,7 +301,7 @@ class Writer:
             shares = [(drive, share) for drive, share in shares if share.size]
             if not self._have_room(chunk, shares, sizes, reasons):
                 continue
-            self._room.tell_forgotten(chunk.keepings)
+            self._room.tell_forgotten(chunk.keepings, begins_records=left.size == len(chunk))
             failed = self._append(chunk, shares, slots, reasons)
             remaining = np.concatenate([np.empty(0, np.int64), *failed])
             taken = slots[np.setdiff1d(left, remaining)]
@@ -394,7 +395,7 @@ class Writer:
                 if not own.any():
                     continue
                 if stock.has_dropped_of(keeping.path):
-                    continue  # its journal rows stand before those that say so
+                    continue  # its journal rows may stand before those that say so
                 taken = keeping.commit(stock.index, chunk.numbers[own], slots[own])
                 stock.add(slots[own][taken])
                 stock.kept_bytes += int(slots[own][taken, 2].sum())
