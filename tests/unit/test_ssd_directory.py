@@ -24,7 +24,7 @@ from kvstore.tiers.ssd.directory import SsdDirectory
 from kvstore.tiers.ssd.lock import DirectoryLock
 from kvstore.tiers.ssd.memory import aligned
 from kvstore.tiers.ssd.names import FileName, parse_name
-from kvstore.tiers.ssd.rows import NodeRows, RecordRows, TailIds
+from kvstore.tiers.ssd.rows import EndRows, NodeRows, RecordRows, TailIds
 from kvstore.tiers.ssd.verify import bad_records, repair
 from tests.ssd.contents import (
     append,
@@ -840,6 +840,27 @@ def test_a_batch_that_no_frame_takes_goes_into_several(disk: ForgetfulDisk) -> N
         directory.rewrite_journal(*directory.recovered, deadline())
     with closing(open_directory(disk.files())) as directory:
         assert check_recovered(SPEC, directory) == names
+
+
+@pytest.mark.parametrize("joined_max", [0, 1 << 12])
+@pytest.mark.parametrize("rows_max", [2, 1 << 15])
+def test_ends_that_come_with_records_hold_for_them_whatever_was_forgotten_before(
+    disk: ForgetfulDisk, load: Load, monkeypatch: pytest.MonkeyPatch, joined_max: int, rows_max: int
+) -> None:
+    monkeypatch.setattr(parts, "ROWS_JOINED_MAX", joined_max)
+    monkeypatch.setattr(parts, "ROWS_PER_FRAME_MAX", rows_max)
+    keys = load.nodes.keys
+    ends = EndRows(keys, np.full((len(keys), 3), 1_770_000_000_000_000, np.uint64))
+    with closing(open_directory(disk.files())) as directory:
+        append(directory, load)
+        directory.forget([key.tobytes() for key in keys], [False] * len(keys))
+        directory.note_ends(ends, 1)
+        append(directory, load)
+    with closing(open_directory(disk.files())) as directory:
+        assert check_recovered(SPEC, directory) == set(load.names)
+        found = directory.recovered_ends
+        assert {key.tobytes() for key in found.keys} == {key.tobytes() for key in keys}
+        assert (found.ends_us == ends.ends_us).all()
 
 
 @pytest.mark.usefixtures("small_frames")

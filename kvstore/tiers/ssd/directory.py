@@ -20,7 +20,7 @@ from kvstore.tiers.ssd.lock import DirectoryLock
 from kvstore.tiers.ssd.moves import OperationsError, UnsettledError, move, sync
 from kvstore.tiers.ssd.names import FileName, parse_name
 from kvstore.tiers.ssd.opening import ensure_made, find_and_settle, segment_keys
-from kvstore.tiers.ssd.parts import check_fits, end_parts_of, frames_of, may_join
+from kvstore.tiers.ssd.parts import check_fits, frames_with_ends
 from kvstore.tiers.ssd.rows import OFFSET, SEGMENT, SLOT_BYTES, EndRows, NodeRows, RecordRows
 from kvstore.tiers.ssd.segment import Segment, seal
 from kvstore.tiers.ssd.snapshot import write_snapshot
@@ -477,14 +477,7 @@ class SsdDirectory:
 
         If that fails some of them may come back after a crash: what they name is there.
         """
-        parts = frames_of(nodes, records, self._forgotten)
-        frames = [(part, EndRows.empty()) for part in parts]
-        ends = EndRows.join(self._ends)
-        if may_join(parts[0], ends):
-            frames[0] = parts[0], ends
-        else:
-            none = NodeRows.empty(), RecordRows.empty(), ()
-            frames = [*((none, each) for each in end_parts_of(ends)), *frames]
+        frames = frames_with_ends(nodes, records, self._forgotten, EndRows.join(self._ends))
         end, rows = journal.end, journal.rows
         try:
             for (part_nodes, part_records, forgotten), part_ends in frames:

@@ -88,7 +88,30 @@ def end_parts_of(ends: EndRows) -> list[EndRows]:
     return [ends.taken(numbers[at : at + ROWS_PER_FRAME_MAX]) for at in range(0, len(ends), ROWS_PER_FRAME_MAX)]
 
 
-def may_join(part: Part, ends: EndRows) -> bool:
+def frames_with_ends(
+    nodes: NodeRows, records: RecordRows, forgotten: Sequence[tuple[bytes, bool]], ends: EndRows
+) -> list[tuple[Part, EndRows]]:
+    """As `frames_of`, with rows of ends: they hold for records that come with them, so what is forgotten is before.
+
+    Raises as `parts_of`.
+    """
+    parts = frames_of(nodes, records, forgotten)
+    no_ends = EndRows.empty()
+    if not len(ends):
+        return [(part, no_ends) for part in parts]
+    if len(parts) == 1 and _may_join(parts[0], ends):
+        return [(parts[0], ends)]
+    no_nodes, no_records = NodeRows.empty(), RecordRows.empty()
+    before = frames_of(no_nodes, no_records, forgotten) if forgotten else []
+    after = frames_of(nodes, records, ()) if len(nodes) else []
+    return [
+        *((part, no_ends) for part in before),
+        *(((no_nodes, no_records, ()), each) for each in end_parts_of(ends)),
+        *((part, no_ends) for part in after),
+    ]
+
+
+def _may_join(part: Part, ends: EndRows) -> bool:
     """Whether rows of ends surely fit beside others in one frame."""
     nodes, records, forgotten = part
     return len(ends) <= ROWS_JOINED_MAX and len(nodes) + len(records) + len(forgotten) <= ROWS_JOINED_MAX
