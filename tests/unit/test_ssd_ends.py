@@ -126,6 +126,26 @@ def test_every_disk_hears_of_ends_also_one_that_gets_no_record(source: Store) ->
         assert is_there(shelf, longer)
 
 
+def test_a_disk_that_had_it_forgets_until_when_it_was_wanted(source: Store) -> None:
+    machine, first, hold = Machine(2), write(source, range(4)), write(source, range(8))
+    with closing(machine.open()) as shelf:
+        keep(shelf, first)
+        machine.disks[0].faults.append(full())
+        keep_until(shelf, hold, machine.soon_us)
+        machine.disks[0].faults.clear()
+        machine.disks[1].faults.append(full())
+        assert shelf.evict(hold.path.key(1)) > 0
+        # To the first disk; the second one has another copy that ends soon.
+        with pytest.raises(ShelfRefusedError):
+            keep(shelf, hold)
+        machine.disks[1].faults.clear()
+        keep(shelf, hold)
+        machine.cut_power()
+    machine.pass_time()
+    with closing(machine.open()) as shelf:
+        assert is_there(shelf, hold)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_flush_waits_for_ends_that_were_set(number: int) -> None:
     machine = Machine(1)
@@ -148,6 +168,24 @@ def test_flush_waits_for_ends_that_were_set(number: int) -> None:
     machine.pass_time()
     with machine.store() as store:
         assert store.match((*IDS, 99)).tokens == len(IDS)
+
+
+def test_what_was_expired_is_gone_once_it_is_flushed() -> None:
+    machine = Machine(1)
+    with machine.store() as store:
+        with store.write(IDS) as writer:
+            put_all(writer)
+            writer.commit()
+        store.flush(TEST_S)
+        machine.disks[0].faults.append(full())
+        assert store.expire(IDS) == len(IDS)
+        with pytest.raises(ShelfRefusedError):
+            store.flush(TEST_S)
+        machine.disks[0].faults.clear()
+        store.flush(TEST_S)
+        machine.cut_power()
+    with machine.store() as store:
+        assert store.match((*IDS, 99)).tokens == 0
 
 
 def test_what_is_committed_anew_lasts_once_it_is_flushed() -> None:

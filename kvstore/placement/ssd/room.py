@@ -283,6 +283,7 @@ class Room:
             ends = EndRows.join(
                 [self._stock.take_ends(), *(self._stock.ends_with(each.path, each.told()) for each in keepings)]
             )
+            self._stock.knows_ends = self._stock.knows_ends or len(ends) > 0
         for drive in self._stock.drives:
             if drive.may_write:
                 drive.directory.note_ends(ends, self._stock.clock.wall_us)

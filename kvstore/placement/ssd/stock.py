@@ -50,6 +50,7 @@ class Stock:
         refused: how often something was not taken, by reason.
         lost_segments, lost_drives: what is to leave the index, by the thread that writes.
         has_chores: whether there may be segments in which nothing lives.
+        knows_ends: whether a journal may have rows of ends.
         guarded: how many times something stays on the drives that is in no index (yet).
         clock: by which a journal says when something ends.
         limits: what each salt may take.
@@ -84,6 +85,7 @@ class Stock:
         self.lost_segments: set[int] = set()
         self.lost_drives: set[int] = set()
         self.has_chores = True
+        self.knows_ends = False
         self.guarded = 0
         self._forgotten_keys: list[bytes] = []
         self._forgotten_states: list[bool] = []
@@ -91,7 +93,7 @@ class Stock:
         """What was dropped since records that are being written may stand in a journal; None while none are."""
         self._other_ends: dict[bytes, None] = {}
         self._told_ends: set[bytes] = set()
-        """Nodes of whose ends the directories were told and may not have written them yet."""
+        """Nodes of whose ends, or dropping, the directories were told and may not have written them yet."""
         self._tells_all_ends = False
 
     @property
@@ -123,6 +125,7 @@ class Stock:
         if not is_whole and not is_taken.all():
             self.guard(table[~is_taken, SLOT : SLOT_BYTES + 1])
         ends = EndRows.join([drive.directory.recovered_ends for drive in self.drives])
+        self.knows_ends = len(ends) > 0
         self.index.native.restore_ends(ends.keys.tobytes(), self.clock.to_moments(ends.ends_us))
         self.expire(self.clock.moment_us)
         LOG.info(
@@ -230,7 +233,7 @@ class Stock:
         return taken
 
     def ends_are_written(self) -> None:
-        """What the directories were told of ends outlives a crash."""
+        """What the directories were told outlives a crash."""
         self._told_ends.clear()
 
     @property
@@ -257,6 +260,9 @@ class Stock:
         """Note for the journals that these nodes' attention or states were dropped."""
         self._forgotten_keys.extend(keys)
         self._forgotten_states.extend(are_states)
+        if self.knows_ends:
+            # What comes there again has none of the ends that any journal has.
+            self._other_ends.update(dict.fromkeys(keys))
         if self._dropped is not None:
             self._dropped.update(zip(keys, are_states, strict=True))
 

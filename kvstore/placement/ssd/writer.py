@@ -221,8 +221,11 @@ class Writer:
         self._sync_ends()
 
     def _sync_ends(self) -> None:
+        with self._stock.lock:
+            if not self._stock.has_unsafe_ends:
+                return
         for drive in self._stock.drives:
-            if drive.may_write and drive.directory.has_ends_to_write:
+            if drive.may_write and drive.directory.has_rows_to_write:
                 try:
                     drive.directory.sync(Deadline.after(self._options.write_deadline_s))
                 except (OSError, DeadlineError) as error:
@@ -233,7 +236,7 @@ class Writer:
 
     def _note_ends_written(self) -> None:
         writable = [drive for drive in self._stock.drives if drive.may_write]
-        if writable and not any(drive.directory.has_ends_to_write for drive in writable):
+        if writable and not any(drive.directory.has_rows_to_write for drive in writable):
             with self._stock.lock:
                 self._stock.ends_are_written()
 

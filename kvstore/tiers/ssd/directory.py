@@ -268,14 +268,14 @@ class SsdDirectory:
                 self._ends.append(ends)
 
     @property
-    def has_ends_to_write(self) -> bool:
-        """Whether rows of `note_ends` wait."""
-        return bool(self._ends)
+    def has_rows_to_write(self) -> bool:
+        """Whether rows of `forget` or `note_ends` wait."""
+        return bool(self._forgotten or self._ends)
 
     def sync(self, deadline: Deadline) -> None:
         """Write the rows of `forget` and `note_ends` that wait. Raises as `append`; they wait on then."""
         journal = self._writable_journal()
-        if self._forgotten or self._ends:
+        if self.has_rows_to_write:
             self._add_to_journal(journal, NodeRows.empty(), RecordRows.empty(), {}, deadline)
 
     def segments(self) -> list[SegmentUsage]:
