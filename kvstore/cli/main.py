@@ -290,7 +290,8 @@ def simulate(
 ) -> None:
     """Simulate scenarios, request by request: time to first token, goodput, egress, queues, hits.
 
-    Exits with 1 if a simulation came to nothing. What the figures mean: docs/reports.md.
+    Exits with 1 if a simulation came to nothing, and on Ctrl-C with 130, after comparing those that had ended. What the
+    figures mean: docs/reports.md.
     """
     from kvstore.cli.simulate import run_simulate
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from typing import TYPE_CHECKING
 
-from kvstore.cli.printing import print_table, printable
-from kvstore.cli.progress import PointsProgress, RunProgress
+from kvstore.cli.collected import Collected
+from kvstore.cli.printing import print_table
+from kvstore.cli.progress import RunProgress
 from kvstore.errors import SimulationError
 from kvstore.scenario import scenario_table
 from kvstore.simulate.report.comparison import write_comparison
@@ -35,7 +35,7 @@ def run_simulate(
     workers: int | None,
     as_json: bool,
 ) -> int:
-    """Simulate scenarios, or a grid of each; the exit status: 1 where one of them came to nothing."""
+    """Simulate scenarios, or a grid of each; the exit status: 1 where one of them came to nothing, 130 on Ctrl-C."""
     if has_page:
         if out is None:
             raise SimulationError("--html draws a page, which needs a place; give --out DIR")
@@ -68,24 +68,22 @@ def _one(point: Point, out: Path | None, *, has_page: bool, as_json: bool) -> in
 
 def _several(points: Sequence[Point], out: Path | None, *, has_page: bool, workers: int, as_json: bool) -> int:
     output = None if out is None else Output(out, has_page)
-    with PointsProgress([point.name for point in points]) as progress:
-        ended = run_sweep(points, workers=workers, output=output, ended=progress)
-    runs = [each.value for each in ended if each.value is not None]
-    failures = [(point.name, each.error) for point, each in zip(points, ended, strict=True) if each.value is None]
-    if out is not None:
-        title = ", ".join(dict.fromkeys(point.scenario.name for point in points))
-        write_comparison(runs, out, title=f"Comparison: {title}", failures=failures, has_page=has_page)
+    outcome: Collected[Summary] = Collected.of(
+        [point.name for point in points], lambda ended: run_sweep(points, workers=workers, output=output, ended=ended)
+    )
+    runs, failures = outcome.values, outcome.failures
+    if out is not None and (runs or not outcome.was_interrupted):
+        title = f"Comparison: {', '.join(dict.fromkeys(point.scenario.name for point in points))}"
+        if outcome.was_interrupted:
+            title += f" (interrupted: {len(runs)} of {len(points)} simulations)"
+        write_comparison(runs, out, title=title, failures=failures, has_page=has_page)
     if as_json:
-        document = summaries_document(runs)
-        document["failed"] = [{"run": name, "error": error} for name, error in failures]
-        print(json.dumps(document, indent=2, allow_nan=False))
+        print(json.dumps(summaries_document(runs, failures), indent=2, allow_nan=False))
     elif runs:
         print_table(f"{len(runs)} of {len(points)} simulations", *_rows(runs))
         if out is not None:
             print(f"written to {out}")
-    for name, error in failures:
-        print(f"kvstore simulate: {name}: {printable(error)}", file=sys.stderr)
-    return 1 if failures else 0
+    return outcome.told()
 
 
 def _rows(runs: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as parquet
 import pytest
 from typer.testing import CliRunner
 
+from kvstore.cli.collected import Collected
 from kvstore.cli.main import app
 from kvstore.errors import KVStoreError
+from kvstore.simulate.workers import Ended
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[2]
 RATE = "workload.arrivals.rate_per_s"
@@ -137,10 +143,56 @@ def test_a_sweep_over_processes(scenario: str, tmp_path: Path) -> None:
     assert "2 of 4 simulations" in run.stdout
     document = json.loads((out / "comparison.json").read_text())
     assert [each["settings"][RATE] for each in document["runs"]] == ["1", "2"]
+    assert [each["run"] for each in document["failed"]] == ["2-small", "4-small"]
     assert {path.name for path in out.iterdir()} == {
         "1-small", "3-small", "comparison.csv", "comparison.html", "comparison.json",
     }  # fmt: skip
     assert "there is no routing policy" in (out / "comparison.html").read_text()
+
+
+def test_an_interrupted_sweep_compares_what_had_ended(scenario: str, tmp_path: Path) -> None:
+    """The second point has a million requests, and would take minutes."""
+    out = tmp_path / "out"
+    options = ("--sweep", "duration_s=60,1e9", "--sweep", "workload.requests_max=1000000", "--workers", "1")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "kvstore", "simulate", scenario, *options, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert run.stderr is not None
+    try:
+        assert run.stderr.readline() == "1 of 2: 1-small done\n"
+        os.killpg(run.pid, signal.SIGINT)
+        text, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode == 130, errors
+    assert errors == "kvstore simulate: 2-small: interrupted before it had ended\n"
+    assert "1 of 2 simulations" in text
+    document = json.loads((out / "comparison.json").read_text())
+    assert [each["settings"]["duration_s"] for each in document["runs"]] == ["60"]
+    assert document["failed"] == [{"run": "2-small", "error": "interrupted before it had ended"}]
+    assert {path.name for path in out.iterdir()} == {"1-small", "comparison.csv", "comparison.json"}
+
+
+def test_what_an_interrupt_leaves_undone_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(ended: Callable[[int, Ended[int]], None]) -> None:
+        ended(2, Ended(7))
+        ended(0, Ended(None, "lost"))
+        raise KeyboardInterrupt
+
+    found: Collected[int] = Collected.of(["a", "b", "c"], work)
+    assert found.values == (7,)
+    assert found.failures == (("a", "lost"), ("b", "interrupted before it had ended"))
+    assert found.told() == 130
+    assert "kvstore simulate: b: interrupted" in capsys.readouterr().err
+    for how, status in ((Ended(1), 0), (Ended[int](None, "lost"), 1)):
+        done: Collected[int] = Collected.of(["a"], lambda ended, how=how: ended(0, how))  # type: ignore[misc]
+        assert done.told() == status
 
 
 def test_pages_need_matplotlib_before_anything_is_simulated(

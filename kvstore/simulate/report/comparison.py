@@ -138,8 +138,9 @@ def write_comparison(
         UnavailableError: matplotlib is not there, and a page is asked for.
         SimulationError: a file cannot be written.
     """
+    failures = list(failures)
     page = comparison_page(runs, title=title, failures=failures) if has_page else None
-    written = list(write_summaries(runs, directory, "comparison"))
+    written = list(write_summaries(runs, directory, "comparison", failures))
     if page is not None:
         written.append(directory / "comparison.html")
         with report_file(written[-1]) as opened:

@@ -58,26 +58,41 @@ def write_result(result: SimulationResult, directory: Path, summary: Summary | N
     return tuple(written)
 
 
-def write_summaries(summaries: Sequence[Summary], directory: Path, name: str) -> tuple[Path, ...]:
+def write_summaries(
+    summaries: Sequence[Summary], directory: Path, name: str, failures: Iterable[tuple[str, str]] | None = None
+) -> tuple[Path, ...]:
     """Write figures as `NAME.json`, `{"version": …, "runs": […]}`, and, but for one run alone, as `NAME.csv`, too.
+
+    Args:
+        failures: as `summaries_document` takes them.
 
     Raises:
         SimulationError: a file cannot be written.
     """
-    document = summaries_document(summaries)
+    document = summaries_document(summaries, failures)
     written = [directory / f"{name}.json"]
     with report_file(written[0]) as opened:
         opened.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
-    if len(summaries) != 1:
+    if failures is not None or len(summaries) != 1:
         written.append(directory / f"{name}.csv")
         with report_file(written[1]) as opened:
             opened.write(_csv(summaries).encode())
     return tuple(written)
 
 
-def summaries_document(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """Figures as they are written; each run as `Summary.to_document` has it."""
-    return {"version": 1, "kvstore": __version__, "runs": [summary.to_document() for summary in summaries]}
+def summaries_document(
+    summaries: Sequence[Summary], failures: Iterable[tuple[str, str]] | None = None
+) -> dict[str, Any]:
+    """Figures as they are written; each run as `Summary.to_document` has it.
+
+    Args:
+        failures: of several runs, those that came to nothing: their name, and why.
+    """
+    runs = [summary.to_document() for summary in summaries]
+    document: dict[str, Any] = {"version": 1, "kvstore": __version__, "runs": runs}
+    if failures is not None:
+        document["failed"] = [{"run": name, "error": error} for name, error in failures]
+    return document
 
 
 def check_directory(directory: Path) -> None:
