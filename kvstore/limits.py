@@ -407,6 +407,10 @@ SWEEP_WORKERS_MAX = 256
 """Processes that simulate at once."""
 SWEEP_POINT_DEADLINE_S = 24 * 3600.0
 """For one simulation of a sweep."""
+SIMULATED_GOODPUT_TOLERANCE_MIN = 1e-3
+"""How near a goodput may be asked for, as a share of it; each halving is a simulation, and seeds differ by more."""
+SIMULATED_GOODPUT_DOUBLINGS_MAX = 4
+"""Of the rate at which the search for a goodput begins, while it is good."""
 SIMULATED_ATTEMPTS_MAX = 4
 """Times that a simulated prompt is routed whose prefill instance fails; then it is given up."""
 SIMULATED_SAMPLES_MAX = 1 << 15

@@ -286,6 +286,18 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Simulations at a time; as many as cores by default.")
     ] = None,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="Look for the largest rate at which enough requests meet the SLO.")
+    ] = False,
+    rate_max: Annotated[
+        float | None,
+        typer.Option(
+            metavar="REQUESTS/S", help="With --goodput: try none above; it begins at the rate of kvstore plan."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="With --goodput: how near the rate is found; 0.02 by default.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Simulate scenarios, request by request: time to first token, goodput, egress, queues, hits.
@@ -293,6 +305,19 @@ def simulate(
     Exits with 1 if a simulation came to nothing, and on Ctrl-C with 130, after comparing those that had ended. What the
     figures mean: docs/reports.md.
     """
+    if goodput:
+        from kvstore.cli.simulate_goodput import run_goodput
+
+        if html:
+            raise typer.BadParameter("draws runs at given rates; leave it out with --goodput", param_hint="--html")
+        raise typer.Exit(
+            run_goodput(
+                scenarios, rate_max_per_s=rate_max, tolerance=tolerance, out=out, sweeps=sweep or [], workers=workers,
+                as_json=as_json,
+            )
+        )  # fmt: skip
+    if rate_max is not None or tolerance is not None:
+        raise typer.BadParameter("says how to look for goodput; add --goodput", param_hint="--rate-max, --tolerance")
     from kvstore.cli.simulate import run_simulate
 
     raise typer.Exit(

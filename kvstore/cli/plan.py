@@ -16,13 +16,12 @@ from kvstore.schedule.planning.latency import LoadedPlan
 from kvstore.schedule.planning.optimum import best_plan
 from kvstore.schedule.planning.plan import CONVENTIONS, divided
 from kvstore.schedule.prefill_service import ServiceKind
-from kvstore.workload.traffic import traffic_of
+from kvstore.workload.problem import problem_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvstore.scenario import Scenario
-    from kvstore.schedule.deployment import Deployment
     from kvstore.schedule.planning.latency import Latency
     from kvstore.schedule.planning.plan import Convention, Traffic
     from kvstore.schedule.planning.throughput import Throughput
@@ -90,9 +89,8 @@ def _plan(
     is_exhaustive: bool,
     requests_per_s: float | None,
 ) -> _Planned:
-    deployment = _left_for_us(scenario)
-    is_cached = any(each.cache.dram_bytes + each.cache.ssd_bytes > 0 for each in deployment.clusters)
-    traffic = traffic_of(scenario.workload, block_tokens=scenario.block_tokens, seed=scenario.seed, is_cached=is_cached)
+    problem = problem_of(scenario)
+    deployment, traffic = problem.deployment, problem.traffic
     free = list(divide) or ([] if is_fixed else None)
     search = exhaustive_plan if is_exhaustive else best_plan
     throughput = search(deployment, traffic, convention, free=free)
@@ -105,7 +103,7 @@ def _plan(
     return _Planned(
         scenario=replace(scenario, deployment=deployment),
         traffic=traffic,
-        is_cached=is_cached,
+        is_cached=problem.is_cached,
         throughput=throughput,
         loaded=loaded,
         goodput=plan_goodput(deployment, throughput, traffic, scenario.slo),
@@ -126,16 +124,6 @@ def _services(planned: _Planned) -> list[_Service]:
             beside = model.service(profile, tokens, decode_batch=profile.decode_batch_max)
             found.append(_Service(name, tokens, kind, model.service(profile, tokens), beside))
     return found
-
-
-def _left_for_us(scenario: Scenario) -> Deployment:
-    """The deployment with what its cross traffic leaves of the links."""
-    taken = {(source, target): share for source, target, share in scenario.cross_traffic}
-    links = tuple(
-        replace(link, bytes_per_s=link.bytes_per_s * (1 - taken.get((link.source, link.target), 0.0)))
-        for link in scenario.deployment.links
-    )
-    return replace(scenario.deployment, links=links)
 
 
 def _document(planned: _Planned) -> dict[str, object]:

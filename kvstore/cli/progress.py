@@ -6,12 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Any, Self
 
 from kvstore.cli.printing import printable
+from kvstore.simulate.report.wording import percent, stability
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.progress import Progress
 
+    from kvstore.simulate.goodput import Tried
     from kvstore.simulate.workers import Ended
 
 
@@ -54,6 +56,33 @@ class RunProgress(_Bars):
     def __call__(self, at_s: float) -> None:
         if self._bars is not None:
             self._bars.update(self._task, completed=at_s, state=f"{at_s:,.0f} s simulated")
+
+
+class RatesProgress(_Bars):
+    """Of a search for a rate, told of each that was tried."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = printable(name)
+        self._tried = 0
+        if self._bars is not None:
+            self._task = self._bars.add_task(self._name, total=None, state="")
+
+    def __call__(self, tried: Tried) -> None:
+        """A simulation has ended."""
+        self._tried += 1
+        summary = tried.summary
+        how = f"{percent(summary.good_share)} within the limits" if summary.is_stable else stability(summary.is_stable)
+        told = f"{self._tried}: {tried.requests_per_s:.4g} requests/s, {how}"
+        if self._bars is not None:
+            self._bars.update(self._task, state=told)
+        else:
+            print(told, file=sys.stderr, flush=True)
+
+    def reached(self, at_s: float) -> None:
+        """The simulation at hand has come to this time."""
+        if self._bars is not None:
+            self._bars.update(self._task, description=f"{self._name}, {at_s:,.0f} s simulated")
 
 
 class PointsProgress(_Bars):

@@ -41,17 +41,23 @@ def run_simulate(
             raise SimulationError("--html draws a page, which needs a place; give --out DIR")
         # Before anything is simulated for it.
         check_drawing()
-    axes = [axis_of(text) for text in sweeps]
-    points: list[Point] = []
-    for name in scenarios:
-        table, base_directory, file = scenario_table(name)
-        points += points_of(table, base_directory, axes, file=file)
+    points = read_points(scenarios, sweeps)
     if out is not None:
         check_directory(out)
     if len(points) == 1:
         return _one(points[0], out, has_page=has_page, as_json=as_json)
     count = len(os.sched_getaffinity(0)) if workers is None else workers
     return _several(named_apart(points), out, has_page=has_page, workers=count, as_json=as_json)
+
+
+def read_points(scenarios: Sequence[str], sweeps: Sequence[str]) -> Sequence[Point]:
+    """The grid of each scenario, one after the other; their names may be the same."""
+    axes = [axis_of(text) for text in sweeps]
+    points: list[Point] = []
+    for name in scenarios:
+        table, base_directory, file = scenario_table(name)
+        points += points_of(table, base_directory, axes, file=file)
+    return points
 
 
 def _one(point: Point, out: Path | None, *, has_page: bool, as_json: bool) -> int:

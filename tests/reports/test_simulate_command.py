@@ -214,9 +214,41 @@ def test_a_place_that_cannot_be_written_shows_before_anything_is_simulated(
         invoke(scenario, "--out", tmp_path / "file" / "out")
 
 
+def test_the_goodput_of_a_scenario(scenario: str, tmp_path: Path) -> None:
+    done = invoke(scenario, "--goodput", "--rate-max", "8", "--tolerance", "0.2", "--out", tmp_path / "out")
+    assert done.exit_code == 0
+    document = json.loads((tmp_path / "out" / "goodput.json").read_text())
+    (found,) = document["goodput"]
+    assert document["failed"] == []
+    assert 0 < found["requests_per_s"] < found["above_requests_per_s"] <= min(1.2 * found["requests_per_s"], 8)
+    tried = {each["requests_per_s"]: each for each in found["tried"]}
+    assert tried[found["requests_per_s"]]["good_share"] == found["good_share"] >= found["share"] == 0.9
+    bad = tried[found["above_requests_per_s"]]
+    assert not bad["is_stable"] or bad["good_share"] < 0.9
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(tried)
+    assert lines[0].startswith("1: 8 requests/s, ")
+    assert f"{found['requests_per_s']:.3g}/s" in done.stdout
+    assert "Goodput: the largest rate" in done.stdout
+
+
+def test_the_goodput_of_a_grid(scenario: str) -> None:
+    sweep = ("--sweep", "policy.name=threshold,none", "--sweep", "duration_s=60")
+    done = invoke(scenario, "--goodput", "--rate-max", "8", "--tolerance", "0.4", *sweep, "--workers", "1", "--json")
+    assert done.exit_code == 1
+    document = json.loads(done.stdout)
+    (found,) = document["goodput"]
+    assert found["settings"] == {"policy.name": "threshold", "duration_s": "60"}
+    assert [each["run"] for each in document["failed"]] == ["2-small"]
+    assert "there is no routing policy 'none'" in document["failed"][0]["error"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--goodput", "--sweep", f"{RATE}=1,2"], "looks for the rate itself"),
+        (["--goodput", "--tolerance", "0"], "tolerance of 0"),
+        (["--goodput", "--rate-max", "-1"], "positive rate_max_per_s"),
         (["--html"], "give --out DIR"),
         (["--sweep", "seed"], "KEY=A,B,C"),
         (["--sweep", "sed=1,2"], "sed"),
@@ -226,6 +258,13 @@ def test_a_place_that_cannot_be_written_shows_before_anything_is_simulated(
 def test_wrong_uses_are_named(scenario: str, arguments: list[str], message: str) -> None:
     with pytest.raises(KVStoreError, match=message):
         invoke(scenario, *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--goodput", "--html"], ["--rate-max", "3"], ["--tolerance", "0.1"]])
+def test_options_that_do_not_go_together(scenario: str, arguments: list[str]) -> None:
+    done = invoke(scenario, *arguments)
+    assert done.exit_code == 2
+    assert "--goodput" in done.stderr
 
 
 def test_an_overload_is_labelled(scenario: str) -> None:

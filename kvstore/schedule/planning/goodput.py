@@ -39,7 +39,12 @@ class Goodput:
 
 
 def goodput(
-    meets: Callable[[float], float], share: float, *, rate_max_per_s: float, tolerance: float = 1e-3
+    meets: Callable[[float], float],
+    share: float,
+    *,
+    rate_max_per_s: float,
+    tolerance: float = 1e-3,
+    halves: bool = False,
 ) -> Goodput:
     """Bisection for the largest rate at which `meets` says at least `share`.
 
@@ -50,6 +55,8 @@ def goodput(
         meets: share of the requests that meet their limits at a rate: from closed forms, or from a simulation.
         rate_max_per_s: no higher rate is tried.
         tolerance: between the good and the bad rate, of the good one.
+        halves: look for a good rate by halving, rather than at the least one first: for a simulation, which has few
+            requests at low rates, or simulates long times for many.
 
     Raises:
         PlanError: a number is out of its limits, or `meets` says no share.
@@ -69,8 +76,13 @@ def goodput(
     at_top = asked(rate_max_per_s)
     if at_top >= share:
         return Goodput(rate_max_per_s, at_top, None, "the limits are met up to the largest rate that was tried")
-    low = rate_max_per_s * _LEAST
+    high = rate_max_per_s
+    least = rate_max_per_s * _LEAST
+    low = high / 2 if halves else least
     met = asked(low)
+    while met < share and low > least:
+        high, low = low, max(low / 2, least)
+        met = asked(low)
     if met < share:
         return Goodput(
             0.0,
@@ -78,7 +90,6 @@ def goodput(
             low,
             f"the limits are not met at any rate: {met:.1%} meet them at {low:.3g} requests/s, not {share:.1%}",
         )
-    high = rate_max_per_s
     for _ in range(_STEPS_MAX):
         if high - low <= tolerance * low:
             break
