@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.cluster.config import SECTIONS, SETTINGS, NodeConfig
 from kvstore.cluster.kinds import parse_as, shown
+from kvstore.documents import read_document
 from kvstore.errors import ConfigError
 from kvstore.limits import NODE_CONFIG_BYTES_MAX
 
@@ -48,15 +49,7 @@ def read_config(
 
 
 def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(NODE_CONFIG_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(f"the configuration {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{str(path)!r} is no path: {error}") from error
-    if len(data) > NODE_CONFIG_BYTES_MAX:
-        raise ConfigError(f"{path} is larger than {NODE_CONFIG_BYTES_MAX} bytes, the limit of a configuration")
+    data = read_document(path, NODE_CONFIG_BYTES_MAX, "configuration", ConfigError)
     try:
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvstore.documents import whole_file, without_repeats
+from kvstore.documents import read_document, whole_file, without_repeats
 from kvstore.errors import ProfileError
 from kvstore.limits import PROFILE_FILE_BYTES_MAX, PROFILE_NUMBER_MAX, PROFILE_TEXT_CHARACTERS_MAX
 from kvstore.profile import INFERABLE, Curve, KvSize, MeasuredCurve, PolynomialCurve, Profile
@@ -266,15 +266,8 @@ _SHOWN_CHARACTERS = 60
 
 
 def _read(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(PROFILE_FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ProfileError(
-            f"the profile {path} cannot be read: {error.strerror}; the package has {', '.join(profile_names())}"
-        ) from error
-    if len(data) > PROFILE_FILE_BYTES_MAX:
-        raise ProfileError(f"{path} is larger than {format_bytes(PROFILE_FILE_BYTES_MAX)}, the limit of a profile")
+    remedy = f"the package has {', '.join(profile_names())}"
+    data = read_document(path, PROFILE_FILE_BYTES_MAX, "profile", ProfileError, remedy=remedy)
     try:
         return data.decode()
     except UnicodeDecodeError as error:

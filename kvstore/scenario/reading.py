@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from kvstore.documents import read_document
 from kvstore.errors import ScenarioError
 from kvstore.limits import (
     SCENARIO_BLOCK_TOKENS_MAX,
@@ -19,7 +20,6 @@ from kvstore.scenario.clusters import deployment_of
 from kvstore.scenario.scenario import Arrivals, LinkFault, NodeFault, PolicyChoice, Scenario, Workload
 from kvstore.scenario.table import REQUIRED, Table
 from kvstore.schedule.deployment import Slo
-from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -217,16 +217,8 @@ def _data() -> Any:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(SCENARIO_BYTES_MAX + 1)
-    except (OSError, ValueError) as error:
-        raise ScenarioError(
-            f"the scenario {path} cannot be read: {error}; those of the package are {', '.join(scenario_names())}"
-        ) from error
-    if len(data) > SCENARIO_BYTES_MAX:
-        raise ScenarioError(f"{path} is larger than {format_bytes(SCENARIO_BYTES_MAX)}, the limit of a scenario")
-    return data
+    remedy = f"those of the package are {', '.join(scenario_names())}"
+    return read_document(path, SCENARIO_BYTES_MAX, "scenario", ScenarioError, remedy=remedy)
 
 
 def _parsed(data: bytes, file: str) -> dict[str, Any]:

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvstore.documents import without_repeats
+from kvstore.documents import read_document, without_repeats
 from kvstore.errors import SpecError
 from kvstore.limits import SPEC_FILE_BYTES_MAX
 from kvstore.spec.model import ModelSpec
-from kvstore.units import format_bytes
 
 if TYPE_CHECKING:
     import os
@@ -77,13 +76,7 @@ def load_spec(path: str | os.PathLike[str]) -> ModelSpec:
     Raises:
         SpecError: it cannot be read, is larger than 16 MiB, or is no spec; the message names the file.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(SPEC_FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise SpecError(f"the spec file {path} cannot be read: {error.strerror}") from error
-    if len(data) > SPEC_FILE_BYTES_MAX:
-        raise SpecError(f"{path} is larger than {format_bytes(SPEC_FILE_BYTES_MAX)}, the limit of a spec file")
+    data = read_document(path, SPEC_FILE_BYTES_MAX, "spec file", SpecError)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -162,7 +162,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_config(tmp_path)
     with pytest.raises(ConfigError, match="is no path"):
         read_config("a\0b")
-    with pytest.raises(ConfigError, match="the limit of a configuration"):
+    with pytest.raises(ConfigError, match=r"larger than 1\.00 MiB, the limit of a configuration"):
         read_config(write(tmp_path, "#" * (NODE_CONFIG_BYTES_MAX + 1)))
     with pytest.raises(ConfigError, match="not a TOML file"):
         read_config(write(tmp_path, "a = " + "[" * 100_000))

@@ -118,6 +118,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, message in (("none.json", "No such file"), ("large.json", "larger than"), ("binary.json", "not text")):
         with pytest.raises(ProfileError, match=message):
             load_profile(tmp_path / name)
+    with pytest.raises(ProfileError, match="the package has kimi-linear-h200, "):
+        load_profile(tmp_path / "none.json")
+    with pytest.raises(ProfileError, match=r"'\\x00\.json' is no path"):
+        load_profile("\0.json")
     with pytest.raises(ProfileError, match="no profile is named 'kimi'; there are kimi-linear-h200, "):
         load_profile("kimi")
 

@@ -285,9 +285,9 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     broken.write_bytes(b"#" * ((1 << 20) + 1))
     with pytest.raises(ScenarioError, match=r"larger than 1\.00 MiB"):
         read_scenario(broken)
-    with pytest.raises(ScenarioError, match=r"none.toml cannot be read: .*No such file"):
+    with pytest.raises(ScenarioError, match=r"none.toml cannot be read: No such file"):
         read_scenario(tmp_path / "none.toml")
-    with pytest.raises(ScenarioError, match="cannot be read"):
+    with pytest.raises(ScenarioError, match=r"'\\x00\.toml' is no path"):
         read_scenario("\0.toml")
     with pytest.raises(ScenarioError, match="no scenario is named 'nothing'; there are dense, paper-adaptive"):
         read_scenario("nothing")

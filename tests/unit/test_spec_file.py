@@ -178,6 +178,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_spec(tmp_path / "none.json")
     with pytest.raises(SpecError, match="cannot be read: Is a directory"):
         load_spec(tmp_path)
+    with pytest.raises(SpecError, match=r"'a\\x00b' is no path"):
+        load_spec("a\0b")
     path = tmp_path / "large.json"
     path.write_bytes(b" " * (SPEC_FILE_BYTES_MAX + 1))
     with pytest.raises(SpecError, match=r"larger than 16\.00 MiB"):
