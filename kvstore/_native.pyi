@@ -1,7 +1,7 @@
 """The parts of kvstore that touch every byte or every record: arena, checksums, strided copies and sockets."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -359,6 +359,20 @@ class PrefixIndex:
     ) -> list[int]: ...
     def leave(self, writes: WriteSet) -> None: ...
     def let_go(self, writes: WriteSet) -> NDArray[np.uint64]: ...
+    def write_counted(
+        self,
+        path: _PackedPath,
+        salt: bytes,
+        needs: Needs,
+        block_bytes: int,
+        states: Sequence[tuple[int, int]],
+        capacity_bytes: float,
+        records_max: int,
+    ) -> tuple[Literal["written", "no room", "too many", "wrong path"], int, int]:
+        """Enter what is missing of a path's attention, and of states (blocks from 1, bytes), whose bytes only count.
+
+        What was used longest ago is evicted for it. Returns how it went, the bytes written and those evicted.
+        """
     def set_end(self, path: _PackedPath, ends_at_us: int, after_tokens: int = ..., meant_tokens: int = 0) -> int: ...
     def stored_tokens(self, path: _PackedPath) -> int: ...
     def expire(self, now_us: int, even_written: bool = False) -> NDArray[np.uint64]: ...

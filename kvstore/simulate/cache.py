@@ -98,8 +98,7 @@ class ClusterCache:
         for tier in self._tiers:
             tier.touch(path)
         if prefix.tier == "ssd" and self._dram is not None:
-            present_tokens = self._dram.match(path, prefix.resume_tokens).attention_tokens
-            self._dram.write(path, request.salt, present_tokens // self._block_tokens, (blocks,))
+            self._dram.write(path, request.salt, (blocks,))
 
     def store(self, request: Request, *, keys: bytes, tokens: int, resume_tokens: int) -> None:
         """Keep the cache of a text: attention blocks of all its keys, states where the checkpoint policy says.
@@ -116,13 +115,10 @@ class ClusterCache:
         if not blocks or not self._tiers:
             return
         path = self._path(keys[: blocks * KEY_BYTES], request.salt)
-        state_blocks: Sequence[int] | None = None
+        branch_points = self._tiers[0].match(path, blocks * self._block_tokens).branch_points
+        state_blocks = self._checkpoint_blocks(blocks, resume_tokens, branch_points)
         for tier in self._tiers:
-            found = tier.match(path, blocks * self._block_tokens)
-            if state_blocks is None:
-                state_blocks = self._checkpoint_blocks(blocks, resume_tokens, found.branch_points)
-            present_blocks = found.attention_tokens // self._block_tokens
-            if not tier.write(path, request.salt, present_blocks, state_blocks):
+            if not tier.write(path, request.salt, state_blocks):
                 tier.refused_tokens += tokens
                 # What memory had no room for was never there to be kept elsewhere.
                 break

@@ -9,6 +9,7 @@
 #include <random>
 #include <unordered_map>
 
+#include "../index/counted.h"
 #include "bindings.h"
 #include "gil.h"
 
@@ -176,6 +177,27 @@ class PrefixIndex {
         return index_.commit(set, ready, costs, {tier, codec, is_lossy}, {ends_at, committed_nodes});
     }
 
+    nb::tuple write_counted(const nb::tuple& packed, const nb::bytes& salt, const Needs& needs,
+                            std::uint32_t block_bytes, const std::vector<std::pair<std::uint32_t, std::uint32_t>>& states,
+                            double capacity_bytes, std::uint64_t records_max) {
+        const PackedPath path(packed);
+        std::vector<CountedState> counted_states;
+        for (const auto& [blocks, size_bytes] : states) {
+            if (blocks <= (counted_states.empty() ? 0 : counted_states.back().blocks) || blocks > (*path).blocks) {
+                throw std::out_of_range("states are at ascending lengths of the path, in blocks from 1");
+            }
+            counted_states.push_back({blocks, size_bytes});
+        }
+        const bool is_known = std::ranges::all_of(needs.groups, [&](const auto& need) { return need.group < group_count_; });
+        if ((*path).size() == 0 || (*path).tail_key != nullptr || !is_known || !(capacity_bytes >= 0)) {
+            throw std::invalid_argument("a counted write has whole blocks, groups of this index and a capacity");
+        }
+        const Counted counted = kvstore::index::write_counted(
+            index_, {*path, std::string(salt.c_str(), salt.size()), &needs, block_bytes, counted_states, capacity_bytes,
+                     records_max});
+        return nb::make_tuple(outcome_name(counted.outcome), counted.written_bytes, counted.evicted_bytes);
+    }
+
     std::uint32_t set_end(const nb::tuple& packed, Moment at, std::uint32_t after_tokens, std::uint32_t meant_tokens) {
         return index_.set_end(*PackedPath(packed), at, after_tokens, meant_tokens);
     }
@@ -329,6 +351,20 @@ class PrefixIndex {
         return values;
     }
 
+    static const char* outcome_name(CountedOutcome outcome) {
+        switch (outcome) {
+            case CountedOutcome::written:
+                return "written";
+            case CountedOutcome::no_room:
+                return "no room";
+            case CountedOutcome::too_many:
+                return "too many";
+            case CountedOutcome::wrong_path:
+                return "wrong path";
+        }
+        throw std::logic_error("a counted write ends in no known way");
+    }
+
     static std::uint64_t seed() {
         std::random_device source;
         return (std::uint64_t{source()} << 32) | source();
@@ -451,6 +487,8 @@ void bind_index(nb::module_& module) {
         .def("leave", [](PrefixIndex& self, WriteSet& set) { self.index().leave(set); }, "writes"_a)
         .def("let_go", [](PrefixIndex& self, WriteSet& set) { return slot_table(self.index().let_go(set)); },
              "writes"_a)
+        .def("write_counted", &PrefixIndex::write_counted, "path"_a, "salt"_a, "needs"_a, "block_bytes"_a, "states"_a,
+             "capacity_bytes"_a, "records_max"_a)
         .def("set_end", &PrefixIndex::set_end, "path"_a, "ends_at_us"_a, "after_tokens"_a = none,
              "meant_tokens"_a = 0)
         .def("stored_tokens", &PrefixIndex::stored_tokens, "path"_a)
