@@ -113,6 +113,7 @@ class Simulation:
             np.random.default_rng([scenario.seed, 0x6661756C74]),
             prefill_lost=self._prefill_lost,
             decode_lost=self._decode_lost,
+            prefill_changed=self._unstrand,
         )
         self._recording = Recording()
         self._seen = SeenKeys()
@@ -177,21 +178,26 @@ class Simulation:
         self._route(job)
 
     def _route(self, job: Job) -> None:
-        request = job.request
+        snapshot, asked = self._telemetry.snapshot(), self._asked(job.request)
+        route = self._policy.route(self._memory, snapshot, asked).route
+        if not job.attempt:
+            route = self._let_in(snapshot, asked, route)
+        if route is None:
+            self._turn_away(job)
+        else:
+            self._send(job, route, asked.cached)
+
+    def _asked(self, request: Request) -> RoutingRequest:
         cached: dict[str, CachedPrefix] = {}
         if request.keys:
             for name, cache in self._cached_sites:
                 prefix = cache.find(request)
                 if prefix is not NOTHING_CACHED:
                     cached[name] = prefix
-        snapshot = self._telemetry.snapshot()
-        asked = RoutingRequest(request.prompt_tokens, self._answer.tokens, cached)
-        route = self._policy.route(self._memory, snapshot, asked).route
-        if not job.attempt:
-            route = self._let_in(snapshot, asked, route)
-        if route is None:
-            self._turn_away(job)
-            return
+        return RoutingRequest(request.prompt_tokens, self._answer.tokens, cached)
+
+    def _send(self, job: Job, route: Route, cached: Mapping[str, CachedPrefix]) -> None:
+        request = job.request
         job.route = route
         job.prefill = prefill = self._sites[route.prefill]
         job.decode = decode = self._sites[route.decode]
@@ -210,7 +216,7 @@ class Simulation:
         prefill.prefill.expect(job)
         decode.decode.expected += 1
         if not job.resume_tokens:
-            prefill.prefill.enqueue(job)
+            self._enqueue(job)
             return
         if job.prefix.load_s > 0:
             self._events.at(self._events.now_s + job.prefix.load_s, self._loaded, job)
@@ -239,7 +245,7 @@ class Simulation:
         job.passed(LOAD, self._events.now_s)
         site = job.prefill
         if job.prefix_site is site:
-            site.prefill.enqueue(job)
+            self._enqueue(job)
             return
         have = site.cache.find(job.request).attention_tokens if site.cache is not None else 0
         amount_bytes = site.profile.kv.missing_bytes(job.resume_tokens, have)
@@ -253,7 +259,35 @@ class Simulation:
         blocks = job.resume_tokens // self._scenario.block_tokens
         self._store(job.prefill, job, job.request.keys[: blocks * KEY_BYTES], job.resume_tokens, job.resume_tokens - 1)
         job.stores = job.prefill.stores
-        job.prefill.prefill.enqueue(job)
+        self._enqueue(job)
+
+    def _enqueue(self, job: Job) -> None:
+        site = job.prefill
+        site.prefill.enqueue(job)
+        if not site.prefill.instances:
+            self._move_on(site)
+
+    def _unstrand(self) -> None:
+        """Instances have gone or come back: who waits where there is none may have another way."""
+        for site in self._sites.values():
+            if not site.prefill.instances and site.prefill.queued:
+                self._move_on(site)
+
+    def _move_on(self, site: Site) -> None:
+        """Route anew what waits at a cluster without an instance; what has no other way waits on.
+
+        Nobody who was let in is asked about again, and no attempt is counted: no instance was at it.
+        """
+        for job in site.prefill.recall():
+            asked = self._asked(job.request)
+            route = self._policy.route(self._memory, self._telemetry.snapshot(), asked).route
+            if route is not None and self._sites[route.prefill].prefill.instances:
+                job.passed(QUEUE, self._events.now_s)
+                site.prefill.expected -= 1
+                job.decode.decode.expected -= 1
+                self._send(job, route, asked.cached)
+            else:
+                site.prefill.enqueue(job)
 
     def _start(self, job: Job, instance: int) -> None:
         """An instance turns to a prompt."""

@@ -49,6 +49,7 @@ class Faults:
 
     Args:
         prefill_lost, decode_lost: called with each job that a failed instance was at.
+        prefill_changed: called when instances that prefill have gone or come back, and those jobs were told of.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Faults:
         *,
         prefill_lost: Callable[[Job], None],
         decode_lost: Callable[[Job], None],
+        prefill_changed: Callable[[], None],
     ) -> None:
         self._events = events
         self._links = links
@@ -68,6 +70,7 @@ class Faults:
         self._random = random
         self._prefill_lost = prefill_lost
         self._decode_lost = decode_lost
+        self._prefill_changed = prefill_changed
         self._active: list[LinkFault] = []
         self.happenings: list[Happening] = []
         for fault in scenario.faults:
@@ -106,6 +109,8 @@ class Faults:
         self._note(fault.cluster, f"{gone} {fault.role} instances fail with {len(lost)} requests")
         for job in lost:
             (self._prefill_lost if fault.role == "prefill" else self._decode_lost)(job)
+        if fault.role == "prefill":
+            self._prefill_changed()
         if fault.until_s < inf and gone:
             self._events.at(fault.until_s, self._end_node, (fault, gone))
 
@@ -114,6 +119,8 @@ class Faults:
         site = self._sites[fault.cluster]
         (site.prefill if fault.role == "prefill" else site.decode).add(instances)
         self._note(fault.cluster, f"{instances} {fault.role} instances are back")
+        if fault.role == "prefill":
+            self._prefill_changed()
 
     def _pick(self, of: int, count: int) -> list[int]:
         return sorted(self._random.choice(of, count, replace=False).tolist()) if count else []

@@ -78,6 +78,13 @@ class PrefillInstances:
         else:
             heappush(self._queue, (job.arrival_s, job.request.number, job))
 
+    def recall(self) -> list[Job]:
+        """Take all prompts out of the queue, in their order; they are expected again."""
+        recalled = [job for _, _, job in sorted(self._queue)]
+        self._queue.clear()
+        self.expected += len(recalled)
+        return recalled
+
     def finished(self, instance: int) -> None:
         """An instance is through with its prompt."""
         del self.busy[instance]

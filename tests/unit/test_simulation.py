@@ -33,6 +33,16 @@ def keys_of(*names: str) -> bytes:
     return b"".join(name.encode().ljust(32, b".") for name in names)
 
 
+class FarWhileItWorks(Fixed):
+    """Prefills in `far` while it has an instance, else in `near` while that has one."""
+
+    def route(self, memory, snapshot, request):  # type: ignore[no-untyped-def]
+        clusters = snapshot.clusters
+        if not clusters["far"].prefill_instances and clusters["near"].prefill_instances:
+            return Fixed("near", "near").route(memory, snapshot, request)
+        return super().route(memory, snapshot, request)
+
+
 def test_a_prompt_in_one_cluster_waits_and_is_prefilled() -> None:
     result = simulated(one_cluster(), requests_at([0.0, 0.5], 1000, output_tokens=11))
     assert parts_of(result, 0) == {"prefill_s": pytest.approx(1.0)}
@@ -182,6 +192,44 @@ def test_a_prompt_whose_instances_fail_again_and_again_is_given_up() -> None:
     result = simulated(one_cluster(), requests_at([0.0]), faults=faults)
     assert result.requests.outcome.tolist() == [Outcome.FAILED]
     assert math.isnan(result.requests.ttft_s[0])
+
+
+def test_prompts_that_wait_where_no_instance_is_left_go_another_way() -> None:
+    """The first one was being prefilled at `far`, where nobody comes back for long; the others waited behind it."""
+    fault = NodeFault("far", "prefill", 1, 0.5, 100.0)
+    result = simulated(two_clusters(), requests_at([0.0, 0.1, 0.2]), FarWhileItWorks("far", "near"), faults=(fault,))
+    assert result.requests.outcome.tolist() == [Outcome.DONE] * 3
+    assert result.requests.prefill.tolist() == [1, 1, 1]
+    assert result.requests.ttft_s == pytest.approx([1.5, 2.4, 3.3])
+    for row, waited_s in enumerate((0.5, 1.4, 2.3)):
+        assert parts_of(result, row) == {"queue_s": pytest.approx(waited_s), "prefill_s": pytest.approx(1.0)}
+
+
+def test_a_prefix_that_comes_where_no_instance_is_left_goes_another_way() -> None:
+    """It is on its way from `near` to `far` for 0.73 s; meanwhile the instance goes that it was for."""
+
+    class NearThenFar(FarWhileItWorks):
+        def route(self, memory, snapshot, request):  # type: ignore[no-untyped-def]
+            chosen = super() if request.prompt_tokens == 64 else Fixed("near", "near")
+            return chosen.route(memory, snapshot, request)
+
+    requests = [Request(0, 0.0, 48, 1, keys_of("a", "b", "c")), Request(1, 10.0, 64, 1, keys_of("a", "b", "c", "d"))]
+    deployment = two_clusters(bytes_per_s=1e4, round_trip_s=0.25, dram=1e9)
+    fault = NodeFault("far", "prefill", 1, 10.3, 100.0)
+    result = simulated(deployment, requests, NearThenFar("far", "near", "near"), faults=(fault,))
+    assert result.requests.prefill.tolist() == [1, 1]
+    assert result.requests.cached_tokens.tolist() == [0, 48]
+    assert result.requests.prefix_bytes.tolist() == [0.0, 4800.0]
+    assert parts_of(result, 1) == {"prefix_s": pytest.approx(0.73), "prefill_s": pytest.approx(0.016)}
+
+
+def test_prompts_without_another_way_wait_for_the_first_one_that_comes_back() -> None:
+    """Both clusters are without an instance while they wait; `near` has one again long before `far`."""
+    faults = (NodeFault("near", "prefill", 1, 0.2, 3.0), NodeFault("far", "prefill", 1, 0.5, 100.0))
+    result = simulated(two_clusters(), requests_at([0.0, 0.1]), FarWhileItWorks("far", "near"), faults=faults)
+    assert result.requests.outcome.tolist() == [Outcome.DONE] * 2
+    assert result.requests.prefill.tolist() == [1, 1]
+    assert result.requests.ttft_s == pytest.approx([4.0, 4.9])
 
 
 def test_a_failed_decode_instance_loses_its_requests() -> None:
