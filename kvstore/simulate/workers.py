@@ -7,6 +7,7 @@ import signal
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -46,6 +47,8 @@ class _Worker(Generic[TaskT, ValueT]):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        # It unblocks signals when it starts, which the first process would do otherwise, behind the mask below.
+        resource_tracker.ensure_running()
         # The child inherits the mask: Ctrl-C is the parent's to answer, and ends the children in order.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:

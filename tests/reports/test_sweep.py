@@ -153,6 +153,15 @@ def test_no_work_needs_no_process() -> None:
     assert run_all([], obey, workers=1, deadline_s=1.0) == ()
 
 
+def test_interrupts_are_the_parents_alone(tmp_path: Path) -> None:
+    """From the first process on: before it, a program starts one of `multiprocessing`'s own."""
+    script = tmp_path / "masks.py"
+    script.write_text("from tests.reports.work import print_masks\nif __name__ == '__main__':\n    print_masks()\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "[True, True]\n", run.stderr
+
+
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
     program = f"from tests.reports.work import hang_two\nif __name__ == '__main__':\n    hang_two({str(tmp_path)!r})\n"
     script = tmp_path / "sweep.py"

@@ -34,6 +34,8 @@ def obey(task: tuple[str, Any]) -> Any:
     if what == "hang":
         Path(value).write_text(str(os.getpid()))
         time.sleep(600)
+    if what == "mask":
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     return value, os.getpid()
 
 
@@ -44,6 +46,11 @@ def draw(point: Point) -> Summary:
     run = drawn(point.scenario.seed, requests=100)
     scenario = replace(run.scenario, name=point.scenario.name, policy=PolicyChoice(point.scenario.policy.name))
     return summarise(replace(run, scenario=scenario), settings=point.settings)
+
+
+def print_masks() -> None:
+    """Whether each of two processes, the first of a program, has interrupts blocked."""
+    print([ended.value for ended in run_all([("mask", 0), ("mask", 0)], obey, workers=2, deadline_s=60)])
 
 
 def hang_two(directory: str) -> None:
