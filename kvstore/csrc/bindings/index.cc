@@ -177,9 +177,10 @@ class PrefixIndex {
         return index_.commit(set, ready, costs, {tier, codec, is_lossy}, {ends_at, committed_nodes});
     }
 
-    nb::tuple write_counted(const nb::tuple& packed, const nb::bytes& salt, const Needs& needs,
-                            std::uint32_t block_bytes, const std::vector<std::pair<std::uint32_t, std::uint32_t>>& states,
-                            double capacity_bytes, std::uint64_t records_max) {
+    // `states`: at how many blocks, and of how many bytes. How it went, bytes written, bytes evicted.
+    nb::tuple write_counted(const nb::tuple& packed, const nb::bytes& salt, const Needs& needs, std::uint32_t block_bytes,
+                            const std::vector<std::pair<std::uint32_t, std::uint32_t>>& states, double capacity_bytes,
+                            std::uint64_t records_max) {
         const PackedPath path(packed);
         std::vector<CountedState> counted_states;
         for (const auto& [blocks, size_bytes] : states) {
@@ -188,7 +189,8 @@ class PrefixIndex {
             }
             counted_states.push_back({blocks, size_bytes});
         }
-        const bool is_known = std::ranges::all_of(needs.groups, [&](const auto& need) { return need.group < group_count_; });
+        const bool is_known =
+            std::ranges::all_of(needs.groups, [&](const auto& need) { return need.group < group_count_; });
         if ((*path).size() == 0 || (*path).tail_key != nullptr || !is_known || !(capacity_bytes >= 0)) {
             throw std::invalid_argument("a counted write has whole blocks, groups of this index and a capacity");
         }
