@@ -8,11 +8,18 @@ anybody's traffic: multiplying all loads or all latencies by a constant moves it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from math import floor, isfinite, log2, sqrt
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kvstore.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
 
 _BINS_PER_OCTAVE = 8
 _BINS_MAX = 128
@@ -89,11 +96,10 @@ class Knee:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Bin:
+class _Bin(NamedTuple):
     """Observations of about one load: decayed sums."""
 
-    count: float
+    observations: float
     load: float
     latency_s: float
     latency_squared: float
@@ -146,22 +152,25 @@ class KneeDetector:
             return memory
         keep = float(0.5 ** (1 / self.half_life))
         place = floor(log2(load) * _BINS_PER_OCTAVE)
-        sums = {at: _Bin(b.count * keep, b.load * keep, b.latency_s * keep, b.latency_squared * keep)
+        sums = {at: _Bin(b.observations * keep, b.load * keep, b.latency_s * keep, b.latency_squared * keep)
                 for at, b in memory.bins}  # fmt: skip
         old = sums.get(place, _Bin(0.0, 0.0, 0.0, 0.0))
         sums[place] = _Bin(
-            old.count + 1, old.load + load, old.latency_s + latency_s, old.latency_squared + latency_s * latency_s
+            old.observations + 1,
+            old.load + load,
+            old.latency_s + latency_s,
+            old.latency_squared + latency_s * latency_s,
         )
         lowest = max(sums) - _BINS_MAX
-        return KneeMemory(tuple(sorted((at, b) for at, b in sums.items() if at > lowest and b.count > 1e-3)))
+        return KneeMemory(tuple(sorted((at, b) for at, b in sums.items() if at > lowest and b.observations > 1e-3)))
 
     def knee(self, memory: KneeMemory) -> Knee:
         """The knee as far as it was seen: about a millisecond of work, so ask every few seconds, not per request."""
         # A bin with less than two observations has no scatter of its own to be judged by.
-        bins = [each for _, each in memory.bins if each.count >= 2]
+        bins = [each for _, each in memory.bins if each.observations >= 2]
         if len(bins) < 3:
             return Knee(None, None, None, 0.0, 0.0, f"{len(bins)} of at least 3 different loads were observed")
-        counts = np.array([each.count for each in bins])
+        counts = np.array([each.observations for each in bins])
         loads = np.array([each.load for each in bins]) / counts
         means = np.array([each.latency_s for each in bins]) / counts
         squares = np.array([each.latency_squared for each in bins]) / counts
@@ -189,15 +198,21 @@ def _fit(
     weights: np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> tuple[LoadCurve, float, float]:
     """The curve of least weighted squared relative error, that error, and the one of the best constant."""
-    # For a given capacity and power the curve is linear in service_s and wait_s: two normal equations each.
-    x = _SHARES[:, None, None] * (loads / loads.max())
-    rise = x ** _POWERS[None, :, None] / (1 - x) / means
-    ones = 1 / means
-    a = float(weights @ (ones * ones))
-    b = np.sum(weights * ones * rise, axis=-1)
-    d = np.sum(weights * rise * rise, axis=-1)
-    u = float(weights @ ones)
-    v = np.sum(weights * rise, axis=-1)
+    # For a given capacity and power the curve is linear in service_s and wait_s: two normal equations each. Tables are
+    # by power, bin and share: what numpy runs through in one go is then long.
+    x = (loads / loads.max())[:, None] * _SHARES
+    ones, weight = 1 / means[:, None], weights[:, None]
+    rise = (x.reshape(1, -1) ** _POWERS[:, None]).reshape(len(_POWERS), *x.shape)
+    rise /= 1 - x
+    rise /= means[:, None]
+    a = float(weights @ (1 / means * (1 / means)))
+    u = float(weights @ (1 / means))
+    weighted = weight * ones * rise
+    b = _over_bins(weighted)
+    np.multiply(weight, rise, out=weighted)
+    v = _over_bins(weighted)
+    weighted *= rise
+    d = _over_bins(weighted)
     determinant = np.maximum(a * d - b * b, 1e-300)
     wait = (a * v - b * u) / determinant
     service = (d * u - b * v) / determinant
@@ -205,10 +220,35 @@ def _fit(
     wait_alone = v / np.maximum(d, 1e-300)
     service, wait = np.where(service < 0, 0.0, service), np.where(service < 0, wait_alone, wait)
     service, wait = np.where(wait < 0, u / a, service), np.where(wait < 0, 0.0, wait)
-    errors = np.sum(weights * (service[..., None] * ones + wait[..., None] * rise - 1) ** 2, axis=-1)
-    best = np.unravel_index(int(np.argmin(errors)), errors.shape)
+    rise *= wait[:, None]
+    rise += service[:, None] * ones
+    rise -= 1
+    rise *= rise
+    rise *= weight
+    # Of equal errors that of the least share counts, then that of the least power.
+    errors = _over_bins(rise).T
+    share, power = np.unravel_index(int(np.argmin(errors)), errors.shape)
     curve = LoadCurve(
-        float(service[best]), float(wait[best]), float(_POWERS[best[1]]), float(loads.max() / _SHARES[best[0]])
+        float(service[power, share]),
+        float(wait[power, share]),
+        float(_POWERS[power]),
+        float(loads.max() / _SHARES[share]),
     )
-    flat_error = float(weights @ (ones * (u / a) - 1) ** 2)
-    return curve, float(errors[best]), flat_error
+    flat_error = float(weights @ (1 / means * (u / a) - 1) ** 2)
+    return curve, float(errors[share, power]), flat_error
+
+
+def _over_bins(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums over the second of three axes: every eighth bin together, these in pairs, then the bins that are left."""
+    bins = table.shape[1]
+    whole = bins - bins % 8
+    if not whole:
+        return _added(table[:, at] for at in range(bins))
+    of = [_added(table[:, at] for at in range(first, whole, 8)) for first in range(8)]
+    paired = ((of[0] + of[1]) + (of[2] + of[3])) + ((of[4] + of[5]) + (of[6] + of[7]))
+    return _added((paired, *(table[:, at] for at in range(whole, bins))))
+
+
+def _added(tables: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """One after the other."""
+    return reduce(np.add, tables)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.errors import PlanError
-from kvstore.schedule.policies.knee import KneeDetector, KneeMemory, LoadCurve
+from kvstore.schedule.policies.knee import _POWERS, _SHARES, KneeDetector, KneeMemory, LoadCurve, _fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,3 +157,33 @@ def exact_knee_of_curve(servers: int) -> float:
 def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(PlanError, match="half_life"):
         KneeDetector(**bad)
+
+
+@pytest.mark.parametrize("bins", [3, 7, 8, 9, 16, 21])
+def test_no_other_curve_of_the_table_fits_better(bins: int) -> None:
+    """Each is fitted by itself here, with neither of its two parts negative."""
+    rng = np.random.default_rng(bins)
+    loads = np.sort(rng.uniform(0.1, 3.0, bins))
+    means = 1.0 + (loads / 3.2) ** 3 / (1 - loads / 3.2) + rng.uniform(0.0, 0.2, bins)
+    weights = rng.uniform(1.0, 100.0, bins)
+
+    def error_of(parts: np.ndarray, columns: np.ndarray) -> float:
+        return float(weights @ (columns @ parts - 1) ** 2)
+
+    least = np.inf
+    for share in _SHARES:
+        x = share * loads / loads.max()
+        for power in _POWERS:
+            columns = np.stack([1 / means, x**power / (1 - x) / means], axis=1)
+            scale = np.sqrt(weights)
+            tried = [np.linalg.lstsq(columns * scale[:, None], scale, rcond=None)[0]]
+            for only in (0, 1):
+                alone = np.zeros(2)
+                alone[only] = (weights @ columns[:, only]) / (weights @ columns[:, only] ** 2)
+                tried.append(alone)
+            least = min(least, *(error_of(parts, columns) for parts in tried if (parts >= 0).all()))
+    curve, error, flat_error = _fit(loads, means, weights)
+    found = float(weights @ (np.array([curve.latency_s(load) for load in loads.tolist()]) / means - 1) ** 2)
+    assert error == pytest.approx(least, rel=1e-6)
+    assert error == pytest.approx(found, rel=1e-6)
+    assert flat_error >= error
