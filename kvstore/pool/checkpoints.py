@@ -34,9 +34,9 @@ class LadderCheckpoints(CheckpointPolicy):
         lengths.update(branch_points)
         rung = prompt_tokens // 2
         for _ in range(self._rungs_max):
-            if rung < self._rung_tokens_min:
+            if rung < self._rung_tokens_min or rung <= resume_tokens:
                 break
             lengths.add(rung // block_tokens * block_tokens)
             rung //= 2
-        wanted = sorted(length for length in lengths if resume_tokens < length <= prompt_tokens)
+        wanted = sorted([length for length in lengths if resume_tokens < length <= prompt_tokens])
         return tuple(wanted[-CHECKPOINTS_PER_WRITE_MAX:])

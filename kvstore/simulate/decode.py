@@ -58,6 +58,7 @@ class DecodeInstances:
         self._batch_max = profile.decode_batch_max
         self._step_s = [0.0] + [profile.decode_step(batch) for batch in range(1, profile.decode_batch_max + 1)]
         self._instances: list[_Instance] = []
+        self._leaving = 0
         self._next_number = 0
         self._by_load: list[tuple[int, int, _Instance]] = []
         self._waiting: deque[Job] = deque()
@@ -68,7 +69,7 @@ class DecodeInstances:
     @property
     def instances(self) -> int:
         """That work; those that leave when their requests have ended are left out."""
-        return sum(each.gone is None for each in self._instances)
+        return len(self._instances) - self._leaving
 
     @property
     def present(self) -> int:
@@ -116,6 +117,7 @@ class DecodeInstances:
         lost = []
         for instance in gone:
             self._instances.remove(instance)
+            self._leaving -= instance.gone is not None
             instance.is_there = False
             instance.version += 1
             self.running -= len(instance.batch)
@@ -129,12 +131,14 @@ class DecodeInstances:
             return
         instance = min(staying, key=lambda each: (len(each.batch), each.number))
         instance.gone = gone
+        self._leaving += 1
         if not instance.batch:
             self._let_go(instance, gone)
 
     def _let_go(self, instance: _Instance, gone: Callable[[], None]) -> None:
         instance.is_there = False
         self._instances.remove(instance)
+        self._leaving -= 1
         gone()
 
     def _offer(self, instance: _Instance) -> None:

@@ -162,11 +162,16 @@ class _Group:
                 return
         for at, line in enumerate(self.lines):
             self.limits[at] = line.bytes_per_s
-        demands = [
-            Demand(len(line.free), [flow.cap for flow in line.capped], passed)
-            for line, passed in zip(self.lines, self.passed, strict=True)
-        ]
-        for line, share in zip(self.lines, fair_shares(demands, self.limits), strict=True):
+        busy, demands = [], []
+        for line, passed in zip(self.lines, self.passed, strict=True):
+            if line.free or line.capped:
+                busy.append(line)
+                demands.append(Demand(len(line.free), [flow.cap for flow in line.capped], passed))
+            else:
+                line.rate = line.free_rate = 0.0
+        if not busy:
+            return
+        for line, share in zip(busy, fair_shares(demands, self.limits), strict=True):
             line.free_rate = share.free
             line.rate = share.free * len(line.free) + sum(share.capped)
             for flow, rate in zip(line.capped, share.capped, strict=True):

@@ -89,10 +89,11 @@ class Recording:
 
     def _grow(self) -> None:
         for floats in self._floats.values():
-            floats.extend([nan] * _ROWS_ADDED)
-        self._parts.extend([nan] * (_ROWS_ADDED * len(PARTS)))
+            floats.extend(array("d", [nan]) * _ROWS_ADDED)
+        self._parts.extend(array("d", [nan]) * (_ROWS_ADDED * len(PARTS)))
         for counts in self._counts.values():
-            counts.extend([0] * _ROWS_ADDED)
-        for small in (self._tier, self._prefill, self._decode):
-            small.extend([-1] * _ROWS_ADDED)
-        self.outcome.extend([Outcome.PENDING] * _ROWS_ADDED)
+            counts.extend(array("q", [0]) * _ROWS_ADDED)
+        for numbers in (self._prefill, self._decode):
+            numbers.extend(array("h", [-1]) * _ROWS_ADDED)
+        self._tier.extend(array("b", [-1]) * _ROWS_ADDED)
+        self.outcome.extend(array("b", [Outcome.PENDING]) * _ROWS_ADDED)

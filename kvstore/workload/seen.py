@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
 from kvstore.keys import KEY_BYTES
 from kvstore.limits import SIMULATED_KEYS_MAX
 
@@ -21,11 +19,14 @@ class SeenKeys:
         """How many blocks from the beginning came before."""
         seen = self._seen
         # Whoever had a block had all before it, so the first that is new is found by bisection.
-        return bisect_left(
-            range(len(keys) // KEY_BYTES),
-            True,
-            key=lambda block: keys[block * KEY_BYTES : (block + 1) * KEY_BYTES] not in seen,
-        )
+        low, high = 0, len(keys) // KEY_BYTES
+        while low < high:
+            middle = (low + high) // 2
+            if keys[middle * KEY_BYTES : (middle + 1) * KEY_BYTES] in seen:
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
     def add(self, keys: bytes) -> None:
         """From here on these have come."""

@@ -9,7 +9,7 @@ congestion game), estimated from queues, close to 0 below the knee and growing b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import exp, isfinite, sqrt
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -165,7 +165,7 @@ class PricingPolicy:
             "beyond" if elasticity >= 1 else "below" if elasticity < self.leave_elasticity else before.regime
         )
         pressure = PrefillPressure(waiting, utilisation, elasticity, regime, knee, by)
-        return replace(memory, pressure=pressure, knee=observed, knee_found_s=found_s)
+        return _ClusterMemory(pressure, observed, found_s)
 
 
 def utilisation_of_queue(waiting: float, servers: int) -> float:
