@@ -19,6 +19,7 @@ from kvstore.errors import (
     LoadFailedError,
     PoolError,
     PoolFullError,
+    QuarantineFullError,
     SpecError,
     StoreClosedError,
     UnavailableError,
@@ -207,7 +208,8 @@ class Store(NodeOperations):
         Raises:
             LeaseGoneError: it was evicted since; match again. LoadFailedError: nothing of the match could be loaded.
             PoolFullError: what lies in other tiers finds no room in memory, since what is there is leased or being
-            written; end leases, or open the store with more memory. DeadlineError: it is still being loaded, which goes
+            written; end leases, or open the store with more memory. QuarantineFullError: nor while dropped writers
+            have so much of it. DeadlineError: it is still being loaded, which goes
             on; read again. LeaseError: the match is a miss, or is none.
         """
         check_match(match)
@@ -228,7 +230,7 @@ class Store(NodeOperations):
                     layered=layered and not verify,
                     deadline=deadline,
                 )
-            except (LoadFailedError, PoolFullError) as error:
+            except (LoadFailedError, PoolFullError, QuarantineFullError) as error:
                 refusal = refusal or error
                 continue
             except LeaseGoneError:

@@ -261,7 +261,7 @@ class TieredMachine(RuleBasedStateMachine):
             lease = self.store.read(found, layered=layered, verify=verify, deadline_s=STEP_S)
             check_lease(lease, self.store.prompt(ids[: lease.tokens], salt=salt))
             lease.wait()
-        except (LoadFailedError, PoolFullError) as error:
+        except (LoadFailedError, PoolFullError, QuarantineFullError) as error:
             if lease is not None:
                 lease.release()
             if isinstance(error, LoadFailedError) and not self.shelf.statistics().damaged_records:
@@ -281,7 +281,7 @@ class TieredMachine(RuleBasedStateMachine):
         self.shelf.loads.close(after=after)
         try:
             lease = self.store.read(found, layered=True, deadline_s=STEP_S)
-        except (PoolFullError, LoadFailedError):
+        except (PoolFullError, QuarantineFullError, LoadFailedError):
             self.shelf.loads.open()
             self._lose_below(found, salt, ids)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from kvstore.errors import (
     LeaseGoneError,
     LoadFailedError,
     PoolFullError,
+    QuarantineFullError,
     ShelfRefusedError,
     StoreClosedError,
     UnavailableError,
@@ -492,6 +493,33 @@ def test_no_room_is_an_error_with_a_remedy() -> None:
             small.check(lease, other)
         assert small.statistics().loading.refused_full >= 1
         small.pool.check()
+
+
+def test_what_is_in_memory_is_read_while_dropped_writers_leave_no_room_to_load_more() -> None:
+    tiers = open_tiers(dram=320 << 10)
+    with closing(tiers.store):
+        tiers.write(IDS)
+        tiers.forget_here()
+        tiers.write(IDS[:8])
+        match = tiers.store.match(MORE)
+        assert [(each.tokens, each.tier) for each in match.candidates] == [(22, "shelf0"), (8, "dram")]
+        with ExitStack() as moving:
+            for number in range(3):
+                writer = tiers.store.write(range(100 * number + 100, 100 * number + 109))
+                moving.enter_context(writer.transaction.moving())
+                writer.abort("cancelled")
+            with pytest.raises(QuarantineFullError):
+                tiers.store.write(range(900, 905))
+            with tiers.store.read(match) as lease:
+                assert lease.tokens == 8
+                tiers.check(lease)
+            assert tiers.pool.evict_here(tiers.store.prompt(IDS).path.key(0)) > 0
+            with pytest.raises(QuarantineFullError, match="dropped writers"):
+                tiers.store.read(tiers.store.match(MORE))
+        with tiers.store.read(match) as lease:
+            assert lease.tokens == 22
+            tiers.check(lease)
+        tiers.pool.check()
 
 
 @contextmanager
