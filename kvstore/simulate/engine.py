@@ -13,6 +13,7 @@ from kvstore.keys import KEY_BYTES
 from kvstore.limits import SIMULATED_ATTEMPTS_MAX, SIMULATED_DRAIN_S
 from kvstore.schedule.policies.answers import ExpectedAnswer
 from kvstore.schedule.policies.snapshot import NOTHING_CACHED, RoutingRequest
+from kvstore.simulate.asking import Policies
 from kvstore.simulate.coming import Coming
 from kvstore.simulate.conversions import Conversions
 from kvstore.simulate.events import Events
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
     from kvstore.scenario import Scenario
     from kvstore.schedule.planning.plan import Plan
     from kvstore.schedule.policies.admit import AdmissionPolicy
-    from kvstore.schedule.policies.convert import ConversionMemory, ConversionPolicy
+    from kvstore.schedule.policies.convert import ConversionPolicy
     from kvstore.schedule.policies.policy import Route, RoutingPolicy
-    from kvstore.schedule.policies.snapshot import CachedPrefix, Snapshot
+    from kvstore.schedule.policies.snapshot import CachedPrefix
     from kvstore.simulate.cache import ClusterCache
     from kvstore.workload.request import Request
 
@@ -80,14 +81,7 @@ class Simulation:
         if not scenario.telemetry_s > 0:
             raise SimulationError(f"telemetry_s={scenario.telemetry_s} must be positive")
         self._scenario = scenario
-        self._policy = policy
-        self._memory = policy.begin()
-        self._admission = admission
-        self._admitted = None if admission is None else admission.begin()
-        self._conversion = conversion
-        self._converted = None if conversion is None else conversion.begin()
-        self._retuned = retuned
-        self._plan: Plan | None = None
+        self._policies = Policies(policy, admission, conversion, retuned)
         self._progress = progress
         self._events = Events()
         self._links = Links(scenario.deployment, self._events, scenario.cross_traffic)
@@ -179,9 +173,7 @@ class Simulation:
 
     def _route(self, job: Job) -> None:
         snapshot, asked = self._telemetry.snapshot(), self._asked(job.request)
-        route = self._policy.route(self._memory, snapshot, asked).route
-        if not job.attempt:
-            route = self._let_in(snapshot, asked, route)
+        route = self._policies.ask(snapshot, asked) if job.attempt else self._policies.let_in(snapshot, asked)
         if route is None:
             self._turn_away(job)
         else:
@@ -209,7 +201,7 @@ class Simulation:
         job.present_tokens = cached.get(decode.name, NOTHING_CACHED).attention_tokens
         if job.resume_tokens > job.prefix.resume_tokens:
             raise SimulationError(
-                f"policy {self._policy.name!r} resumes request {request.number} at {job.resume_tokens} tokens, where "
+                f"policy {self._policies.name!r} resumes request {request.number} at {job.resume_tokens} tokens, where "
                 f"cluster {job.prefix_site.name!r} has {job.prefix.resume_tokens}"
             )
         job.service_s = self._service_s(prefill.profile, request.prompt_tokens, job.resume_tokens)
@@ -222,18 +214,6 @@ class Simulation:
             self._events.at(self._events.now_s + job.prefix.load_s, self._loaded, job)
         else:
             self._loaded(job)
-
-    def _let_in(self, snapshot: Snapshot, asked: RoutingRequest, route: Route | None) -> Route | None:
-        """The route, if the request is admitted; whoever remembers requests is told of this one."""
-        if self._conversion is not None and self._converted is not None:
-            self._converted = self._conversion.arrived(self._converted, asked, route)
-        if self._admission is None or self._admitted is None or route is None:
-            return route
-        admission = self._admission.decide(self._admitted, snapshot, asked, route)
-        if not admission.is_admitted:
-            return None
-        self._admitted = self._admission.admitted(self._admitted, snapshot, asked, route, admission)
-        return route
 
     def _service_s(self, profile: Profile, tokens: int, resume_tokens: int) -> float:
         if self._service.kind == "whole":
@@ -280,7 +260,7 @@ class Simulation:
         """
         for job in site.prefill.recall():
             asked = self._asked(job.request)
-            route = self._policy.route(self._memory, self._telemetry.snapshot(), asked).route
+            route = self._policies.ask(self._telemetry.snapshot(), asked)
             if route is not None and self._sites[route.prefill].prefill.instances:
                 job.passed(QUEUE, self._events.now_s)
                 site.prefill.expected -= 1
@@ -431,30 +411,17 @@ class Simulation:
     def _checked_line(self, job: Job, source: str, target: str) -> None:
         if (source, target) not in self._links.lines:
             raise SimulationError(
-                f"policy {self._policy.name!r} sends request {job.request.number} from {source!r} to {target!r}, where "
-                "there is no link"
+                f"policy {self._policies.name!r} sends request {job.request.number} from {source!r} to {target!r}, "
+                "where there is no link"
             )
 
     def _observe(self, _: object) -> None:
         """A telemetry interval ends."""
         now_s = self._events.now_s
         passed_s = self._telemetry.measure()
-        snapshot = self._telemetry.snapshot()
-        self._memory = self._policy.observe(self._memory, snapshot)
-        if self._admission is not None and self._admitted is not None:
-            self._admitted = self._admission.observe(self._admitted, snapshot)
-        if self._conversion is not None and self._converted is not None:
-            self._converted = self._conversion.observe(self._converted, snapshot)
-            self._convert(self._conversion, self._converted, snapshot)
+        conversion = self._policies.tell(self._telemetry.snapshot())
+        if conversion is not None:
+            self._conversions.begin(conversion)
         if passed_s > 0:
-            self._sampler.take(now_s, self._policy.numbers(self._memory))
+            self._sampler.take(now_s, self._policies.numbers())
         self._events.watch(max(now_s + self._scenario.telemetry_s, nextafter(now_s, inf)), self._observe)
-
-    def _convert(self, policy: ConversionPolicy, memory: ConversionMemory, snapshot: Snapshot) -> None:
-        decision = policy.decide(memory)
-        if decision.plan is not None and decision.plan != self._plan:
-            self._plan = decision.plan
-            self._policy = self._retuned(decision.plan) or self._policy
-        if decision.conversion is not None:
-            self._conversions.begin(decision.conversion)
-            self._converted = policy.converted(memory, snapshot, decision.conversion)
