@@ -99,6 +99,8 @@ SSD_CLEAN_BYTES = 16 * MIB
 """Records of a segment that are moved at a time when it is cleaned: memory that cleaning takes."""
 SSD_BUDGET_SAVE_S = 60.0
 """How often what is left of a day's writes is saved."""
+SSD_UNSAFE_ENDS_MAX = 1 << 17
+"""Nodes of whose ends a drive has not written all; past that, those of no node are said to outlive a crash."""
 
 # Device memory
 DEVICE_POLL_MIN_S = 20e-6

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvstore.clock import Deadline
-from kvstore.errors import DeadlineError, LeaseGoneError, PoolError, UnavailableError
+from kvstore.errors import DeadlineError, LeaseGoneError, PoolError, ShelfRefusedError, UnavailableError
 from kvstore.limits import KEEP_CLOSE_DEADLINE_S, KEEP_PINNED_FRACTION_MAX, LOAD_DEADLINE_S, SHELVES_MAX
 from kvstore.placement.joining import joined_tiers
 from kvstore.placement.keeper import Keeper, KeepStatistics, Wanted
@@ -282,13 +282,15 @@ class TieredPool(Pool):
                 nodes.add(len(path) - 2)
         if commit.is_final and nodes:
             committed.add(max(nodes))
+        # What was loaded from a shelf was read, and not committed by anybody.
+        is_new = transaction.ends_of is None
         shard = _shard_of(self.spec, rows)
         grids = _known_grids(transaction)
         for node in sorted(nodes):
             # What was computed with other chunk boundaries is another variant, and kept beside this one.
             of_node = {place: digest for place, digest in grids.items() if place[0] <= node} or None
             wanted = Wanted(path.prefix(node + 1), shard, grids=of_node)
-            self._keeper.offer(wanted, is_committed=node in committed, may_live_longer=self._has_ends)
+            self._keeper.offer(wanted, is_committed=is_new and node in committed, may_live_longer=self._has_ends)
 
     def _hold_to_keep(self, wanted: Wanted) -> Hold:
         """All of it; or one worker's share, where nobody stores the others' here."""
@@ -317,9 +319,18 @@ class TieredPool(Pool):
             raise UnavailableError("nothing here outlives a crash; open the store with ssd=")
         self._settle()
         deadline = Deadline.after(deadline_s)
-        self._keeper.flush(deadline)
+        refusal: ShelfRefusedError | None = None
+        try:
+            self._keeper.flush(deadline)
+        except ShelfRefusedError as error:
+            refusal = error
         for shelf in self.shelves:
-            shelf.write_ends(deadline)
+            try:
+                shelf.write_ends(deadline)
+            except ShelfRefusedError as error:
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
 
     # Time to live
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kvstore.errors import ShelfRefusedError
+from kvstore.clock import Deadline
+from kvstore.errors import ShelfRefusedError, StoreClosedError
 from kvstore.placement.ends import Ends
 from kvstore.placement.ssd import SsdOptions, SsdPlace, open_ssd
 from kvstore.placement.tiered import TieredPool
@@ -21,7 +23,7 @@ from kvstore.tiers import ArenaTier
 from tests.shelf_cases import TEST_S, keep, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kvstore.placement.ssd import SsdShelf
     from kvstore.pool import Hold
@@ -79,6 +81,12 @@ def source() -> Iterator[Store]:
 
 def full() -> Fault:
     return Fault("write", errno.ENOSPC, times=None)
+
+
+def put(store: Store, ids: Iterable[int], *, ttl_s: float | None = None) -> None:
+    with store.write(ids, ttl_s=ttl_s) as writer:
+        put_all(writer)
+        writer.commit()
 
 
 def keep_until(shelf: SsdShelf, hold: Hold, ends_us: int) -> None:
@@ -150,9 +158,7 @@ def test_a_disk_that_had_it_forgets_until_when_it_was_wanted(source: Store) -> N
 def test_flush_waits_for_ends_that_were_set(number: int) -> None:
     machine = Machine(1)
     with machine.store() as store:
-        with store.write(IDS, ttl_s=SOON_S) as writer:
-            put_all(writer)
-            writer.commit()
+        put(store, IDS, ttl_s=SOON_S)
         store.flush(TEST_S)
         machine.disks[0].faults.append(Fault("write", number, times=None))
         assert store.expire(IDS, None, after_tokens=0) == len(IDS)
@@ -173,9 +179,7 @@ def test_flush_waits_for_ends_that_were_set(number: int) -> None:
 def test_what_was_expired_is_gone_once_it_is_flushed() -> None:
     machine = Machine(1)
     with machine.store() as store:
-        with store.write(IDS) as writer:
-            put_all(writer)
-            writer.commit()
+        put(store, IDS)
         store.flush(TEST_S)
         machine.disks[0].faults.append(full())
         assert store.expire(IDS) == len(IDS)
@@ -192,11 +196,106 @@ def test_what_is_committed_anew_lasts_once_it_is_flushed() -> None:
     machine = Machine(1)
     with machine.store() as store:
         for ttl_s in (SOON_S, None):
-            with store.write(IDS, ttl_s=ttl_s) as writer:
-                put_all(writer)
-                writer.commit()
+            put(store, IDS, ttl_s=ttl_s)
             store.flush(TEST_S)
         machine.cut_power()
     machine.pass_time()
     with machine.store() as store:
         assert store.match((*IDS, 99)).tokens == len(IDS)
+
+
+def read_only() -> Fault:
+    return Fault("write", errno.EROFS, times=None)
+
+
+def test_what_a_disk_says_that_is_written_no_more_is_not_promised_otherwise(source: Store) -> None:
+    machine, hold = Machine(2), write(source, IDS)
+    other = write(source, range(100, 112))
+    with closing(machine.open()) as shelf:
+        keep_until(shelf, hold, machine.soon_us)
+        machine.disks[1].faults.append(read_only())
+        for _ in range(2):
+            with pytest.raises(ShelfRefusedError):
+                keep(shelf, hold)
+        with pytest.raises(ShelfRefusedError, match="cannot be overruled") as refused:
+            shelf.write_ends(Deadline.after(TEST_S))
+        assert refused.value.reason == "read only"
+        keep(shelf, other)
+        machine.cut_power()
+    machine.pass_time()
+    with closing(machine.open()) as shelf:
+        assert not is_there(shelf, hold)
+        assert is_there(shelf, other)
+
+
+def test_too_many_ends_to_name_are_all_unsafe(source: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.placement.ssd.stock.SSD_UNSAFE_ENDS_MAX", 2)
+    machine, hold = Machine(1), write(source, IDS)
+    with closing(machine.open()) as shelf:
+        keep_until(shelf, hold, machine.soon_us)
+        machine.disks[0].faults.append(full())
+        with pytest.raises(ShelfRefusedError):
+            keep(shelf, hold)
+        with pytest.raises(ShelfRefusedError):
+            shelf.write_ends(Deadline.after(TEST_S))
+        machine.disks[0].faults.clear()
+        shelf.write_ends(Deadline.after(TEST_S))
+        keep(shelf, hold)
+        machine.cut_power()
+    machine.pass_time()
+    with closing(machine.open()) as shelf:
+        assert is_there(shelf, hold)
+
+
+def test_a_disk_in_trouble_has_written_no_ends() -> None:
+    """A segment could not be sealed behind a batch that was written: what is told of ends goes nowhere."""
+    machine = Machine(1)
+    with machine.store() as store:
+        put(store, IDS, ttl_s=SOON_S)
+        store.flush(TEST_S)
+        (shelf,) = store.pool.shelves  # type: ignore[attr-defined]
+        directory = shelf._stock.drives[0].directory
+        machine.disks[0].faults.append(read_only())
+        directory._to_seal.extend(directory._segments.values())
+        directory._seal_retired()
+        assert directory.trouble
+        assert store.expire(IDS, None, after_tokens=0) == len(IDS)
+        for _ in range(2):
+            with pytest.raises(ShelfRefusedError):
+                store.flush(TEST_S)
+        put(store, IDS)
+        with pytest.raises(ShelfRefusedError):
+            store.flush(TEST_S)
+
+
+def test_a_flush_that_tells_what_was_refused_has_written_the_ends() -> None:
+    machine = Machine(1)
+    with machine.store() as store:
+        put(store, IDS, ttl_s=SOON_S)
+        store.flush(TEST_S)
+        machine.disks[0].faults.append(full())
+        assert store.expire(IDS, None, after_tokens=0) == len(IDS)
+        put(store, range(100, 112))
+        deadline = Deadline.after(TEST_S)
+        while not store.statistics().keeping.dropped:  # type: ignore[attr-defined]
+            assert not deadline.has_passed
+            time.sleep(1e-3)
+        machine.disks[0].faults.clear()
+        with pytest.raises(ShelfRefusedError, match="1 'full'"):
+            store.flush(TEST_S)
+        machine.cut_power()
+    machine.pass_time()
+    with machine.store() as store:
+        assert store.match((*IDS, 99)).tokens == len(IDS)
+
+
+def test_a_shelf_that_closes_does_not_say_that_ends_are_written(source: Store) -> None:
+    machine, hold = Machine(1), write(source, IDS)
+    shelf = machine.open()
+    with closing(shelf):
+        keep_until(shelf, hold, machine.soon_us)
+        machine.disks[0].faults.append(full())
+        with pytest.raises(ShelfRefusedError):
+            keep(shelf, hold)
+    with pytest.raises(StoreClosedError):
+        shelf.write_ends(Deadline.after(TEST_S))

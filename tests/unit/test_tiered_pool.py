@@ -631,6 +631,24 @@ def test_what_was_refused_and_is_committed_again_is_offered_again(tiers: Tiers) 
     assert tiers.store.match(MORE).tokens == 22
 
 
+def test_what_was_loaded_was_committed_by_nobody() -> None:
+    """One tier refuses it; what is read from the other one is not offered at each load, and no flush speaks of it."""
+    tiers = open_tiers(shelves=2)
+    with closing(tiers.store):
+        tiers.write()
+        assert tiers.second is not None
+        assert tiers.second.evict(tiers.store.prompt(IDS).path.key(0)) > 0
+        tiers.second.refuses = "write budget"
+        for _ in range(3):
+            tiers.forget_here()
+            with tiers.store.read(tiers.store.match(MORE)) as lease:
+                tiers.check(lease)
+            tiers.settle()
+        assert tiers.statistics().loading.loads == 3
+        assert tiers.statistics().keeping.dropped == {"write budget": 1}
+        tiers.store.flush(TEST_S)
+
+
 def test_checkpoints_are_kept_ascending(tiers: Tiers) -> None:
     tiers.write(IDS, resume_at=[8, 16, 22])
     tiers.forget_here()

@@ -220,8 +220,9 @@ class SsdShelf(Shelf):
 
     def write_ends(self, deadline: Deadline) -> None:
         with self._stock.lock:
-            if self._stock.is_closed or not self._stock.has_unsafe_ends:
+            if not self._stock.has_unsafe_ends:
                 return
+            self._stock.check_open()
             handle: Handle[None] = Handle("writing until when something is wanted to the SSD tier")
             self._writer.put_ends(handle)
         handle.result(deadline.remaining_s())

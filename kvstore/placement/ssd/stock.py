@@ -13,6 +13,7 @@ from kvstore.abc import SlotRows
 from kvstore.errors import StoreClosedError
 from kvstore.events.changes import IS_STATE
 from kvstore.keys import KEY_BYTES
+from kvstore.limits import SSD_UNSAFE_ENDS_MAX
 from kvstore.placement.ends import are_plain, live_longer, packed_keys
 from kvstore.placement.ssd.clock import JournalClock
 from kvstore.placement.ssd.drive import LOG
@@ -94,6 +95,7 @@ class Stock:
         self._other_ends: dict[bytes, None] = {}
         self._told_ends: set[bytes] = set()
         """Nodes of whose ends, or dropping, the directories were told and may not have written them yet."""
+        self._may_any_end_be_unsafe = False
         self._tells_all_ends = False
 
     @property
@@ -230,19 +232,25 @@ class Stock:
     def _take_other_ends(self) -> dict[bytes, None]:
         taken, self._other_ends = self._other_ends, {}
         self._told_ends.update(taken)
+        if len(self._told_ends) > SSD_UNSAFE_ENDS_MAX:
+            self._told_ends.clear()
+            self._may_any_end_be_unsafe = True
         return taken
 
     def ends_are_written(self) -> None:
         """What the directories were told outlives a crash."""
         self._told_ends.clear()
+        self._may_any_end_be_unsafe = False
 
     @property
     def has_unsafe_ends(self) -> bool:
         """Whether something may have an earlier or a later end after a crash."""
-        return bool(self._other_ends or self._told_ends)
+        return bool(self._other_ends or self._told_ends or self._may_any_end_be_unsafe)
 
     def are_ends_safe(self, path: NodePath) -> bool:
         """Whether all nodes of a path have the same ends after a crash."""
+        if self._may_any_end_be_unsafe:
+            return False
         return not self.has_unsafe_ends or not any(
             key in self._other_ends or key in self._told_ends for key in path.node_keys
         )

@@ -127,8 +127,11 @@ class Writer:
             raise DeadlineError("what was begun to clean a segment does not end")
 
     def _no_drive(self) -> ShelfRefusedError:
+        return self._read_only("no directory of the SSD tier can be written to")
+
+    def _read_only(self, what: str) -> ShelfRefusedError:
         why = "; ".join(drive.trouble for drive in self._stock.drives if drive.trouble)
-        return ShelfRefusedError("read only", f"no directory of the SSD tier can be written to: {why}")
+        return ShelfRefusedError("read only", f"{what}: {why}")
 
     # The thread
 
@@ -233,10 +236,14 @@ class Writer:
                     raise
                 drive.has_forgotten = False
         self._note_ends_written()
+        with self._stock.lock:
+            is_safe = not self._stock.has_unsafe_ends
+        if not is_safe and not all(drive.may_write for drive in self._stock.drives):
+            raise self._read_only("what a directory of the SSD tier says of ends cannot be overruled")
 
     def _note_ends_written(self) -> None:
-        writable = [drive for drive in self._stock.drives if drive.may_write]
-        if writable and not any(drive.directory.has_rows_to_write for drive in writable):
+        """A drive that takes nothing any more is still read after a crash, and the shortest of all ends counts."""
+        if all(drive.may_write and not drive.directory.has_rows_to_write for drive in self._stock.drives):
             with self._stock.lock:
                 self._stock.ends_are_written()
 
@@ -423,7 +430,12 @@ class Writer:
             stock.lose()
             is_busy = bool(self._queue) and not self._is_closing
             wanted, self._ends_wanted = self._ends_wanted, []
-        self._room.tell_forgotten()
+        try:
+            self._room.tell_forgotten()
+        except Exception as failure:
+            for handle in wanted:
+                handle.fail(self._named(failure))
+            raise
         if wanted:
             self._answer(wanted)
         for drive in stock.drives:
@@ -446,8 +458,6 @@ class Writer:
         error: BaseException | None = None
         try:
             self._sync_ends()
-            if not any(drive.may_write for drive in self._stock.drives):
-                error = self._no_drive()
         except Exception as failure:
             error = self._named(failure)
         for handle in wanted:

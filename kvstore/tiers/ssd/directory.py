@@ -269,8 +269,8 @@ class SsdDirectory:
 
     @property
     def has_rows_to_write(self) -> bool:
-        """Whether rows of `forget` or `note_ends` wait."""
-        return bool(self._forgotten or self._ends)
+        """Whether rows of `forget` or `note_ends` wait, or were not taken because of `trouble`."""
+        return bool(self._forgotten or self._ends or self._trouble)
 
     def sync(self, deadline: Deadline) -> None:
         """Write the rows of `forget` and `note_ends` that wait. Raises as `append`; they wait on then."""
