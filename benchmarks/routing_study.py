@@ -303,23 +303,32 @@ def numbers(text: str) -> list[float]:
     return [float(each) for each in text.split(",")]
 
 
+def _setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=NUMBER") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=get_args(WorkloadKind), default="mooncake")
     parser.add_argument("--trace", help="a file of that kind; without it the excerpt that ships with the package")
-    parser.add_argument("--setting", action="append", default=[], metavar="NAME=NUMBER", help="of a generator")
+    parser.add_argument(
+        "--setting", action="append", default=[], type=_setting, metavar="NAME=NUMBER", help="of a generator"
+    )
     parser.add_argument("--requests", type=int, default=12_100, help="about so many, where sessions make them")
     parser.add_argument("--link-gbps", type=float, default=LINK_GBPS)
     parser.add_argument("--loads", type=numbers, default=list(LOADS))
     parser.add_argument("--seeds", type=lambda text: [int(each) for each in text.split(",")], default=[0])
     parser.add_argument("--fault", choices=get_args(Fault), default="none", help="during the middle third")
-    parser.add_argument("--arrivals", choices=("trace", "poisson", "burst"), help="trace for traces, else poisson")
+    parser.add_argument("--arrivals", choices=("trace", "poisson", "burst"), help="trace for mooncake, else poisson")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     arguments = parser.parse_args()
-    settings = tuple((name, float(value)) for name, value in (each.split("=", 1) for each in arguments.setting))
     arrivals = Arrivals(arguments.arrivals or ("trace" if arguments.workload == "mooncake" else "poisson"), 1.0)
-    workload = Workload(arguments.workload, arguments.trace, settings, arrivals)
+    workload = Workload(arguments.workload, arguments.trace, tuple(arguments.setting), arrivals)
     tasks: list[Task] = []
     for seed in arguments.seeds:
         of_seed, text = tasks_of(

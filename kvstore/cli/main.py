@@ -292,7 +292,8 @@ def simulate(
     rate_max: Annotated[
         float | None,
         typer.Option(
-            metavar="REQUESTS/S", help="With --goodput: try none above; it begins at the rate of kvstore plan."
+            metavar="REQUESTS/S",
+            help="With --goodput: try none above; it begins at the rate of kvstore plan --convention mean.",
         ),
     ] = None,
     tolerance: Annotated[

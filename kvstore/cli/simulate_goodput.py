@@ -8,13 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvstore._version import __version__
-from kvstore.cli.collected import Collected
+from kvstore.cli.collected import INTERRUPTED, Collected
 from kvstore.cli.printing import print_table
 from kvstore.cli.progress import RatesProgress
 from kvstore.cli.simulate import read_points
 from kvstore.errors import SimulationError
 from kvstore.limits import SWEEP_POINT_DEADLINE_S
-from kvstore.simulate.goodput import SimulatedGoodput, simulated_goodput
+from kvstore.simulate.goodput import GOODPUT_TOLERANCE, SimulatedGoodput, simulated_goodput
 from kvstore.simulate.report.files import check_directory, report_file
 from kvstore.simulate.report.wording import MISSING, percent, rate, seconds, stability
 from kvstore.simulate.simulation import simulate
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from kvstore.simulate.sweep import Point
 
 RATE_KEY = "workload.arrivals.rate_per_s"
-TOLERANCE = 0.02
 
 
 def run_goodput(
@@ -47,7 +46,9 @@ def run_goodput(
         raise SimulationError(f"--goodput looks for the rate itself; leave --sweep {RATE_KEY} out")
     if out is not None:
         check_directory(out)
-    find = partial(_goodput_of, rate_max_per_s=rate_max_per_s, tolerance=TOLERANCE if tolerance is None else tolerance)
+    find = partial(
+        _goodput_of, rate_max_per_s=rate_max_per_s, tolerance=GOODPUT_TOLERANCE if tolerance is None else tolerance
+    )
     failures: tuple[tuple[str, str], ...] = ()
     status = 0
     if len(points) == 1:
@@ -71,7 +72,7 @@ def run_goodput(
         "failed": [{"run": name, "error": error} for name, error in failures],
     }
     text = json.dumps(document, indent=2, allow_nan=False)
-    if out is not None and found:
+    if out is not None and (found or status != INTERRUPTED):
         with report_file(out / "goodput.json") as opened:
             opened.write(text.encode() + b"\n")
     if as_json:
@@ -114,7 +115,7 @@ def _print_found(found: Sequence[SimulatedGoodput]) -> None:
         (
             each.scenario,
             *(str(setting.get(key, "")) for key in varied),
-            f"{each.slo.share:.0%}",
+            percent(each.slo.share),
             f"{each.slo.ttft_s:g} s, {each.slo.tpot_s * 1e3:g} ms",
             rate(each.found.requests_per_s),
             percent(each.found.share),

@@ -114,7 +114,10 @@ class PrefillServiceModel:
         return ChunkedCurve(profile.prefill, self.piece_tokens) if self.kind == "chunked" else profile.prefill
 
     def held_bytes(self, kv: KvSize, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of the KVCache of prompts of these lengths, what is final only when prefill ends; same shape."""
+        """What of the KVCache of prompts of these lengths is counted as leaving only when prefill ends; same shape.
+
+        An upper bound: states of a chunked prompt are final within its last chunk, which may be its only one.
+        """
         return kv.resume_many(tokens) if self.kind == "chunked" else np.zeros_like(tokens)
 
     def service(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvstore.simulate.result import Happening
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from kvstore.schedule.policies.convert import Conversion
     from kvstore.simulate.events import Events
@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
 
 class Conversions:
-    """Carries conversions out: the instance ends what it is at, has no role for a while, and takes the other one."""
+    """Carries conversions out: the instance ends what it is at, has no role for a while, and takes the other one.
 
-    def __init__(self, events: Events, sites: Mapping[str, Site]) -> None:
+    Args:
+        prefill_changed: called when a cluster has one more instance that prefills.
+    """
+
+    def __init__(self, events: Events, sites: Mapping[str, Site], prefill_changed: Callable[[], None]) -> None:
         self._events = events
         self._sites = sites
+        self._prefill_changed = prefill_changed
         self.happenings: list[Happening] = []
 
     def begin(self, conversion: Conversion) -> None:
@@ -35,6 +40,8 @@ class Conversions:
         site = self._sites[conversion.cluster]
         (site.prefill if conversion.target == "prefill" else site.decode).add(1)
         self._note(conversion, "has become")
+        if conversion.target == "prefill":
+            self._prefill_changed()
 
     def _note(self, conversion: Conversion, verb: str) -> None:
         text = f"a {conversion.source} instance {verb} one for {conversion.target}"

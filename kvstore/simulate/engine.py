@@ -108,6 +108,7 @@ class Simulation:
             prefill_lost=self._prefill_lost,
             decode_lost=self._decode_lost,
             prefill_changed=self._unstrand,
+            link_back=self._link_back,
         )
         self._recording = Recording()
         self._seen = SeenKeys()
@@ -115,7 +116,7 @@ class Simulation:
         self._sampler = Sampler(self._sites.values(), self._links.lines)
         self._tiers: dict[str, int] = {}
         self._jobs: dict[int, Job] = {}
-        self._conversions = Conversions(self._events, self._sites)
+        self._conversions = Conversions(self._events, self._sites, self._unstrand)
         self._telemetry = Telemetry(self._events, self._sites, self._links.lines, self._service)
         self._coming = Coming(
             requests,
@@ -252,6 +253,10 @@ class Simulation:
         for site in self._sites.values():
             if not site.prefill.instances and site.prefill.queued:
                 self._move_on(site)
+
+    def _link_back(self) -> None:
+        """Policies hear of it with the next telemetry."""
+        self._events.at(self._events.now_s + self._scenario.telemetry_s, lambda _: self._unstrand(), None)
 
     def _move_on(self, site: Site) -> None:
         """Route anew what waits at a cluster without an instance; what has no other way waits on.

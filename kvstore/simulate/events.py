@@ -16,7 +16,7 @@ class Events:
 
     Attributes:
         now_s: since the start of the simulation; never goes back.
-        ahead: actions in the queue, those of `every` left out: nothing more comes to pass once there are none.
+        ahead: actions in the queue, those of `watch` left out: nothing more comes to pass once there are none.
     """
 
     __slots__ = ("_has_ended", "_order", "_queue", "ahead", "now_s")

@@ -50,6 +50,7 @@ class Faults:
     Args:
         prefill_lost, decode_lost: called with each job that a failed instance was at.
         prefill_changed: called when instances that prefill have gone or come back, and those jobs were told of.
+        link_back: called when a link's fault has ended.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Faults:
         prefill_lost: Callable[[Job], None],
         decode_lost: Callable[[Job], None],
         prefill_changed: Callable[[], None],
+        link_back: Callable[[], None],
     ) -> None:
         self._events = events
         self._links = links
@@ -71,6 +73,7 @@ class Faults:
         self._prefill_lost = prefill_lost
         self._decode_lost = decode_lost
         self._prefill_changed = prefill_changed
+        self._link_back = link_back
         self._active: list[LinkFault] = []
         self.happenings: list[Happening] = []
         for fault in scenario.faults:
@@ -88,6 +91,7 @@ class Faults:
         self._active.remove(fault)
         self._set(fault)
         self._note(f"{fault.source} to {fault.target}", "fault ends")
+        self._link_back()
 
     def _set(self, fault: LinkFault) -> None:
         share = 1.0

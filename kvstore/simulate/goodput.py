@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvstore.simulate.report.values import Summary
     from kvstore.simulate.result import SimulationResult
 
+GOODPUT_TOLERANCE = 0.02
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -92,7 +94,7 @@ def simulated_goodput(
     scenario: Scenario,
     *,
     rate_max_per_s: float | None = None,
-    tolerance: float = 0.02,
+    tolerance: float = GOODPUT_TOLERANCE,
     settings: tuple[tuple[str, Any], ...] = (),
     tried: Callable[[Tried], None] | None = None,
     run: Callable[[Scenario], SimulationResult] | None = None,

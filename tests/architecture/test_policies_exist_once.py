@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2] / "kvstore"
 SIMULATED = sorted(path for part in ("simulate", "workload") for path in (ROOT / part).rglob("*.py"))
 SEAMS = {"RoutingPolicy", "CheckpointPolicy", "EvictionPolicy"}
 SEAM_METHODS = {"route", "observe", "suggest", "decide", "admitted", "victims"}
-DECIDE = ("schedule/policies", "schedule/link_rate.py", "pool", "placement")
+DECIDE = ("schedule/policies", "schedule/prefill_service.py", "schedule/link_rate.py", "pool", "placement")
 
 
 def definitions(path: Path) -> set[str]:
@@ -39,7 +39,7 @@ def test_nothing_in_the_simulator_is_a_policy() -> None:
 def test_no_name_of_a_policy_is_defined_a_second_time() -> None:
     files = [path for part in DECIDE for path in (sorted((ROOT / part).rglob("*.py")) or [ROOT / part])]
     decided = {name for path in files for name in definitions(path)}
-    assert {"RoutingPolicy", "loss_limited_bytes_per_s", "LadderCheckpoints"} <= decided
+    assert {"RoutingPolicy", "PrefillServiceModel", "loss_limited_bytes_per_s", "LadderCheckpoints"} <= decided
     for path in SIMULATED:
         twice = definitions(path) & decided
         assert not twice, f"{path} defines {', '.join(sorted(twice))}, which kvstore.schedule or the pool has already"

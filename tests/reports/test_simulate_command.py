@@ -243,6 +243,15 @@ def test_the_goodput_of_a_grid(scenario: str) -> None:
     assert "there is no routing policy 'none'" in document["failed"][0]["error"]
 
 
+def test_a_grid_without_any_goodput_leaves_no_file_of_an_earlier_one(scenario: str, tmp_path: Path) -> None:
+    (tmp_path / "goodput.json").write_text("{}")
+    sweep = ("--sweep", "policy.name=none,nothing", "--workers", "1", "--out", tmp_path)
+    assert invoke(scenario, "--goodput", *sweep).exit_code == 1
+    document = json.loads((tmp_path / "goodput.json").read_text())
+    assert document["goodput"] == []
+    assert len(document["failed"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

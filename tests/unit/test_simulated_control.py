@@ -146,7 +146,7 @@ def test_an_instance_ends_what_it_is_at_before_it_changes(source: str, target: s
     else:
         site.decode.expected += 1
         site.decode.join(job)
-    conversions = Conversions(events, {"one": site})
+    conversions = Conversions(events, {"one": site}, list)
     conversions.begin(Conversion("one", source, target))  # type: ignore[arg-type]
     counts = {"prefill": lambda: site.prefill.instances, "decode": lambda: site.decode.instances}
     assert counts[source]() == 0

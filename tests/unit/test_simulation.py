@@ -13,12 +13,23 @@ from kvstore.errors import SimulationError
 from kvstore.profile import MeasuredCurve, PolynomialCurve
 from kvstore.scenario import Arrivals, LinkFault, NodeFault, read_scenario
 from kvstore.schedule.deployment import Cluster, Deployment
+from kvstore.schedule.policies.table import routing_policy
 from kvstore.schedule.prefill_service import ServiceKind
 from kvstore.simulate.result import PARTS, Outcome
 from kvstore.simulate.simulation import simulate
 from kvstore.workload.request import Request
 from kvstore.workload.seen import SeenKeys
-from tests.unit.simulated import Fixed, Spread, one_cluster, profile_of, requests_at, served, simulated, two_clusters
+from tests.unit.simulated import (
+    SLO,
+    Fixed,
+    Spread,
+    one_cluster,
+    profile_of,
+    requests_at,
+    served,
+    simulated,
+    two_clusters,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -230,6 +241,21 @@ def test_prompts_without_another_way_wait_for_the_first_one_that_comes_back() ->
     assert result.requests.outcome.tolist() == [Outcome.DONE] * 2
     assert result.requests.prefill.tolist() == [1, 1]
     assert result.requests.ttft_s == pytest.approx([4.0, 4.9])
+
+
+@pytest.mark.parametrize("back_s", [1000.0, math.inf])
+def test_prompts_without_another_way_take_the_link_that_comes_back(back_s: float) -> None:
+    """`near` has no instance any more, and the way from `far` is closed until 50 s.
+
+    The first one was at work on the instance that failed, and nobody else could take it.
+    """
+    faults = (LinkFault("far", "near", 5.0, 50.0, 0.0), NodeFault("near", "prefill", 1, 10.5, back_s))
+    deployment = two_clusters()
+    policy = routing_policy("least-loaded", {}, deployment, SLO)
+    result = simulated(deployment, requests_at([10.0, 10.1, 10.2]), policy, faults=faults)
+    assert result.requests.outcome.tolist() == [Outcome.FAILED, Outcome.DONE, Outcome.DONE]
+    assert result.requests.prefill.tolist()[1:] == [0, 0]
+    assert all(50.0 < finished_s < 60.0 for finished_s in result.requests.finished_s[1:])
 
 
 def test_a_failed_decode_instance_loses_its_requests() -> None:
