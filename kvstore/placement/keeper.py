@@ -17,7 +17,7 @@ from kvstore.errors import DeadlineError, KVStoreError, LeaseGoneError, ShelfRef
 from kvstore.handle import Handle
 from kvstore.limits import KEEP_AGAIN_S, KEEP_QUEUE_MAX, KEPT_KNOWN_MAX
 from kvstore.placement.ends import Ends, live_longer
-from kvstore.placement.losses import Losses
+from kvstore.placement.losses import UntoldLosses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,7 +84,7 @@ class _Offer:
     number: int
     wanted: Wanted
     moment: int
-    """Of `Losses`, when it came."""
+    """Of `UntoldLosses`, when it came."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class _Keeping:
 
 
 class Keeper:
-    """One thread offers resume points to the shelves, oldest first. Any thread may call; no call waits but `flush`.
+    """One thread offers resume points to the shelves, oldest first. Any thread may call.
+
+    No call but `flush` waits for bytes to move.
 
     Args:
         hold: holds a resume point in the pool's own tier until it is released, however long that takes; raises
@@ -149,7 +151,7 @@ class Keeper:
         self._kept = 0
         self._kept_bytes = 0
         self._dropped: dict[str, int] = {}
-        self._losses = Losses()
+        self._losses = UntoldLosses()
         self._is_stopping = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="kvstore-keeper", daemon=True)
@@ -382,9 +384,8 @@ class Keeper:
     def statistics(self) -> KeepStatistics:
         """A copy."""
         with self._changed:
-            return KeepStatistics(
-                len(self._queue), self._pinned_bytes, self._kept, self._kept_bytes, dict(self._dropped)
-            )
+            waiting = len(self._queue) + sum(again is not None for again in self._begun.values())
+            return KeepStatistics(waiting, self._pinned_bytes, self._kept, self._kept_bytes, dict(self._dropped))
 
     def stop(self, deadline_s: float) -> None:
         """Give what waits so long to be kept, then begin nothing more.

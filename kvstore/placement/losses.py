@@ -26,7 +26,7 @@ class _Flush:
     untold: Counter[str] = field(default_factory=Counter)
 
 
-class Losses:
+class UntoldLosses:
     """What was not kept, by reason, and which of it `flush` has told. Not thread-safe.
 
     A loss is told by each flush that began after its commit, until one of them has ended: of two at once, both tell it.
