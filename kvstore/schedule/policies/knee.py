@@ -8,18 +8,12 @@ anybody's traffic: multiplying all loads or all latencies by a constant moves it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from math import floor, isfinite, log2, sqrt
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.errors import PlanError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from numpy.typing import NDArray
 
 _BINS_PER_OCTAVE = 8
 _BINS_MAX = 128
@@ -208,11 +202,11 @@ def _fit(
     a = float(weights @ (1 / means * (1 / means)))
     u = float(weights @ (1 / means))
     weighted = weight * ones * rise
-    b = _over_bins(weighted)
+    b = weighted.sum(axis=1)
     np.multiply(weight, rise, out=weighted)
-    v = _over_bins(weighted)
+    v = weighted.sum(axis=1)
     weighted *= rise
-    d = _over_bins(weighted)
+    d = weighted.sum(axis=1)
     determinant = np.maximum(a * d - b * b, 1e-300)
     wait = (a * v - b * u) / determinant
     service = (d * u - b * v) / determinant
@@ -226,7 +220,7 @@ def _fit(
     rise *= rise
     rise *= weight
     # Of equal errors that of the least share counts, then that of the least power.
-    errors = _over_bins(rise).T
+    errors = rise.sum(axis=1).T
     share, power = np.unravel_index(int(np.argmin(errors)), errors.shape)
     curve = LoadCurve(
         float(service[power, share]),
@@ -236,19 +230,3 @@ def _fit(
     )
     flat_error = float(weights @ (1 / means * (u / a) - 1) ** 2)
     return curve, float(errors[share, power]), flat_error
-
-
-def _over_bins(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums over the second of three axes: every eighth bin together, these in pairs, then the bins that are left."""
-    bins = table.shape[1]
-    whole = bins - bins % 8
-    if not whole:
-        return _added(table[:, at] for at in range(bins))
-    of = [_added(table[:, at] for at in range(first, whole, 8)) for first in range(8)]
-    paired = ((of[0] + of[1]) + (of[2] + of[3])) + ((of[4] + of[5]) + (of[6] + of[7]))
-    return _added((paired, *(table[:, at] for at in range(whole, bins))))
-
-
-def _added(tables: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """One after the other."""
-    return reduce(np.add, tables)
