@@ -46,8 +46,12 @@ def run_simulate(
         check_directory(out)
     if len(points) == 1:
         return _one(points[0], out, has_page=has_page, as_json=as_json)
-    count = len(os.sched_getaffinity(0)) if workers is None else workers
-    return _several(named_apart(points), out, has_page=has_page, workers=count, as_json=as_json)
+    return _several(named_apart(points), out, has_page=has_page, workers=worker_count(workers), as_json=as_json)
+
+
+def worker_count(workers: int | None) -> int:
+    """How many simulations run at a time; as many as cores by default."""
+    return len(os.sched_getaffinity(0)) if workers is None else workers
 
 
 def read_points(scenarios: Sequence[str], sweeps: Sequence[str]) -> Sequence[Point]:

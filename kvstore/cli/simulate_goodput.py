@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from kvstore._version import __version__
 from kvstore.cli.collected import INTERRUPTED, Collected
 from kvstore.cli.printing import print_table
 from kvstore.cli.progress import RatesProgress
-from kvstore.cli.simulate import read_points
+from kvstore.cli.simulate import read_points, worker_count
 from kvstore.errors import SimulationError
 from kvstore.limits import SWEEP_POINT_DEADLINE_S
 from kvstore.simulate.goodput import GOODPUT_TOLERANCE, SimulatedGoodput, simulated_goodput
@@ -57,11 +56,14 @@ def run_goodput(
             found: tuple[SimulatedGoodput, ...] = (find(points[0], tried=progress, run=run),)
     else:
         points = named_apart(points)
-        count = len(os.sched_getaffinity(0)) if workers is None else workers
         outcome: Collected[SimulatedGoodput] = Collected.of(
             [point.name for point in points],
             lambda ended: run_all(
-                points, find, workers=min(count, len(points)), deadline_s=SWEEP_POINT_DEADLINE_S, ended=ended
+                points,
+                find,
+                workers=min(worker_count(workers), len(points)),
+                deadline_s=SWEEP_POINT_DEADLINE_S,
+                ended=ended,
             ),
         )
         found, failures, status = outcome.values, outcome.failures, outcome.told()
@@ -110,11 +112,11 @@ def _print_tried(goodput: SimulatedGoodput) -> None:
 
 def _print_found(found: Sequence[SimulatedGoodput]) -> None:
     settings = [dict(each.settings) for each in found]
-    varied = dict.fromkeys(key for each in settings for key in each)
+    swept = dict.fromkeys(key for each in settings for key in each)
     rows = [
         (
             each.scenario,
-            *(str(setting.get(key, "")) for key in varied),
+            *(str(setting.get(key, "")) for key in swept),
             percent(each.slo.share),
             f"{each.slo.ttft_s:g} s, {each.slo.tpot_s * 1e3:g} ms",
             rate(each.found.requests_per_s),
@@ -124,6 +126,6 @@ def _print_found(found: Sequence[SimulatedGoodput]) -> None:
         )
         for each, setting in zip(found, settings, strict=True)
     ]
-    keys = [key.rpartition(".")[2] for key in varied]
+    keys = [key.rpartition(".")[2] for key in swept]
     columns = ("scenario", *keys, "share", "within", "goodput", "in SLO", "too few at", "")
     print_table("Goodput: the largest rate at which enough requests meet both limits", columns, rows)

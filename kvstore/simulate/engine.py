@@ -256,7 +256,7 @@ class Simulation:
 
     def _link_back(self) -> None:
         """Policies hear of it with the next telemetry."""
-        self._events.at(self._events.now_s + self._scenario.telemetry_s, lambda _: self._unstrand(), None)
+        self._events.at(self._events.now_s + self._scenario.telemetry_s, lambda _: self._unstrand())
 
     def _move_on(self, site: Site) -> None:
         """Route anew what waits at a cluster without an instance; what has no other way waits on.
