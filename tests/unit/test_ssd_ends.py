@@ -99,6 +99,11 @@ def is_there(shelf: SsdShelf, hold: Hold) -> bool:
     return shelf.stored_tokens(hold.path) == hold.path.tokens
 
 
+def is_there_again(machine: Machine, hold: Hold) -> bool:
+    with closing(machine.open()) as shelf:
+        return is_there(shelf, hold)
+
+
 def test_a_disk_that_takes_no_ends_has_not_kept_it_for_longer(source: Store) -> None:
     machine, hold = Machine(1), write(source, IDS)
     with closing(machine.open()) as shelf:
@@ -111,8 +116,7 @@ def test_a_disk_that_takes_no_ends_has_not_kept_it_for_longer(source: Store) -> 
         keep(shelf, hold)
         machine.cut_power()
     machine.pass_time()
-    with closing(machine.open()) as shelf:
-        assert is_there(shelf, hold)
+    assert is_there_again(machine, hold)
 
 
 def test_every_disk_hears_of_ends_also_one_that_gets_no_record(source: Store) -> None:
@@ -130,8 +134,7 @@ def test_every_disk_hears_of_ends_also_one_that_gets_no_record(source: Store) ->
         keep(shelf, longer)
         machine.cut_power()
     machine.pass_time()
-    with closing(machine.open()) as shelf:
-        assert is_there(shelf, longer)
+    assert is_there_again(machine, longer)
 
 
 def test_a_disk_that_had_it_forgets_until_when_it_was_wanted(source: Store) -> None:
@@ -150,8 +153,7 @@ def test_a_disk_that_had_it_forgets_until_when_it_was_wanted(source: Store) -> N
         keep(shelf, hold)
         machine.cut_power()
     machine.pass_time()
-    with closing(machine.open()) as shelf:
-        assert is_there(shelf, hold)
+    assert is_there_again(machine, hold)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -243,8 +245,7 @@ def test_too_many_ends_to_name_are_all_unsafe(source: Store, monkeypatch: pytest
         keep(shelf, hold)
         machine.cut_power()
     machine.pass_time()
-    with closing(machine.open()) as shelf:
-        assert is_there(shelf, hold)
+    assert is_there_again(machine, hold)
 
 
 def test_a_disk_in_trouble_has_written_no_ends() -> None:

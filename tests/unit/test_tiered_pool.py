@@ -62,10 +62,14 @@ class Tiers:
 
     def write(self, ids: Sequence[int] = IDS, *, salt: bytes = b"", **options: object) -> None:
         """Write a prompt; returns when it is on the shelf, too."""
+        self.put(ids, salt=salt, **options)
+        self.settle()
+
+    def put(self, ids: Sequence[int] = IDS, *, salt: bytes = b"", **options: object) -> None:
+        """Write a prompt; the shelf takes it later."""
         with self.store.write(ids, salt=salt, **options) as writer:  # type: ignore[arg-type]
             put_all(writer)
             writer.commit()
-        self.settle()
 
     def settle(self) -> None:
         with suppress(ShelfRefusedError):
@@ -602,14 +606,10 @@ def test_what_has_ended_and_is_written_again_is_kept_again(tiers: Tiers) -> None
 
 def test_what_ends_while_it_is_being_kept_and_is_written_again_is_kept(tiers: Tiers) -> None:
     tiers.shelf.keeps.close()
-    with tiers.store.write(IDS) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put()
     tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
     assert tiers.store.expire(IDS) == 22
-    with tiers.store.write(IDS) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put()
     tiers.shelf.keeps.open()
     tiers.store.flush(TEST_S)
     tiers.forget_here()
@@ -619,9 +619,7 @@ def test_what_ends_while_it_is_being_kept_and_is_written_again_is_kept(tiers: Ti
 def test_what_was_refused_and_is_committed_again_is_offered_again(tiers: Tiers) -> None:
     tiers.shelf.refuses = "write budget"
     tiers.write()
-    with tiers.store.write(IDS) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put()
     with pytest.raises(ShelfRefusedError, match="1 'write budget'"):
         tiers.store.flush(TEST_S)
     tiers.shelf.refuses = ""
@@ -658,9 +656,7 @@ def test_checkpoints_are_kept_ascending(tiers: Tiers) -> None:
 
 def test_commits_do_not_wait_for_the_shelf(tiers: Tiers) -> None:
     tiers.shelf.keeps.close()
-    with tiers.store.write(IDS) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put()
     tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
     assert tiers.statistics().keeping.pinned_bytes > 0
     assert not tiers.store.match(MORE).best.is_durable  # type: ignore[union-attr]
@@ -679,9 +675,7 @@ def test_what_is_pinned_for_keeping_is_bounded() -> None:
         largest = 0
         for number in range(12):
             ids = range(100 * number, 100 * number + 12)
-            with tiers.store.write(ids) as writer:
-                put_all(writer)
-                writer.commit()
+            tiers.put(ids)
             largest = max(largest, tiers.statistics().keeping.pinned_bytes)
         tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
         assert 0 < tiers.statistics().keeping.pinned_bytes <= (1 << 20) // 4
@@ -697,9 +691,7 @@ def test_what_is_evicted_before_its_turn_is_counted() -> None:
     with closing(tiers.store):
         tiers.shelf.keeps.close()
         for number in range(12):
-            with tiers.store.write(range(100 * number, 100 * number + 12)) as writer:
-                put_all(writer)
-                writer.commit()
+            tiers.put(range(100 * number, 100 * number + 12))
         last = tiers.store.prompt(range(1100, 1112)).path
         assert tiers.pool.evict_here(last.key(0)) > 0
         tiers.shelf.keeps.open()
@@ -711,9 +703,7 @@ def test_what_is_evicted_before_its_turn_is_counted() -> None:
 
 def test_a_shelf_that_refuses_is_named(tiers: Tiers) -> None:
     tiers.shelf.refuses = "write budget"
-    with tiers.store.write(IDS) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put()
     with pytest.raises(ShelfRefusedError, match="1 'write budget'") as refused:
         tiers.store.flush(TEST_S)
     assert refused.value.reason == "write budget"
@@ -745,9 +735,7 @@ def flushing(tiers: Tiers) -> Background[None]:
 
 
 def commit(tiers: Tiers, ids: Sequence[int]) -> None:
-    with tiers.store.write(ids) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put(ids)
 
 
 def test_what_was_lost_is_told_to_each_that_waited_for_it(tiers: Tiers) -> None:
@@ -873,9 +861,7 @@ def test_closing_keeps_what_was_committed() -> None:
     with closing(tiers.store):
         tiers.shelf.keeps.close()
         for number in range(5):
-            with tiers.store.write(range(100 * number, 100 * number + 12)) as writer:
-                put_all(writer)
-                writer.commit()
+            tiers.put(range(100 * number, 100 * number + 12))
         tiers.shelf.keeps.open()
     tiers = open_tiers(medium=medium)
     with closing(tiers.store):
@@ -885,9 +871,7 @@ def test_closing_keeps_what_was_committed() -> None:
 def test_closing_does_not_wait_for_ever() -> None:
     tiers = open_tiers(close_deadline_s=0.2)
     tiers.shelf.keeps.close()
-    with tiers.store.write(IDS) as writer:
-        put_all(writer)
-        writer.commit()
+    tiers.put()
     tiers.shelf.keeps.wait_for_somebody(Deadline.after(TEST_S))
     Background(tiers.store.close).result(TEST_S)
 
