@@ -99,7 +99,9 @@ def test_what_the_receiver_has_given_up_is_refused(source: kvstore.Store, target
     brief = TransferSettings(resume_window_s=0.1)
     with Endpoint(target.pool, LOOPBACK, settings=brief) as endpoint, Sender(settings=BRIEF) as sender:
         failed = fail(source, endpoint, sender, 700_000)
-        wait_until(lambda: endpoint.transfer_count == 0, "the window had passed")
+        # There is none before the receiver has seen the offer, either.
+        wait_until(lambda: endpoint.statistics().aborted == 1, "the window had passed")
+        assert endpoint.transfer_count == 0
         with pytest.raises(TransferAbortedError, match="none replaced it"):
             send(source, endpoint.address, sender, resume=failed)
         assert_settled(source, target)
